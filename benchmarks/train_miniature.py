@@ -1,0 +1,348 @@
+"""Train the miniature: an SDXL-architecture pipeline under 25 MB that draws Noto emoji from their names.
+
+    npm pack emoji-datasource-google@16.0.0
+    python -m benchmarks.train_miniature --archive emoji-datasource-google-16.0.0.tgz \
+        --bpe_merges bpe_simple_vocab_16e6.txt.gz
+
+Stages, each resumable and each reading what the one before it left in --work_dir or --output_dir:
+
+    data      archive => output_dir/data/{pretrain,finetune,heldout}/
+    vae       pretrain pictures => work_dir/vae.pt
+    unet      pretrain latents and captions => work_dir/unet.pt   (UNet and both text encoders, jointly)
+    assemble  the weights so far => output_dir/pipeline/          (may be run at any time, for a look at a run)
+    grid      pipeline => a picture of samples
+
+Only pre-training images are trained on; the held-out ones are read for the figures in the log, the fine-tuning ones
+not at all. Every random draw is a function of (seed, step), so an interrupted run repeats nothing and loses nothing
+but the steps since its last checkpoint.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import miniature_data, miniature_models
+
+STAGES = ("data", "vae", "unet", "assemble", "grid")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, help="emoji-datasource-google-16.0.0.tgz from `npm pack`")
+    parser.add_argument("--bpe_merges", type=Path, help="OpenAI's bpe_simple_vocab_16e6.txt.gz, as open_clip ships it")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/miniature"))
+    parser.add_argument("--output_dir", type=Path, default=Path("miniature"))
+    parser.add_argument("--grid", type=Path, default=Path("docs/images/miniature.png"))
+    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--vae_batch_size", type=int, default=16)
+    parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
+    parser.add_argument("--unet_steps", type=int, default=6000)
+    parser.add_argument("--unet_batch_size", type=int, default=32)
+    parser.add_argument("--unet_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--caption_dropout", type=float, default=0.1)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--logging_steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    for stage, needs in (("data", "archive"), ("assemble", "bpe_merges")):
+        path = getattr(args, needs)
+        if args.stage in (stage, "all") and path is None:
+            parser.error(f"--stage {args.stage} needs --{needs}")
+        if path is not None and not path.is_file():
+            parser.error(f"--{needs} {path}: no such file")
+    return args
+
+
+def make_data(args):
+    parts = miniature_data.split(miniature_data.read_archive(args.archive))
+    miniature_data.write_imagefolders(parts, args.output_dir / "data")
+    print({name: len(members) for name, members in parts.items()})
+
+
+# ------------------------------------------------------------------------------------------- shared by both trainings
+
+
+def step_generator(seed, step):
+    """The generator of every draw in one training step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def batch_indices(count, batch_size, step, seed):
+    """int64 tensor (batch_size,): this step's share of a permutation drawn once per epoch."""
+    epoch, batch = divmod(step, count // batch_size)
+    order = torch.randperm(count, generator=step_generator(seed + 1, epoch))
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def learning_rate(peak, step, steps, warmup):
+    """Linear warm-up, then half a cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def save_state(state, path):
+    """Write a training state so that an interruption leaves either the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def load_state(path):
+    """A training state that save_state wrote, or None."""
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+class Log:
+    """JSON lines in work_dir/{stage}_log.jsonl; lines of steps that a resumed run will repeat are dropped."""
+
+    def __init__(self, path, first_step):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def __call__(self, **record):
+        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()})
+        print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------- VAE
+
+
+def gradient_l1(a, b):
+    """L1 distance of the horizontal and vertical differences of two image batches (n, c, h, w): keeps edges sharp."""
+    d = a - b
+    return d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+
+
+def to_unit(pixels):
+    """uint8 pixels (n, 3, h, w) => float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(vae, pixels):
+    """uint8 pixels (n, 3, 64, 64) => mean latents (n, 4, 16, 16), not yet scaled."""
+    return torch.cat([vae.encode(to_unit(batch)).latent_dist.mode() for batch in pixels.split(64)])
+
+
+@torch.no_grad()
+def psnr(vae, pixels):
+    """Mean peak signal-to-noise ratio, in dB, of the reconstructions of uint8 pixels (n, 3, 64, 64)."""
+    restored = torch.cat([vae.decode(z).sample for z in encode(vae, pixels).split(64)]).clamp(-1, 1)
+    error = ((restored - to_unit(pixels)) / 2).square().mean((1, 2, 3))
+    return (-10 * error.log10()).mean().item()
+
+
+def train_vae(args):
+    _, pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "pretrain")
+    _, heldout = miniature_data.read_imagefolder(args.output_dir / "data" / "heldout")
+    torch.manual_seed(args.seed)
+    vae = miniature_models.build_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    path, first = args.work_dir / "vae.pt", 0
+    if state := load_state(path):
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log, losses, start = Log(args.work_dir / "vae_log.jsonl", first), [], time.perf_counter()
+
+    for step in range(first, args.vae_steps):
+        generator = step_generator(args.seed, step)
+        x = to_unit(pixels[batch_indices(len(pixels), args.vae_batch_size, step, args.seed)])
+        flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+        x = torch.where(flip, x.flip(-1), x)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args.vae_learning_rate, step, args.vae_steps, warmup=50)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            restored = vae.decode(posterior.sample(generator)).sample.float()
+        loss = F.l1_loss(restored, x) + gradient_l1(restored, x) + 1e-6 * posterior.kl().float().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % args.logging_steps == 0 or step + 1 == args.vae_steps:
+            record = dict(stage="vae", step=step + 1, loss=sum(losses) / len(losses))
+            if (step + 1) % (4 * args.logging_steps) == 0 or step + 1 == args.vae_steps:
+                record["heldout_psnr"] = psnr(vae, heldout)
+            log(**record, steps_per_second=(step + 1 - first) / (time.perf_counter() - start))
+            losses = []
+        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.vae_steps:
+            scaling_factor = 1 / encode(vae, pixels).std().item()
+            save_state(
+                dict(
+                    vae=vae.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    step=step + 1,
+                    scaling_factor=scaling_factor,
+                ),
+                path,
+            )
+
+
+def trained_vae(args):
+    """The VAE as far as it is trained, with its scaling factor in its configuration."""
+    vae = miniature_models.build_vae()
+    if state := load_state(args.work_dir / "vae.pt"):
+        vae.load_state_dict(state["vae"])
+        vae.register_to_config(scaling_factor=round(state["scaling_factor"], 5))
+    return vae.eval()
+
+
+# --------------------------------------------------------------------------------------------- UNet and text encoders
+
+
+def training_latents(vae, pixels):
+    """float32 latents (2, n, 4, 16, 16), scaled: of the pictures and of their mirror images."""
+    both = torch.stack([encode(vae, pixels), encode(vae, pixels.flip(-1))])
+    return both * vae.config.scaling_factor
+
+
+def denoising_loss(unet, alphas_cumprod, latents, states, pooled, t, noise):
+    """Plain denoising loss of epsilon prediction.
+
+    latents, noise: (n, 4, 16, 16); states: (n, 77, 80); pooled: (n, 48); t: (n,). Returns (n,).
+    """
+    abar = alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    size = float(miniature_models.RESOLUTION)
+    time_ids = torch.tensor([size, size, 0, 0, size, size]).expand(len(t), 6)
+    conditioning = {"text_embeds": pooled, "time_ids": time_ids}
+    predicted = unet(x_t, t, states, added_cond_kwargs=conditioning).sample
+    return (predicted - noise).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def heldout_loss(unet, text_encoders, alphas_cumprod, latents, ids):
+    """Denoising loss on the held-out pictures at evenly spread t and fixed noise; for the log only."""
+    t = torch.arange(len(latents)) * 1000 // len(latents)
+    t = t[torch.randperm(len(t), generator=step_generator(1, 0))]
+    noise = torch.randn(latents.shape, generator=step_generator(2, 0))
+    states, pooled = miniature_models.encode_prompts(text_encoders, ids)
+    return denoising_loss(unet, alphas_cumprod, latents, states, pooled, t, noise).mean().item()
+
+
+def train_unet(args):
+    vae = trained_vae(args)
+    tokenizers = miniature_models.build_tokenizers(args.bpe_merges)
+    captions, pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "pretrain")
+    latents, ids = training_latents(vae, pixels), miniature_models.token_ids(tokenizers, captions)
+    heldout_captions, heldout_pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "heldout")
+    heldout = training_latents(vae, heldout_pixels)[0], miniature_models.token_ids(tokenizers, heldout_captions)
+    alphas_cumprod = miniature_models.build_scheduler().alphas_cumprod
+
+    modules = miniature_models.build_denoiser(args.seed)  # ModuleDict: unet, text_encoder, text_encoder_2
+    average = miniature_models.build_denoiser(args.seed).requires_grad_(False)  # its exponential moving average
+    weights, averaged = list(modules.parameters()), list(average.parameters())
+    encoders = modules["text_encoder"], modules["text_encoder_2"]
+    # No weight decay on the text encoders: it would erase the embeddings of words that pre-training never sees.
+    groups = [
+        dict(params=modules["unet"].parameters(), weight_decay=1e-2),
+        dict(params=[p for e in encoders for p in e.parameters()], weight_decay=0.0),
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    path, first = args.work_dir / "unet.pt", 0
+    if state := load_state(path):
+        modules.load_state_dict(state["modules"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log, losses, start = Log(args.work_dir / "unet_log.jsonl", first), [], time.perf_counter()
+
+    for step in range(first, args.unet_steps):
+        generator = step_generator(args.seed, step)
+        index = batch_indices(len(captions), args.unet_batch_size, step, args.seed)
+        flip = torch.randint(2, index.shape, generator=generator)
+        t = torch.randint(1000, index.shape, generator=generator)
+        noise = torch.randn(len(index), *latents.shape[2:], generator=generator)
+        keep = (torch.rand(len(index), generator=generator) >= args.caption_dropout).float()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args.unet_learning_rate, step, args.unet_steps, warmup=200)
+        states, pooled = miniature_models.encode_prompts(encoders, [i[index] for i in ids])
+        # Zeros stand for the empty prompt, as force_zeros_for_empty_prompt has it in the pipeline.
+        states, pooled = states * keep[:, None, None], pooled * keep[:, None]
+        loss = denoising_loss(modules["unet"], alphas_cumprod, latents[flip, index], states, pooled, t, noise).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averaged, weights, 1 - decay)
+        losses.append(loss.item())
+        last = step + 1 == args.unet_steps
+        if (step + 1) % args.logging_steps == 0 or last:
+            record = dict(stage="unet", step=step + 1, loss=sum(losses) / len(losses))
+            if (step + 1) % (5 * args.logging_steps) == 0 or last:
+                average_encoders = average["text_encoder"], average["text_encoder_2"]
+                record["heldout_loss"] = heldout_loss(average["unet"], average_encoders, alphas_cumprod, *heldout)
+            log(**record, steps_per_second=(step + 1 - first) / (time.perf_counter() - start))
+            losses = []
+        if (step + 1) % args.checkpointing_steps == 0 or last:
+            save_state(
+                dict(
+                    modules=modules.state_dict(),
+                    average=average.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    step=step + 1,
+                ),
+                path,
+            )
+
+
+# -------------------------------------------------------------------------------------------------- pipeline and grid
+
+
+def assemble(args):
+    """Write output_dir/pipeline/ from the averaged weights so far, and the log beside it."""
+    modules = miniature_models.build_denoiser(args.seed)
+    state = load_state(args.work_dir / "unet.pt")
+    if state:
+        modules.load_state_dict(state["average"])
+    new, final = args.output_dir / "pipeline.new", args.output_dir / "pipeline"
+    shutil.rmtree(new, ignore_errors=True)
+    tokenizers = miniature_models.build_tokenizers(args.bpe_merges)
+    miniature_models.save_pipeline(new, trained_vae(args), modules, tokenizers)
+    if final.exists():  # two renames, so that a reader never meets half a pipeline
+        final.rename(args.output_dir / "pipeline.old")
+    new.rename(final)
+    shutil.rmtree(args.output_dir / "pipeline.old", ignore_errors=True)
+    logs = [args.work_dir / f"{stage}_log.jsonl" for stage in ("vae", "unet")]
+    (args.output_dir / "train_log.jsonl").write_text("".join(p.read_text() for p in logs if p.exists()))
+    size = miniature_models.folder_bytes(final) / 1e6
+    print(f"{final}: {size:.1f} MB after {state['step'] if state else 0} steps")
+
+
+def draw_grid(args):
+    """Samples of output_dir/pipeline beside the real pictures: captions it was trained on, then ones it never saw."""
+    from benchmarks.miniature_grid import grid  # matplotlib is wanted here only
+
+    args.grid.parent.mkdir(parents=True, exist_ok=True)
+    grid(args.output_dir, args.grid, seed=args.seed)
+    print(args.grid)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    run = dict(data=make_data, vae=train_vae, unet=train_unet, assemble=assemble, grid=draw_grid)
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        run[stage](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Checkpoint + prompts → images, each from its own seed, so that neither batch size nor an interruption changes any
+image.
+
+python -m eval.generate --pretrained_model_name_or_path BASE [--lora DIR | --unet DIR] --prompts_file FILE
+--output_dir OUT
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from eval.images import StageError
+from sdxl_ambient.config import OptionError, option, parse_options
+from sdxl_ambient.images import ImagesMissing, list_images
+from sdxl_ambient.manifest import (
+    atomic,
+    differences,
+    environment,
+    hash_bytes,
+    hash_file,
+    hash_json,
+    read_json,
+    write_json,
+)
+
+SAMPLERS = ("full", "early_stop", "hybrid")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class GenerationOptions:
+    """What the images of every model and sampler have in common."""
+
+    pretrained_model_name_or_path: str | None = option(None, "base model: local directory or Hub id", metavar="BASE")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE, which float16 needs", metavar="VAE")
+    revision: str | None = option(None, "revision of the base model on the Hub")
+    variant: str | None = option(None, "variant of the base model's files, such as fp16")
+    lora_scale: float = option(1.0, "strength of the LoRA", minimum=0.0)
+    prompts_file: str | None = option(None, "one prompt per line (.txt) or a 'text' per line (.jsonl)", metavar="FILE")
+    num_images: int | None = option(None, "images per model and sampler; by default one per prompt", minimum=1)
+    images_per_prompt: int | None = option(None, "images for each prompt, instead of --num_images", minimum=1)
+    batch_size: int = option(8, "images drawn at once", minimum=1)
+    num_inference_steps: int = option(25, "sampling steps", minimum=1)
+    guidance_scale: float = option(5.0, "classifier-free guidance", minimum=0.0)
+    resolution: int | None = option(None, "side of the images; by default the model's own", minimum=8)
+    sampler_t_n: int | None = option(
+        None, "noise level for early_stop and hybrid; by default the one the checkpoint was trained at", minimum=0
+    )
+    seed: int = option(0, "every image's seed follows from this and its index", minimum=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = option("float32", "precision of the networks", choices=tuple(DTYPES))
+
+    def check_generation(self) -> None:
+        """Refuse what can't work, before anything is loaded. Raises OptionError."""
+        if self.num_images is not None and self.images_per_prompt is not None:
+            raise OptionError("--images_per_prompt: can not be combined with --num_images; give one of them")
+        if self.prompts_file is not None and not Path(self.prompts_file).is_file():
+            raise OptionError(f"--prompts_file: {self.prompts_file!r} is not a file")
+        if self.resolution is not None and self.resolution % 8:
+            raise OptionError(f"--resolution: {self.resolution} is not a multiple of 8")
+        check_model_path("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to evaluate: the base (neither path given), the base with a LoRA, or with a fully fine-tuned UNet."""
+
+    name: str
+    lora: Path | None = None
+    unet: Path | None = None
+
+    def t_n(self) -> int | None:
+        """The noise level it was trained at; None for clean, the base model, or unknown."""
+        from sdxl_ambient.pipeline import adapter_t_n
+
+        path = self.lora or self.unet
+        return adapter_t_n(path) if path else None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image to make."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"images/{self.index:06d}.png"
+
+
+# -- checks --------------------------------------------------------------------
+
+
+def check_device(device: str) -> None:
+    """Raises OptionError for a device that isn't there."""
+    try:
+        kind = torch.device(device).type if device != "auto" else "cpu"
+    except RuntimeError:
+        raise OptionError(f"--device: {device!r} is not a device; auto, cpu, cuda and cuda:N are") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device: {device!r} asked for, but this machine has no CUDA GPU that torch can use")
+
+
+def check_model_path(name: str, value: str | None) -> None:
+    """A path that looks local must be a pipeline's directory; anything else is taken for a Hub id. Raises
+    OptionError.
+    """
+    if value is None:
+        return
+    local = Path(value).exists() or value.startswith(("/", ".", "~")) or value.count("/") != 1
+    if local and not (Path(value) / "model_index.json").is_file():
+        raise OptionError(f"--{name}: {value!r} has no model_index.json; give a diffusers pipeline's directory or a Hub id")
+
+
+def check_checkpoint(option_name: str, path: Path) -> None:
+    """The weights must be there. Raises OptionError."""
+    if not path.exists():
+        raise OptionError(f"--{option_name}: {str(path)!r} does not exist")
+    if not weight_files(path, option_name):
+        wanted = "pytorch_lora_weights.safetensors" if option_name == "lora" else "a UNet's .safetensors files"
+        raise OptionError(f"--{option_name}: {str(path)!r} does not hold {wanted}")
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" → "cuda" where there is one, else "cpu"."""
+    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# -- prompts ---------------------------------------------------------------------
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a .jsonl file (``text``) or of any other, one per line; empty lines are skipped.
+
+    Raises:
+        StageError: no prompt in it, or a line that isn't an object with a ``text``.
+    """
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"--prompts_file: {str(path)!r} can't be read as text: {error}") from None
+    if path.suffix == ".jsonl":
+        lines = [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)]
+    if not lines:
+        raise StageError(f"--prompts_file: {str(path)!r} holds no prompt")
+    return lines
+
+
+def _prompt_of(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise StageError(f"--prompts_file: {str(path)!r}, prompt {number}: not a JSON object with a 'text'")
+    return text
+
+
+def captions_of(folder: str | Path, caption_column: str = "text") -> list[str]:
+    """The captions of a data set in the order of its images. Raises StageError if it has none."""
+    captions = [r.caption for r in list_images(folder, caption_column) if r.caption]
+    if not captions:
+        raise StageError(f"--train_data_dir: {str(folder)!r} has no captions to use as prompts; give --prompts_file")
+    return captions
+
+
+def plan(prompts: list[str], seed: int, num_images: int | None = None, images_per_prompt: int | None = None) -> list[Draw]:
+    """The images to draw. Fewer images than prompts: evenly spaced prompts; more: the prompts over and over."""
+    if num_images is not None and num_images < len(prompts):
+        chosen = [prompts[i * len(prompts) // num_images] for i in range(num_images)]
+    else:
+        total = num_images or len(prompts) * (images_per_prompt or 1)
+        chosen = [prompts[i % len(prompts)] for i in range(total)]
+    return [Draw(i, prompt, image_seed(seed, i)) for i, prompt in enumerate(chosen)]
+
+
+def image_seed(seed: int, index: int) -> int:
+    """63 bits from SHA-256 of (seed, index): images share no noise, and the same index has the same noise in every
+    model.
+    """
+    return int(hash_bytes(f"{seed}/{index}".encode())[:16], 16) >> 1
+
+
+# -- provenance ------------------------------------------------------------------
+
+
+def resolve_base(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The base model's local directory, downloaded from the Hub (or found in its cache) where it isn't one."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from diffusers import DiffusionPipeline
+
+    try:
+        folder = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StageError(f"--pretrained_model_name_or_path: {name_or_path!r} can't be fetched: {reason}") from None
+    return Path(folder)
+
+
+def weight_files(path: Path, kind: str) -> list[Path]:
+    """The files that decide what a checkpoint draws: of a LoRA, of a UNet (or a folder that holds ``unet/``), of a
+    base.
+    """
+    if path.is_file():
+        return [path] if path.suffix == ".safetensors" else []
+    if kind == "lora":
+        named = path / "pytorch_lora_weights.safetensors"
+        return [named] if named.is_file() else sorted(path.glob("*.safetensors"))
+    if kind == "unet":
+        path = path / "unet" if (path / "unet").is_dir() else path
+        weights = sorted(path.glob("*.safetensors"))
+        return [path / "config.json", *weights] if weights and (path / "config.json").is_file() else []
+    index = path / "model_index.json"
+    components = [name for name in read_json(index) if (path / name).is_dir()] if index.is_file() else ["."]
+    found = [p for name in components for p in (path / name).iterdir() if p.is_file() and not p.name.startswith(".")]
+    return sorted([*found, index] if index.is_file() else found)
+
+
+@functools.cache
+def hash_weights(path: Path, kind: str) -> str:
+    """SHA-256 over the names and contents of :func:`weight_files`."""
+    root = path.parent if path.is_file() else path
+    return hash_json({p.relative_to(root).as_posix(): hash_file(p) for p in weight_files(path, kind)})
+
+
+def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: str, t_n: int | None, draws: list[Draw]) -> dict:
+    """Everything that determines the images, for the manifest."""
+    vae = options.pretrained_vae_model_name_or_path
+    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    return {
+        "base_weights": hash_weights(base, "base"),
+        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
+        "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
+        "lora_scale": options.lora_scale if checkpoint.lora else None,
+        "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
+        "sampler": sampler,
+        "t_n": t_n if sampler != "full" else None,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "resolution": options.resolution,
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "device": torch.device(resolve_device(options.device)).type,
+        "num_images": len(draws),
+        "prompts": hash_json([d.prompt for d in draws]),
+    }
+
+
+# -- drawing ---------------------------------------------------------------------
+
+
+def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
+    """A function (prompts, generators, sampler, t_n) → images that loads the pipeline when it is first called."""
+    from sdxl_ambient.models import load_unet
+    from sdxl_ambient.pipeline import load_pipeline, sample
+
+    base = str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant))
+    dtype, device = DTYPES[options.dtype], resolve_device(options.device)
+
+    @functools.cache
+    def pipe():
+        return load_pipeline(
+            base,
+            lora=checkpoint.lora,
+            lora_scale=options.lora_scale,
+            unet=checkpoint.unet,
+            vae=options.pretrained_vae_model_name_or_path,
+            dtype=dtype,
+            device=device,
+            variant=options.variant,
+        )
+
+    @functools.cache
+    def base_unet():
+        return load_unet(base, dtype=dtype, variant=options.variant).to(device)
+
+    def draw(prompts, generators, sampler, t_n):
+        return sample(
+            pipe(),
+            prompts,
+            sampler=sampler,
+            t_n=t_n,
+            base_unet=base_unet() if sampler == "hybrid" and checkpoint.unet else None,
+            generators=generators,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            height=options.resolution,
+            width=options.resolution,
+        )
+
+    return draw
+
+
+def generate_images(
+    folder: str | Path,
+    settings: dict,
+    draws: list[Draw],
+    draw: Callable[[list[str], list[torch.Generator]], list[Image.Image]],
+    batch_size: int,
+    about: dict | None = None,
+) -> int:
+    """Draw what is missing in ``folder`` and return how many images that was.
+
+    Writes ``images/000000.png`` …, each whole or not at all, ``manifest.json`` first and ``metadata.jsonl`` last, so
+    that the folder is an imagefolder once it is complete. ``draw`` isn't called when nothing is missing.
+
+    Args:
+        settings: what determines the images. A folder made with other settings is refused.
+        about: kept in the manifest, not compared.
+
+    Raises:
+        StageError: the folder holds images of other settings; the message names the differences.
+    """
+    folder = Path(folder)
+    _claim(folder, settings, about or {})
+    (folder / "images").mkdir(exist_ok=True)
+    # Whole batches, also when only one image of a batch is missing: a resumed run repeats the uninterrupted run's
+    # arithmetic.
+    batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
+    missing = [b for b in batches if not all((folder / d.file).is_file() for d in b)]
+    done, total = 0, sum(map(len, missing))
+    with tqdm(total=total, unit="image", desc=f"draw {'/'.join(folder.parts[-2:])}", disable=not missing) as bar:
+        for batch in missing:
+            images = draw([d.prompt for d in batch], [torch.Generator("cpu").manual_seed(d.seed) for d in batch])
+            for one, image in zip(batch, images, strict=True):
+                with atomic(folder / one.file) as temporary:
+                    image.save(temporary)
+            done += len(batch)
+            bar.update(len(batch))
+            if all(np.ptp(np.asarray(image)) == 0 for image in images):
+                bar.write(f"{folder}: images {batch[0].index} to {batch[-1].index} are uniform; float16 needs another VAE")
+    rows = [json.dumps({"file_name": d.file, "text": d.prompt, "index": d.index, "seed": d.seed}) for d in draws]
+    with atomic(folder / "metadata.jsonl") as temporary:
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return done
+
+
+def _claim(folder: Path, settings: dict, about: dict) -> None:
+    """Make the folder ours, or make sure that it already is."""
+    path = folder / MANIFEST
+    if path.is_file():
+        changed = differences(read_json(path).get("settings", {}), settings)
+        if changed:
+            raise StageError(
+                f"{folder} holds images of other settings ({'; '.join(changed)}); "
+                "give another --output_dir, or delete that folder"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
+    write_json(path, {"settings": settings, "about": about, "environment": environment()})
+
+
+def generate(
+    options: GenerationOptions, checkpoint: Checkpoint, samplers: dict[str, int | None], draws: list[Draw], root: Path
+) -> dict[str, Path]:
+    """Draw one checkpoint with each sampler (name → its t_n) into ``root/<sampler>``; the model is loaded once, if
+    at all.
+    """
+    draw = open_checkpoint(options, checkpoint)
+    folders = {}
+    for sampler, t_n in samplers.items():
+        settings = describe(options, checkpoint, sampler, t_n, draws)
+        about = {
+            "name": checkpoint.name,
+            "base": options.pretrained_model_name_or_path,
+            "lora": str(checkpoint.lora) if checkpoint.lora else None,
+            "unet": str(checkpoint.unet) if checkpoint.unet else None,
+        }
+        one = functools.partial(draw, sampler=sampler, t_n=t_n)
+        folders[sampler] = root / sampler
+        generate_images(folders[sampler], settings, draws, one, options.batch_size, about)
+    return folders
+
+
+def sampler_levels(checkpoint: Checkpoint, samplers: list[str], sampler_t_n: int | None) -> dict[str, int | None]:
+    """Each sampler's t_n. Raises OptionError where one is needed and neither given nor recorded."""
+    level = sampler_t_n if sampler_t_n is not None else checkpoint.t_n()
+    for sampler in samplers:
+        if sampler != "full" and level is None:
+            raise OptionError(
+                f"--sampler_t_n: needed for the sampler {sampler!r}, since {checkpoint.name!r} records no noise level"
+            )
+    return {s: level if s != "full" else None for s in samplers}
+
+
+# -- command line ------------------------------------------------------------------
+
+
+@dataclass
+class Options(GenerationOptions):
+    lora: str | None = option(None, "LoRA: directory or .safetensors file", metavar="PATH")
+    unet: str | None = option(None, "fully fine-tuned UNet: directory", metavar="DIR")
+    sampler: str = option("full", "how to sample", choices=SAMPLERS)
+    train_data_dir: str | None = option(None, "prompts are this data set's captions", metavar="DIR")
+    caption_column: str = option("text", "key of the caption in metadata.jsonl")
+    output_dir: str | None = option(None, "folder to write to", metavar="DIR")
+
+    def validate(self) -> None:
+        for name in ("pretrained_model_name_or_path", "output_dir"):
+            if getattr(self, name) is None:
+                raise OptionError(f"--{name}: required")
+        if (self.prompts_file is None) == (self.train_data_dir is None):
+            raise OptionError("--prompts_file: give this or --train_data_dir, whose captions are then the prompts")
+        if self.lora and self.unet:
+            raise OptionError("--unet: can not be combined with --lora")
+        self.check_generation()
+        for name in ("lora", "unet"):
+            if getattr(self, name):
+                check_checkpoint(name, Path(getattr(self, name)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(Options, argv, prog="eval.generate", description=__doc__)
+    try:
+        checkpoint = Checkpoint(
+            Path(options.output_dir).name,
+            Path(options.lora) if options.lora else None,
+            Path(options.unet) if options.unet else None,
+        )
+        t_n = sampler_levels(checkpoint, [options.sampler], options.sampler_t_n)[options.sampler]
+        prompts = (
+            read_prompts(options.prompts_file)
+            if options.prompts_file
+            else captions_of(options.train_data_dir, options.caption_column)
+        )
+        draws = plan(prompts, options.seed, options.num_images, options.images_per_prompt)
+        draw = functools.partial(open_checkpoint(options, checkpoint), sampler=options.sampler, t_n=t_n)
+        settings = describe(options, checkpoint, options.sampler, t_n, draws)
+        done = generate_images(options.output_dir, settings, draws, draw, options.batch_size)
+    except (OptionError, StageError, ImagesMissing, OSError) as error:
+        print(f"eval.generate: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(draws)} images in {options.output_dir}, {done} of them drawn now")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Folders of images as the stages see them: which files count, by content, and which were left out and why."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from sdxl_ambient.images import ImageError, Record, list_images, load_rgb
+from sdxl_ambient.manifest import hash_file
+
+
+class StageError(ValueError):
+    """A stage can't go on because of what it was given. The message is one line: what, its value, what to do."""
+
+
+@dataclass
+class ImageSet:
+    """Images of one folder in the order of their paths, with the SHA-256 of each file, and what was left out."""
+
+    folder: Path
+    records: list[Record]
+    hashes: list[str]
+    excluded: list[dict] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        """The image's path relative to the folder, with forward slashes."""
+        return self.records[index].path.relative_to(self.folder).as_posix()
+
+    def subset(self, indices, excluded: list[dict] = ()) -> ImageSet:
+        """The images at ``indices``; ``excluded`` is added to what was left out before."""
+        picked = [(self.records[i], self.hashes[i]) for i in indices]
+        return ImageSet(self.folder, [r for r, _ in picked], [h for _, h in picked], [*self.excluded, *excluded])
+
+
+def read_folder(folder: str | Path, caption_column: str = "text") -> ImageSet:
+    """List a folder (images below it, captions from metadata.jsonl or .txt files) and hash every file.
+
+    Raises:
+        sdxl_ambient.images.ImagesMissing: no such folder, nothing in it, or damaged metadata.
+    """
+    folder = Path(folder)
+    images = ImageSet(folder, [], [])
+    for record in list_images(folder, caption_column):
+        try:
+            digest = hash_file(record.path)
+        except OSError as error:
+            name = record.path.relative_to(folder).as_posix()
+            images.excluded.append({"file": name, "reason": f"unreadable: {error.strerror}"})
+            continue
+        images.records.append(record)
+        images.hashes.append(digest)
+    return images
+
+
+def drop_duplicates(images: ImageSet, others: ImageSet | None = None) -> ImageSet:
+    """Leave out files whose content came before in the set, or stands in ``others``.
+
+    A repeated training image counts twice among the nearest neighbours, and a held-out image that is also a training
+    image would put its similarity of 1 into the null distribution.
+    """
+    known = {h: f"same file as {others.name(i)} of {others.folder}" for i, h in enumerate(others.hashes)} if others else {}
+    kept, excluded = [], []
+    for index, digest in enumerate(images.hashes):
+        if digest in known:
+            excluded.append({"file": images.name(index), "reason": known[digest]})
+        else:
+            known[digest] = f"same file as {images.name(index)}"
+            kept.append(index)
+    return images.subset(kept, excluded)
+
+
+def data_uri(path: str | Path, size: int = 144) -> str | None:
+    """An image as a ``data:`` address, at most ``size`` pixels on a side and never enlarged; None if it can't be
+    opened.
+    """
+    try:
+        image = load_rgb(path)
+    except ImageError:
+        return None
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    png = buffer.getvalue()
+    if len(png) > 12_000:  # photographs: the page stays small as JPEG
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=88)
+        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,215 @@
+"""Save, rotate, find and resume training states; export what users load. Every file is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save_file
+
+from sdxl_ambient.manifest import atomic, read_json, write_json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+INFO_FILE = "training.json"
+INFO_KEY = "sdxl_ambient"  # the same information inside an adapter's own file, under this metadata key
+STATE_FILE = "checkpoint.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another run. The message is one line."""
+
+
+# -- export ----------------------------------------------------------------------
+
+
+def lora_state(unet) -> dict[str, torch.Tensor]:
+    """The trained LoRA under peft's own names (``….lora_A.weight``), on the CPU.
+
+    Not ``convert_state_dict_to_diffusers``: it renames attention layers only, and the stock loader, which tells the layout from
+    the first name, then drops all attention weights of a LoRA that has convolutions too.
+    """
+    state = get_peft_model_state_dict(unet, adapter_name="default")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_lora(unet, folder: str | Path, info: dict) -> Path:
+    """Write ``pytorch_lora_weights.safetensors`` and ``training.json``; a stock pipeline's ``load_lora_weights`` reads it.
+
+    peft's configuration goes along: without it a loader takes alpha for the rank. ``info`` (t_n, objective, …) is stored in
+    both files. ``unet`` is the model itself, out of any distributed wrapper.
+    """
+    path = Path(folder) / LORA_FILE
+    metadata = unet.peft_config["default"].to_dict()
+    # Sets have no order and do not go into JSON.
+    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+    with atomic(path) as temporary:
+        StableDiffusionXLPipeline.save_lora_weights(
+            str(temporary.parent),
+            unet_lora_layers=lora_state(unet),
+            unet_lora_adapter_metadata=metadata,
+            weight_name=temporary.name,
+        )
+        with safe_open(str(temporary), "pt") as file:
+            own = {**(file.metadata() or {}), INFO_KEY: json.dumps(info, sort_keys=True)}
+        # From bytes: load_file maps the file, and writing to a mapped file pulls the tensors from under one's feet.
+        save_file(load(temporary.read_bytes()), str(temporary), metadata=own)
+    write_json(Path(folder) / INFO_FILE, info)
+    return path
+
+
+def load_lora_state(unet, path: str | Path) -> None:
+    """Put a saved LoRA's weights into the adapter that ``unet`` already has (a resume adds no second one).
+
+    Raises:
+        CheckpointError: unreadable, or of another rank or other targets.
+    """
+    try:
+        state = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
+    state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+    have, want = set(state), set(lora_state(unet))
+    if have != want:
+        raise CheckpointError(f"{path} holds another LoRA: {len(want - have)} weights missing, {len(have - want)} unknown")
+    try:
+        set_peft_model_state_dict(unet, state, adapter_name="default")
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds a LoRA of another shape: {' '.join(str(error).split())[:200]}") from None
+
+
+def save_unet(unet, folder: str | Path, info: dict) -> Path:
+    """Write a fully fine-tuned UNet to ``folder/unet``, loadable with ``UNet2DConditionModel.from_pretrained``."""
+    final, temporary = Path(folder) / "unet", Path(folder) / ".unet.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    unet.save_pretrained(str(temporary), safe_serialization=True)
+    replace_folder(temporary, final)
+    write_json(Path(folder) / INFO_FILE, info)
+    return final
+
+
+def read_training_info(path: str | Path) -> dict:
+    """What training recorded about an adapter (folder or file) or a UNet folder; {} where nothing is recorded."""
+    path = Path(path)
+    for folder in (path, path.parent) if path.is_dir() else ():
+        if (folder / INFO_FILE).is_file():
+            return read_json(folder / INFO_FILE)
+    file = path / LORA_FILE if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
+        return {}
+    try:
+        with safe_open(str(file), "pt") as opened:
+            return json.loads((opened.metadata() or {}).get(INFO_KEY, "{}"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from None
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place; the one it replaces is gone only once the new one is there."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -- training states ----------------------------------------------------------------------
+
+
+def register_lora_hooks(accelerator, unet) -> None:
+    """Make ``accelerator.save_state`` store the LoRA alone, instead of the whole UNet, and ``load_state`` read it back."""
+
+    def save(models, weights, folder):
+        while weights:
+            weights.pop()
+        if accelerator.is_main_process:
+            save_file({f"unet.{k}": v for k, v in lora_state(unet).items()}, str(Path(folder) / LORA_FILE))
+
+    def load(models, folder):
+        while models:
+            models.pop()
+        load_lora_state(unet, Path(folder) / LORA_FILE)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator, output_dir: str | Path, step: int, progress: dict, limit: int | None = None) -> Path:
+    """Write ``checkpoint-<step>`` with everything a resume needs, then remove the oldest beyond ``limit``.
+
+    All processes call it. Model, optimizer, scheduler and random states go through ``accelerator.save_state`` into a
+    temporary folder; its list of files and sizes is written last and the folder renamed, so that a checkpoint that was cut
+    short is never taken for whole, and nothing older is removed before it stands.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    temporary = Path(output_dir) / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
+        write_json(temporary / STATE_FILE, {"step": step, "progress": progress, "files": dict(sorted(files.items()))})
+        replace_folder(temporary, final)
+        for old in checkpoints(output_dir)[: -limit or None] if limit else []:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """All ``checkpoint-<step>`` folders, the earliest step first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-", 1)[1]))
+
+
+def check_checkpoint(folder: str | Path) -> dict:
+    """The state record of a whole checkpoint: ``step``, ``progress``, ``files``.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a file is missing or of another size than was written.
+    """
+    folder = Path(folder)
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {STATE_FILE}")
+    try:
+        state = read_json(folder / STATE_FILE)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} bytes, {size} were written")
+    return state
+
+
+def find_checkpoint(output_dir: str | Path, resume_from: str, warn=print) -> Path | None:
+    """``latest`` → the last whole checkpoint (damaged ones are reported and passed over) or None; else the one named.
+
+    Raises:
+        CheckpointError: a checkpoint given by name that is missing or damaged, or ``latest`` with only damaged ones.
+    """
+    if resume_from != "latest":
+        path = Path(resume_from) if Path(resume_from).is_dir() else Path(output_dir) / resume_from
+        check_checkpoint(path)
+        return path
+    problems = []
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            check_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            problems.append(str(error))
+            warn(f"passed over: {error}")
+    if problems:
+        raise CheckpointError(f"no whole checkpoint in {output_dir}: {problems[0]}")
+    return None

@@ -1,0 +1,147 @@
+"""Provenance: hashes of inputs, versions of the software, and JSON that is written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
+
+
+def hash_bytes(data: bytes) -> str:
+    """SHA-256 of a byte string, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_json(value) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return hash_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def hash_tensors(state_dict: dict) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, whatever device, file layout or order they came in."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic(path: str | Path):
+    """Give a temporary name beside ``path``; rename it to ``path`` on success, remove it on failure.
+
+    A reader sees the old file or the whole new one, also after a crash or a full disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unique per writer, since several processes may write the same file; the suffix is kept for savers that look at it.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write standard JSON (NaN and infinity are refused with a ValueError), whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    """Read a JSON file. A damaged one is a ValueError that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def differences(stored: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """Name every leaf in which two manifests differ, as ``key: stored value, wanted value``."""
+    found = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: stored {old!r}, wanted {new!r}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with ``+`` when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    run = dict(cwd=here, capture_output=True, text=True, timeout=10)
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **run)
+        if head.returncode:
+            return None
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty else "")
+
+
+def processor() -> str:
+    """The processor's model name, or the GPU's where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict:
+    """What a result was made with: versions, processor, threads, commit."""
+    import torch
+
+    from sdxl_ambient import __version__
+
+    return {
+        "sdxl_ambient": __version__,
+        "versions": versions(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+    }

@@ -1,0 +1,226 @@
+"""Load the parts of an SDXL model, make them trainable, and wrap the UNet as the function that the objective calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_ambient.noise import NoiseSchedule
+
+# Module-name endings that a LoRA attaches to. Anything else given as a target is taken for such endings itself.
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_LINEAR = [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj"]
+LORA_TARGETS = {
+    "attention": _ATTENTION,
+    "linear": _LINEAR,
+    "all": [*_LINEAR, "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"],
+}
+_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError)
+
+
+class ModelError(ValueError):
+    """A model that is missing, damaged, or not SDXL. The message is one line that names it and says what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_sdxl(name_or_path: str, revision: str | None = None) -> dict:
+    """Read the configurations only, and make sure that they are SDXL's. Returns the pipeline's ``model_index`` mapping.
+
+    Raises:
+        ModelError: no such model, or another architecture (SD 1.5, SDXL refiner, SD3, …).
+    """
+    try:
+        index = dict(DiffusionPipeline.load_config(str(name_or_path), revision=revision))
+        unet = UNet2DConditionModel.load_config(str(name_or_path), subfolder="unet", revision=revision)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{str(name_or_path)!r} is not a diffusers pipeline that can be read: {one_line(error)}") from None
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES or unet.get("addition_embed_type") != "text_time":
+        raise ModelError(f"{str(name_or_path)!r} holds a {kind}, not an SDXL model ({_PIPELINES[0]})")
+    if index.get("text_encoder", [None])[0] is None:
+        raise ModelError(f"{str(name_or_path)!r} has one text encoder only: the SDXL refiner can't be fine-tuned here")
+    return index
+
+
+def load_part(kind, name_or_path, what: str, **keywords):
+    """``kind.from_pretrained`` with every failure turned into a one-line ModelError."""
+    try:
+        return kind.from_pretrained(str(name_or_path), **{k: v for k, v in keywords.items() if v is not None})
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the {what} of {str(name_or_path)!r} can't be loaded: {one_line(error)}") from None
+
+
+def load_schedule(name_or_path: str, revision: str | None = None) -> NoiseSchedule:
+    """The noise schedule of the base model's own scheduler."""
+    scheduler = load_part(DDPMScheduler, name_or_path, "scheduler", subfolder="scheduler", revision=revision)
+    return NoiseSchedule.from_scheduler(scheduler)
+
+
+def load_unet(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> UNet2DConditionModel:
+    """The UNet from a pipeline (its ``unet`` folder) or from a folder that is a UNet itself."""
+    bare = Path(name_or_path).is_dir() and not (Path(name_or_path) / "unet").is_dir()
+    return load_part(
+        UNet2DConditionModel,
+        name_or_path,
+        "UNet",
+        subfolder=None if bare else "unet",
+        revision=revision,
+        variant=variant,
+        torch_dtype=dtype,
+        use_safetensors=True,
+    )
+
+
+@dataclass
+class Encoders:
+    """What turns pictures and captions into what the UNet sees. Needed once, before training."""
+
+    vae: AutoencoderKL
+    tokenizers: tuple
+    text_encoders: tuple
+
+    def to(self, device) -> Encoders:
+        for module in (self.vae, *self.text_encoders):
+            module.to(device)
+        return self
+
+
+def load_encoders(
+    name_or_path: str,
+    *,
+    vae: str | None = None,
+    text_dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Encoders:
+    """VAE, both tokenizers and both text encoders, frozen, in evaluation mode.
+
+    The VAE is always in float32: SDXL's own overflows in float16, and it runs once per picture.
+    """
+    where = dict(revision=revision)
+    weights = dict(revision=revision, variant=variant, use_safetensors=True)
+    if vae is None:
+        autoencoder = load_part(AutoencoderKL, name_or_path, "VAE", subfolder="vae", torch_dtype=torch.float32, **weights)
+    else:
+        sub = "vae" if (Path(vae) / "vae").is_dir() else None
+        autoencoder = load_part(AutoencoderKL, vae, "VAE", subfolder=sub, torch_dtype=torch.float32, use_safetensors=True)
+    encoders = Encoders(
+        vae=autoencoder,
+        tokenizers=tuple(
+            load_part(AutoTokenizer, name_or_path, part, subfolder=part, **where) for part in ("tokenizer", "tokenizer_2")
+        ),
+        text_encoders=(
+            load_part(CLIPTextModel, name_or_path, "text encoder", subfolder="text_encoder", dtype=text_dtype, **weights),
+            load_part(
+                CLIPTextModelWithProjection,
+                name_or_path,
+                "second text encoder",
+                subfolder="text_encoder_2",
+                dtype=text_dtype,
+                **weights,
+            ),
+        ),
+    )
+    for module in (encoders.vae, *encoders.text_encoders):
+        module.requires_grad_(False).eval()
+    return encoders
+
+
+# -- training ----------------------------------------------------------------------
+
+
+def lora_targets(targets: list[str]) -> list[str]:
+    """Preset names (``attention``, ``linear``, ``all``) or module-name endings → module-name endings."""
+    return list(dict.fromkeys(name for target in targets for name in LORA_TARGETS.get(target, [target])))
+
+
+def add_lora(
+    unet: UNet2DConditionModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
+    dropout: float = 0.0,
+    use_dora: bool = False,
+) -> None:
+    """Freeze ``unet`` and attach one trainable float32 LoRA, named "default" as the diffusers examples do.
+
+    Raises:
+        ModelError: a target that no module of this UNet matches.
+    """
+    endings = lora_targets(targets)
+    names = [name for name, _ in unet.named_modules()]
+    unmatched = [e for e in endings if not any(n == e or n.endswith("." + e) for n in names)]
+    # A preset lists what some SDXL-like UNet has; names that the user spelled out must be there.
+    spelled_out = [e for e in unmatched if e in targets]
+    if spelled_out or len(unmatched) == len(endings):
+        raise ModelError(f"--lora_targets: no module of this UNet is named {', '.join(spelled_out or endings)}")
+    unet.requires_grad_(False)
+    unet.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=[e for e in endings if e not in unmatched],
+            lora_dropout=dropout,
+            use_dora=use_dora,
+            init_lora_weights="gaussian",
+        )
+    )
+    trainable_to_float32(unet)
+
+
+def trainable_to_float32(module: torch.nn.Module) -> None:
+    """Weights that the optimizer changes are kept in float32: half precision loses small updates, and can't be unscaled."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@dataclass
+class Conditioning:
+    """What the UNet is told beside x_t and t. ``prompt_embeds`` (batch, tokens, width), ``pooled`` (batch, width),
+    ``time_ids`` (batch, 6): original height and width, crop top and left, target height and width, in pixels."""
+
+    prompt_embeds: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+
+    def to(self, device, dtype: torch.dtype) -> Conditioning:
+        """Embeddings in ``dtype``; the sizes stay float32, since bfloat16 rounds whole numbers above 256."""
+        return Conditioning(
+            self.prompt_embeds.to(device, dtype), self.pooled.to(device, dtype), self.time_ids.to(device, torch.float32)
+        )
+
+
+class Denoiser:
+    """The UNet as ``denoise(x_t, t)``, so that the objective never sees diffusers."""
+
+    def __init__(self, unet, conditioning: Conditioning, dtype: torch.dtype = torch.float32):
+        self.unet, self.dtype = unet, dtype
+        self.conditioning = conditioning
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t (batch, 4, h, w), t (batch,) → the network's raw output, like x_t."""
+        return self.unet(
+            x_t.to(self.dtype),
+            t,
+            encoder_hidden_states=self.conditioning.prompt_embeds,
+            added_cond_kwargs={"text_embeds": self.conditioning.pooled, "time_ids": self.conditioning.time_ids},
+            return_dict=False,
+        )[0]

@@ -1,0 +1,199 @@
+"""Sampling from a stock ``StableDiffusionXLPipeline``: all the way, stopped at the data's level, or handed to the base.
+
+``full``        the pipeline as it is.
+``early_stop``  down to exactly t_n, then one x̂_0: the levels below, where an ambient model had no data, are not used.
+``hybrid``      the fine-tuned weights for t > t_n and the base model's at and below, which then stay exactly the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+from sdxl_ambient.checkpoint import read_training_info
+from sdxl_ambient.models import LOADING_ERRORS, ModelError, check_sdxl, load_part, load_unet, one_line
+
+SAMPLERS = ("full", "early_stop", "hybrid")
+
+
+def load_pipeline(
+    pretrained_model_name_or_path: str,
+    *,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    unet: str | Path | None = None,
+    vae: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> StableDiffusionXLPipeline:
+    """A stock SDXL pipeline from a local directory or the Hub, with a LoRA or a fully fine-tuned UNet put in.
+
+    Args:
+        lora: a directory that holds ``pytorch_lora_weights.safetensors``, or a .safetensors file.
+        unet: a ``unet`` directory, or a directory that holds one.
+        vae: another VAE; the stock one overflows in float16.
+
+    Raises:
+        ModelError: not an SDXL model, or files that are missing or damaged.
+        ValueError: both ``lora`` and ``unet``.
+    """
+    if lora is not None and unet is not None:
+        raise ValueError("give a LoRA or a fully fine-tuned UNet, not both")
+    check_sdxl(pretrained_model_name_or_path, revision)
+    parts = {}
+    if unet is not None:
+        parts["unet"] = load_unet(unet, dtype=dtype)
+    if vae is not None:
+        parts["vae"] = load_part(AutoencoderKL, vae, "VAE", torch_dtype=dtype, use_safetensors=True)
+    pipe = load_part(
+        StableDiffusionXLPipeline,
+        pretrained_model_name_or_path,
+        "pipeline",
+        torch_dtype=dtype,
+        revision=revision,
+        variant=variant,
+        use_safetensors=True,
+        add_watermarker=False,
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        load_lora(pipe, lora, lora_scale)
+    return pipe.to(device)
+
+
+def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 1.0) -> None:
+    """``pipe.load_lora_weights`` from a local directory or file, safetensors only."""
+    path = Path(lora)
+    folder, name = (path.parent, path.name) if path.suffix == ".safetensors" else (path, None)
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="adapter", use_safetensors=True)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the LoRA {str(lora)!r} can't be loaded: {one_line(error)}") from None
+    if scale != 1.0:
+        pipe.set_adapters(["adapter"], [scale])
+
+
+def adapter_t_n(path: str | Path) -> int | None:
+    """The noise level t_n (timestep) that an adapter or UNet was trained at; None for clean data or an unknown history."""
+    return read_training_info(path).get("t_n")
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusionXLPipeline,
+    prompts: Sequence[str],
+    *,
+    sampler: str = "full",
+    t_n: int | None = None,
+    base_unet: torch.nn.Module | None = None,
+    generators: Sequence[torch.Generator],
+    num_inference_steps: int = 25,
+    guidance_scale: float = 5.0,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompts: Sequence[str] | None = None,
+    output_type: str = "pil",
+):
+    """Draw one image per prompt, each from its own generator, so that a batch's size doesn't change any image.
+
+    Args:
+        t_n: the timestep at which ``early_stop`` stops and ``hybrid`` hands over.
+        base_unet: for ``hybrid`` with a fully fine-tuned UNet, the base model's; a LoRA is switched off instead.
+        height, width: pixels; by default the model's own size.
+        output_type: "pil" for a list of images, "latent" for a tensor (batch, 4, h, w), as in diffusers.
+
+    Raises:
+        ValueError: an unknown sampler, a missing or impossible t_n, or nothing to hand over to.
+    """
+    if len(generators) != len(prompts):
+        raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts")
+    arguments = dict(
+        prompt=list(prompts),
+        negative_prompt=list(negative_prompts) if negative_prompts else None,
+        generator=list(generators),
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        output_type=output_type,
+    )
+    if sampler == "full":
+        return pipe(**arguments, num_inference_steps=num_inference_steps).images
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    if t_n is None:
+        raise ValueError(f"sampler {sampler!r} needs the noise level t_n; clean-trained weights record none")
+    run = _early_stop if sampler == "early_stop" else _hybrid
+    own_scheduler = pipe.scheduler
+    pipe.scheduler = euler_like(own_scheduler)
+    try:
+        grid = timestep_grid(pipe.scheduler, num_inference_steps)
+        return run(pipe, arguments, grid, t_n, base_unet)
+    finally:
+        pipe.scheduler = own_scheduler
+
+
+def euler_like(scheduler) -> EulerDiscreteScheduler:
+    """The Euler sampler of the same noise schedule, for lists of timesteps.
+
+    Its last step, to σ = 0, is exactly x̂_0, which is what ``early_stop`` ends with; other samplers do not all take a list
+    of timesteps, nor end so.
+    """
+    return EulerDiscreteScheduler.from_config(
+        scheduler.config,
+        use_karras_sigmas=False,
+        use_exponential_sigmas=False,
+        use_beta_sigmas=False,
+        interpolation_type="linear",
+        timestep_type="discrete",
+        final_sigmas_type="zero",
+    )
+
+
+def timestep_grid(scheduler: EulerDiscreteScheduler, num_inference_steps: int) -> list[int]:
+    """The timesteps that the scheduler would take in so many steps, high to low."""
+    scheduler.set_timesteps(num_inference_steps)
+    return [int(round(float(t))) for t in scheduler.timesteps]
+
+
+def _check_level(t_n: int, grid: Sequence[int], num_train_timesteps: int) -> None:
+    if not 0 <= t_n < num_train_timesteps:
+        raise ValueError(f"t_n: {t_n} is not a timestep of this model, 0 to {num_train_timesteps - 1}")
+    if t_n >= grid[0]:
+        raise ValueError(f"t_n: {t_n} is not below the sampler's first timestep, {grid[0]}; nothing would be drawn above it")
+
+
+def _early_stop(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
+    _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
+    return pipe(**arguments, timesteps=[t for t in grid if t > t_n] + [t_n]).images
+
+
+def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
+    _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
+    adapted = bool(getattr(pipe.unet, "peft_config", None))
+    if base_unet is None and not adapted:
+        raise ValueError("sampler 'hybrid' needs a LoRA to switch off, or the base model's UNet to hand over to")
+    # t_n itself becomes a step, so that the fine-tuned weights act on (t_n, T) and nowhere else.
+    timesteps = sorted({*grid, t_n}, reverse=True)
+    last_above = max(i for i, t in enumerate(timesteps) if t > t_n)
+    tuned = pipe.unet
+
+    def hand_over(pipe, step: int, timestep, tensors: dict) -> dict:
+        if step == last_above:
+            if base_unet is not None:
+                pipe.unet = base_unet
+            else:
+                pipe.unet.disable_adapters()
+        return tensors
+
+    try:
+        return pipe(**arguments, timesteps=timesteps, callback_on_step_end=hand_over).images
+    finally:
+        pipe.unet = tuned
+        if base_unet is None:
+            pipe.unet.enable_adapters()

@@ -1,0 +1,78 @@
+"""Shared by all tests: the shipped miniature SDXL, a few of its pictures, and a machine without a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_ambient.models import load_encoders, load_schedule, load_unet
+
+REPOSITORY = Path(__file__).parents[1]
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def miniature() -> Path:
+    """The miniature SDXL pipeline, in diffusers format."""
+    return REPOSITORY / "miniature" / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def encoders(miniature):
+    """VAE, tokenizers and text encoders of the miniature. Not to be changed."""
+    return load_encoders(str(miniature))
+
+
+@pytest.fixture(scope="session")
+def schedule(miniature):
+    """SDXL's own noise schedule."""
+    return load_schedule(str(miniature))
+
+
+@pytest.fixture(scope="session")
+def unet(miniature):
+    """The miniature's UNet. Not to be changed: copy it with ``copy.deepcopy``."""
+    return load_unet(miniature).eval().requires_grad_(False)
+
+
+def copy_emoji(folder: Path, count: int, split: str = "finetune") -> Path:
+    """Copy the first emoji of a split, with their captions, into a new folder."""
+    source = REPOSITORY / "miniature" / "data" / split
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()][:count]
+    for row in rows:
+        shutil.copy(source / row["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def emoji(tmp_path) -> Path:
+    """An imagefolder of six 64×64 RGBA emoji."""
+    return copy_emoji(tmp_path / "emoji", 6)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """Three real rectangular photographs in one folder, the tallest only through its EXIF orientation, with captions."""
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    folder = tmp_path_factory.mktemp("photographs")
+    Image.fromarray(data.coffee()).save(folder / "coffee.png")  # 400 × 600
+    Image.fromarray(load_sample_image("china.jpg")).save(folder / "china.jpg", quality=95)  # 427 × 640
+    turned = Image.fromarray(load_sample_image("flower.jpg"))  # 427 × 640 in the file, 640 × 427 as seen
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "flower.jpg", exif=exif, quality=95)
+    for name in ("coffee", "china", "flower"):
+        (folder / f"{name}.txt").write_text(f"a photograph, {name}\n")
+    return folder

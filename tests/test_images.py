@@ -1,0 +1,174 @@
+"""Pictures of every kind as a person sees them, and a reason for each one that can't be used."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from sdxl_ambient.images import ImageError, ImagesMissing, list_images, load_rgb
+
+COFFEE = data.coffee()[:200, :300]  # 200 high, 300 wide
+
+
+def test_plain_pictures_keep_their_pixels(tmp_path):
+    Image.fromarray(COFFEE).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "a.png")), COFFEE)
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_exif_orientation_is_applied(tmp_path, orientation, turn):
+    image = Image.fromarray(COFFEE)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "a.png")), np.rot90(COFFEE, turn))
+
+
+def test_transparency_lies_on_white(tmp_path):
+    alpha = np.zeros((200, 300, 1), np.uint8)
+    alpha[:100], alpha[150:] = 255, 128
+    Image.fromarray(np.concatenate([COFFEE, alpha], 2)).save(tmp_path / "rgba.png")
+    got = np.asarray(load_rgb(tmp_path / "rgba.png")).astype(int)
+    np.testing.assert_array_equal(got[:100], COFFEE[:100])
+    assert (got[100:150] == 255).all()
+    half = COFFEE[150:] * (128 / 255) + 255 * (127 / 255)
+    assert np.abs(got[150:] - half).max() <= 1
+
+
+def test_grey_with_alpha_and_palette_with_transparency_lie_on_white(tmp_path):
+    grey = np.full((20, 20), 40, np.uint8)
+    alpha = np.where(np.arange(20)[:, None] < 10, 255, 0).astype(np.uint8) * np.ones((20, 20), np.uint8)
+    Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]).save(tmp_path / "la.png")
+    palette = Image.fromarray(np.where(alpha > 0, 1, 0).astype(np.uint8)).convert("P")
+    palette.putpalette([200, 0, 0, 40, 40, 40])
+    palette.save(tmp_path / "p.png", transparency=0)
+    for name in ("la.png", "p.png"):
+        got = np.asarray(load_rgb(tmp_path / name))
+        assert got.shape == (20, 20, 3) and (got[:10] == 40).all() and (got[10:] == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    got = np.asarray(load_rgb(tmp_path / "a.png"))
+    np.testing.assert_array_equal(got[..., 0], np.round(values / 257))
+    assert (got[..., 0] == got[..., 2]).all()
+
+
+def test_greyscale_one_bit_and_cmyk(tmp_path):
+    camera = data.camera()[:64, :64]
+    Image.fromarray(camera).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "grey.png")), np.stack([camera] * 3, 2))
+    Image.fromarray(camera > 127).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "bits.png"))[..., 1], (camera > 127) * 255)
+    Image.fromarray(COFFEE).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
+    got = np.asarray(load_rgb(tmp_path / "cmyk.jpg")).astype(int)
+    assert np.abs(got - COFFEE).mean() < 5
+
+
+def make(path, kind):
+    if kind == "text":
+        path.write_text("this is no picture")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "small":
+        Image.new("RGB", (1, 1)).save(path, "PNG")
+    elif kind == "narrow":
+        Image.new("RGB", (100, 7)).save(path, "PNG")
+    elif kind == "float":
+        Image.fromarray(np.ones((20, 20), np.float32)).save(path, "TIFF")
+    else:
+        Image.fromarray(COFFEE).save(path, kind)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("text", "not an image"),
+        ("empty", "not an image"),
+        ("small", "too small: 1x1 pixels, at least 8 on each side are needed"),
+        ("narrow", "too small: 100x7 pixels"),
+        ("float", "floating-point pixels"),
+        ("PNG", "unreadable: "),
+        ("JPEG", "unreadable: image file is truncated"),
+    ],
+)
+def test_unusable_pictures_have_a_reason(tmp_path, kind, reason):
+    make(tmp_path / "a.png", kind)
+    with pytest.raises(ImageError, match=reason) as error:
+        load_rgb(tmp_path / "a.png")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_has_a_reason(tmp_path):
+    with pytest.raises(ImageError, match="No such file"):
+        load_rgb(tmp_path / "a.png")
+
+
+def test_bombs_are_refused_before_they_are_decoded(tmp_path):
+    Image.new("1", (30000, 20000)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="more than|too large"):
+        load_rgb(tmp_path / "a.png")
+
+
+def test_captions_come_from_metadata_and_text_files(emoji):
+    (emoji / "sub").mkdir()
+    for path, name in zip(sorted(emoji.glob("*.png"))[:2], ("sub/one.png", "sub/.hidden.png"), strict=True):
+        (emoji / name).write_bytes(path.read_bytes())
+    (emoji / "sub" / "one.txt").write_text(" from a file\n")
+    (emoji / "notes.md").write_text("not a picture")
+    records = list_images(emoji)
+    assert len(records) == 7 and records == sorted(records, key=lambda r: r.path.relative_to(emoji).as_posix())
+    rows = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text().splitlines()]
+    captions = {r.path.name: r.caption for r in records}
+    assert captions == {**{row["file_name"]: row["text"] for row in rows}, "one.png": "from a file"}
+
+
+def test_pictures_without_a_caption_have_none(emoji):
+    (emoji / "metadata.jsonl").unlink()
+    assert [r.caption for r in list_images(emoji)] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{broken", "line 3: not a JSON object with a 'file_name'"),
+        (b'["a"]', "line 3: not a JSON object with a 'file_name'"),
+        (b"7", "line 3: not a JSON object with a 'file_name'"),
+        (b'{"text": "a"}', "line 3: not a JSON object with a 'file_name'"),
+        (b'{"file_name": 5, "text": "a"}', "line 3: not a JSON object with a 'file_name'"),
+        (b'{"file_name": "\xff.png"}', "line 3: not a JSON object with a 'file_name'"),
+        (b'{"file_name": "gone.png", "text": "a"}', "line 3: 'gone.png' is not in the folder"),
+        (b'{"file_name": "%s", "text": 5}', "line 3: 'text' is not a text: 5"),
+    ],
+)
+def test_broken_metadata_is_named_with_its_line(emoji, line, message):
+    lines = (emoji / "metadata.jsonl").read_bytes().splitlines()
+    name = json.loads(lines[2])["file_name"].encode()
+    lines[2] = line.replace(b"%s", name)
+    (emoji / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(ImagesMissing) as error:
+        list_images(emoji)
+    assert message in str(error.value) and "metadata.jsonl" in str(error.value)
+
+
+def test_line_separators_inside_a_caption_do_not_break_lines(emoji):
+    names = sorted(p.name for p in emoji.glob("*.png"))
+    rows = [json.dumps({"file_name": n, "text": "a\u2028b"}, ensure_ascii=False) for n in names]
+    (emoji / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert {r.caption for r in list_images(emoji)} == {"a\u2028b"}
+
+
+def test_a_wrong_caption_column_names_those_there_are(emoji):
+    with pytest.raises(ImagesMissing, match="has no column 'caption'; it has: file_name, text"):
+        list_images(emoji, "caption")
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(ImagesMissing, match="nowhere' is not a folder"):
+        list_images(tmp_path / "nowhere")
+    with pytest.raises(ImagesMissing, match=r"holds no images \(.*\.png"):
+        list_images(tmp_path)

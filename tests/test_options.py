@@ -1,0 +1,99 @@
+"""The options of encoding and training: documented, and checked against each other before anything is loaded."""
+
+import dataclasses
+
+import pytest
+
+from sdxl_ambient.config import OptionError, load_options
+from sdxl_ambient.options import LatentsOptions, TrainOptions
+
+
+def base(tmp_path, *more):
+    data = tmp_path / "images"
+    data.mkdir(exist_ok=True)
+    return [
+        "--pretrained_model_name_or_path", "base", "--train_data_dir", str(data), "--output_dir", str(tmp_path / "out"), *more
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])
+def test_every_option_is_documented(cls):
+    for field in dataclasses.fields(cls):
+        assert len(field.metadata["help"]) > 5, field.name
+
+
+@pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])
+def test_defaults_pass_their_own_checks(cls, tmp_path):
+    options = load_options(cls, base(tmp_path))
+    explicit = []
+    for field in dataclasses.fields(cls):
+        value = getattr(options, field.name)
+        if value not in (None, []):
+            explicit += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    assert load_options(cls, explicit) == options
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--t_n", "999"], "--t_n: 999 is above the largest allowed value, 998"),
+        (["--t_n", "-1"], "--t_n: -1 is below the smallest allowed value, 0"),
+        (["--low_noise", "guess"], "--low_noise: 'guess' is not one of skip"),
+        (["--finetune", "some"], "--finetune: 'some' is not one of lora, full"),
+        (["--loss_space", "x"], "--loss_space: 'x' is not one of epsilon, x_n"),
+        (["--rank", "0"], "--rank: 0 is below the smallest allowed value, 1"),
+        (["--learning_rate", "0"], "--learning_rate: 0.0 is not above 0"),
+        (["--train_batch", "3"], "unknown option 'train_batch'; did you mean 'train_batch_size'"),
+        (["--train_data_dir", "/nowhere"], "--train_data_dir: '/nowhere' is not a folder"),
+        (["--heldout_data_dir", "/nowhere"], "--heldout_data_dir: '/nowhere' is not a folder"),
+        (["--output_dir", "/proc/nowhere/x"], "--output_dir: '/proc/nowhere/x' can not be written to"),
+        (["--pretrained_model_name_or_path", "none"], "--pretrained_model_name_or_path: a value is required"),
+        (["--output_dir", "none"], "--output_dir: a value is required"),
+        (["--train_data_dir", "none"], "--train_data_dir: a folder of images is required"),
+    ],
+)
+def test_wrong_training_options_are_named_in_one_line(tmp_path, argv, message):
+    if "/proc" in message:
+        (tmp_path / "file").write_text("")
+        argv = ["--output_dir", str(tmp_path / "file")]
+        message = f"--output_dir: '{tmp_path / 'file'}' is a file, a folder is needed"
+    with pytest.raises(OptionError) as error:
+        load_options(TrainOptions, base(tmp_path, *argv))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_training_from_an_unfinished_store_alone_is_refused(tmp_path):
+    argv = base(tmp_path, "--train_data_dir", "none", "--latents_dir", str(tmp_path / "store"))
+    with pytest.raises(OptionError, match="--latents_dir: .* is not a finished store and there is no --train_data_dir"):
+        load_options(TrainOptions, argv)
+
+
+def test_features_of_other_machines_are_refused_with_a_reason(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has them")
+    for argv, message in (
+        (["--enable_xformers_memory_efficient_attention"], "needs a CUDA device"),
+        (["--mixed_precision", "fp16"], "fp16 needs a CUDA device; on a CPU allowed are no, bf16"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            load_options(TrainOptions, base(tmp_path, *argv))
+
+
+@pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])
+def test_a_key_inside_the_results_or_the_data_is_refused(cls, tmp_path):
+    for place in ("out/key", "out/deep/key", "images/key", "other/../out/key"):
+        with pytest.raises(OptionError, match="--noise_key_file: .* lies inside"):
+            load_options(cls, base(tmp_path, "--noise_key_file", str(tmp_path / place)))
+    assert load_options(cls, base(tmp_path, "--noise_key_file", str(tmp_path / "keys" / "key")))
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(OptionError, match="lies inside"):
+        load_options(cls, base(tmp_path, "--noise_key_file", str(tmp_path / "link" / "key")))
+
+
+def test_a_key_inside_a_store_is_refused(tmp_path):
+    store = tmp_path / "store"
+    with pytest.raises(OptionError, match="lies inside"):
+        argv = ["--latents_dir", str(store), "--noise_key_file", str(store / "k")]
+        load_options(TrainOptions, base(tmp_path, *argv))

@@ -1,0 +1,391 @@
+#!/usr/bin/env python
+"""Fine-tune Stable Diffusion XL (LoRA or the full UNet) on noisy latents.
+
+    accelerate launch train_sdxl_ambient.py --config_file configs/mini_lora.yaml [--flag value …]
+
+Images become noisy latents once, before training (``python -m sdxl_ambient.latents`` does the same alone); from then on
+nothing clean is read. Every option is described by ``--help`` and in docs/OPTIONS.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from sdxl_ambient.checkpoint import (
+    LORA_FILE,
+    CheckpointError,
+    check_checkpoint,
+    checkpoints,
+    find_checkpoint,
+    register_lora_hooks,
+    save_checkpoint,
+    save_lora,
+    save_unet,
+)
+from sdxl_ambient.config import OptionError, parse_options
+from sdxl_ambient.data import LatentStore, Stream, loader
+from sdxl_ambient.images import ImagesMissing
+from sdxl_ambient.latents import build_store
+from sdxl_ambient.manifest import differences, environment, write_json
+from sdxl_ambient.models import (
+    Denoiser,
+    ModelError,
+    add_lora,
+    check_sdxl,
+    load_encoders,
+    load_schedule,
+    load_unet,
+    trainable_to_float32,
+)
+from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
+from sdxl_ambient.observation import NoiseKeyError
+from sdxl_ambient.options import TrainOptions
+from sdxl_ambient.plan import Geometry, StoreError
+from sdxl_ambient.validation import heldout_loss, validation_images
+
+logger = get_logger(__name__)
+USER_ERRORS = (OptionError, ImagesMissing, StoreError, NoiseKeyError, ModelError, CheckpointError)
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on, such as a loss that isn't a number. Checkpoints stay."""
+
+
+def stores(options: TrainOptions, accelerator: Accelerator, schedule) -> tuple[LatentStore, LatentStore | None]:
+    """The stores of noisy latents for training and for the held-out loss, made first where images were given."""
+    output = Path(options.output_dir)
+    train = Path(options.latents_dir or output / "latents")
+    heldout = Path(options.heldout_latents_dir or output / "latents_heldout")
+    todo = [(d, s) for d, s in ((options.train_data_dir, train), (options.heldout_data_dir, heldout)) if d is not None]
+    if todo:
+        accelerator.print("Encoding the images to noisy latents, once (a store that is there is checked and reused).")
+        encoders = load_encoders(
+            options.pretrained_model_name_or_path,
+            vae=options.pretrained_vae_model_name_or_path,
+            revision=options.revision,
+            variant=options.variant,
+        ).to(accelerator.device)
+        for data_dir, store in todo:
+            build_store(
+                data_dir,
+                store,
+                encoders,
+                schedule,
+                Geometry(options.resolution, options.center_crop),
+                t_n=options.t_n,
+                caption_column=options.caption_column,
+                instance_prompt=options.instance_prompt,
+                noise_key_file=options.noise_key_file,
+                allow_second_observation=options.allow_second_observation,
+                shard_size=options.shard_size,
+                say=accelerator.print,
+            )
+        # VAE and text encoders are out of memory from here on.
+        del encoders
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    has_heldout = options.heldout_data_dir is not None or options.heldout_latents_dir is not None
+    return LatentStore(train), LatentStore(heldout, options.heldout_samples) if has_heldout else None
+
+
+def optimizer_class(options: TrainOptions):
+    if options.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit
+    return torch.optim.AdamW
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(TrainOptions, argv, prog="train_sdxl_ambient.py", description=__doc__)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        mixed_precision=options.mixed_precision,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=options.output_dir, logging_dir=str(Path(options.output_dir) / options.logging_dir)
+        ),
+        # Encoding and validation may keep one process waiting for longer than the usual ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))],
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for noisy in ("httpx", "accelerate.checkpointing", "accelerate.accelerator"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        train(options, accelerator)
+    except (*USER_ERRORS, TrainingError, OSError) as error:
+        if accelerator.is_main_process:
+            print(f"train_sdxl_ambient.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        accelerator.end_training()
+    return 0
+
+
+def train(options: TrainOptions, accelerator: Accelerator) -> None:
+    output = Path(options.output_dir)
+    refuse_to_overwrite(options, output)
+    set_seed(options.seed)
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    # -- models and data ----------------------------------------------------------------------------------------------
+
+    base = options.pretrained_model_name_or_path
+    check_sdxl(base, options.revision)
+    schedule = load_schedule(base, options.revision)
+    store, heldout = stores(options, accelerator, schedule)
+    check_stores(store, heldout, schedule)
+
+    lora = options.finetune == "lora"
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    # Frozen weights may be half; weights that are trained are float32 and autocast in the forward pass.
+    dtype = half if lora and half else torch.float32
+    unet = load_unet(base, dtype=dtype, revision=options.revision, variant=options.variant)
+    if lora:
+        add_lora(
+            unet,
+            rank=options.rank,
+            alpha=options.lora_alpha or options.rank,
+            targets=options.lora_targets,
+            dropout=options.lora_dropout,
+            use_dora=options.use_dora,
+        )
+    else:
+        unet.requires_grad_(True)
+        trainable_to_float32(unet)
+    if options.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+
+    # -- optimizer ----------------------------------------------------------------------------------------------------
+
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    samples_per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
+    optimizer = optimizer_class(options)(
+        parameters,
+        lr=options.learning_rate * (samples_per_step if options.scale_lr else 1),
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+    )
+    max_train_steps = options.max_train_steps or math.ceil(options.num_train_epochs * len(store) / samples_per_step)
+    # Counted in optimizer steps and stepped by hand: prepared, it would advance once per process.
+    lr_scheduler = get_scheduler(
+        options.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
+    )
+    model = unet
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    if lora:
+        register_lora_hooks(accelerator, model)
+
+    # -- resume -------------------------------------------------------------------------------------------------------
+
+    objective = ObjectiveOptions(loss_space=options.loss_space)
+    # What a checkpoint must agree in: a resume under another of these would not continue the same run.
+    run = {
+        "finetune": options.finetune,
+        "store": store.hash,
+        "seed": options.seed,
+        "samples_per_step": samples_per_step,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        **asdict(objective),
+    }
+    progress = {"step": 0, "run": run, "heldout": [], "best": None}
+    if options.resume_from_checkpoint:
+        found = find_checkpoint(output, options.resume_from_checkpoint, accelerator.print)
+        if found is None:
+            accelerator.print(f"No checkpoint in {output}: starting from the beginning.")
+        else:
+            progress = check_checkpoint(found)["progress"]
+            if changed := differences(progress["run"], run):
+                raise CheckpointError(f"{found} is of another run: {'; '.join(changed)}")
+            accelerator.load_state(str(found))
+            accelerator.print(f"Resuming from {found}.")
+    if accelerator.is_main_process:
+        record = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
+        write_json(output / "options.json", {"options": record, "environment": environment()})
+    if options.report_to != "none":
+        accelerator.init_trackers("sdxl_ambient", config=scalars(options))
+
+    # -- loop ---------------------------------------------------------------------------------------------------------
+
+    def info(step: int) -> dict:
+        return {
+            "t_n": common_t_n(store),
+            "low_noise": options.low_noise,
+            "loss_space": options.loss_space,
+            "finetune": options.finetune,
+            "base_model": Path(base).name if Path(base).is_dir() else base,
+            "data": store.hash,
+            "images": len(store),
+            "step": step,
+        }
+
+    def export(folder: Path, step: int) -> Path:
+        return (save_lora if lora else save_unet)(model, folder, info(step))
+
+    first = progress["step"]
+    accelerator.print(
+        f"Training {sum(p.numel() for p in parameters):,} weights ({options.finetune}) on {len(store)} images at "
+        f"t_n = {common_t_n(store)}: steps {first} to {max_train_steps}, {samples_per_step} samples each."
+    )
+    accumulation = options.gradient_accumulation_steps
+    stream = Stream(
+        len(store),
+        options.train_batch_size,
+        options.seed,
+        start=first * accumulation,
+        stop=max(first, max_train_steps) * accumulation,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    bar = tqdm(
+        total=max_train_steps, initial=first, desc="steps", unit="step", disable=not accelerator.is_local_main_process
+    )
+    step, summed = first, 0.0
+    for batch in loader(store, stream, options.dataloader_num_workers):
+        with accelerator.accumulate(unet):
+            denoise = Denoiser(unet, batch.conditioning.to(accelerator.device, dtype), dtype)
+            x_n = batch.x_n.to(accelerator.device)
+            losses = ambient_objective(denoise, schedule, x_n, batch.t_n, batch.generators(options.seed), objective)
+            accelerator.backward(losses.total)
+            if accelerator.sync_gradients and options.max_grad_norm > 0:
+                accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
+            optimizer.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                lr_scheduler.step()
+            optimizer.zero_grad()
+        summed += float(accelerator.gather(losses.ambient.detach()).mean()) / accumulation
+        if not accelerator.sync_gradients:
+            continue
+        step, loss, summed = step + 1, summed, 0.0
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}; lower --learning_rate, or use bf16 instead of fp16")
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_scheduler.get_last_lr()[0]:.2e}")
+        accelerator.log({"loss": loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+
+        if step % options.validation_steps == 0 or step == max_train_steps:
+            validate(options, accelerator, model, schedule, heldout, objective, dtype, step, progress, export)
+        if step % options.checkpointing_steps == 0 or step == max_train_steps:
+            progress["step"] = step
+            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit)
+    bar.close()
+
+    # -- save ---------------------------------------------------------------------------------------------------------
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path = export(output, step)
+        accelerator.print(f"Saved {path}")
+        if progress["best"]:
+            accelerator.print(
+                f"Lowest held-out loss {progress['best'][1]:.4f} at step {progress['best'][0]}: {output / 'best'}"
+            )
+
+
+def validate(options, accelerator, model, schedule, heldout, objective, dtype, step, progress, export) -> None:
+    """The held-out loss (the weights with the lowest are kept in ``best``) and images at fixed seeds."""
+    output = Path(options.output_dir)
+    if heldout is not None:
+        loss = heldout_loss(
+            accelerator, model, schedule, heldout, objective, batch_size=options.train_batch_size, dtype=dtype
+        )
+        accelerator.log({"heldout_loss": loss}, step=step)
+        progress["heldout"].append([step, loss])
+        accelerator.print(f"\nstep {step}: held-out loss {loss:.5f}")
+        if progress["best"] is None or loss < progress["best"][1]:
+            progress["best"] = [step, loss]
+            if accelerator.is_main_process:
+                export(output / "best", step)
+        if accelerator.is_main_process:
+            write_json(output / "heldout_loss.json", {"losses": progress["heldout"], "best": progress["best"]})
+    if options.validation_prompt and accelerator.is_main_process:
+        skip_below = options.t_n is not None and options.low_noise == "skip"
+        auto = "hybrid" if skip_below else "full"
+        drawn = validation_images(
+            accelerator,
+            model,
+            options.pretrained_model_name_or_path,
+            output / "validation" / f"step-{step:06d}",
+            options.validation_prompt,
+            count=options.num_validation_images,
+            sampler=auto if options.validation_sampler == "auto" else options.validation_sampler,
+            t_n=options.t_n,
+            steps=options.validation_inference_steps,
+            seed=options.seed,
+            full_finetune=options.finetune == "full",
+            vae=options.pretrained_vae_model_name_or_path,
+            revision=options.revision,
+            variant=options.variant,
+        )
+        track_images(accelerator, drawn, step)
+    accelerator.wait_for_everyone()
+
+
+def track_images(accelerator, drawn: dict, step: int) -> None:
+    import numpy as np
+
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for prompt, images in drawn.items():
+                tracker.writer.add_images(prompt, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": [wandb.Image(i, caption=p) for p, im in drawn.items() for i in im]}, step=step)
+
+
+def refuse_to_overwrite(options: TrainOptions, output: Path) -> None:
+    made = [*checkpoints(output), *(p for p in (output / LORA_FILE, output / "unet") if p.exists())]
+    if made and not options.resume_from_checkpoint:
+        raise OptionError(
+            f"--output_dir: {str(output)!r} holds an earlier run ({made[-1].name}); go on with "
+            "--resume_from_checkpoint latest, or give another folder"
+        )
+
+
+def check_stores(store: LatentStore, heldout: LatentStore | None, schedule) -> None:
+    """The base model's schedule must be the one that the stores were made with; both must be at the same noise levels."""
+    for one in filter(None, (store, heldout)):
+        if one.schedule_hash != schedule.hash:
+            raise StoreError(f"the store {one.folder} was made with another noise schedule than the base model's")
+    if heldout is not None and common_t_n(heldout) != common_t_n(store):
+        raise StoreError(f"{heldout.folder} is at t_n = {common_t_n(heldout)}, {store.folder} at {common_t_n(store)}")
+
+
+def common_t_n(store: LatentStore):
+    """The store's noise level; None for clean, "mixed" where images have different ones."""
+    found = {i["t_n"] for i in store.manifest["images"]}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def scalars(options: TrainOptions) -> dict:
+    """Options as trackers take them, without the place of the key."""
+    flat = {k: ", ".join(v) if isinstance(v, list) else v for k, v in asdict(options).items() if k != "noise_key_file"}
+    return {k: "none" if v is None else v for k, v in flat.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
