@@ -19,6 +19,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from eval.checkpoints import (
+    Checkpoint,
+    check_checkpoint,
+    check_device,
+    check_model_path,
+    hash_weights,
+    model_errors,
+    resolve_base,
+    resolve_device,
+)
 from eval.images import StageError
 from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImagesMissing, list_images
@@ -27,7 +37,6 @@ from sdxl_ambient.manifest import (
     differences,
     environment,
     hash_bytes,
-    hash_file,
     hash_json,
     read_json,
     write_json,
@@ -74,22 +83,6 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model to evaluate: the base (neither path given), the base with a LoRA, or with a fully fine-tuned UNet."""
-
-    name: str
-    lora: Path | None = None
-    unet: Path | None = None
-
-    def t_n(self) -> int | None:
-        """The noise level it was trained at; None for clean, the base model, or unknown."""
-        from sdxl_ambient.pipeline import adapter_t_n
-
-        path = self.lora or self.unet
-        return adapter_t_n(path) if path else None
-
-
-@dataclass(frozen=True)
 class Draw:
     """One image to make."""
 
@@ -100,44 +93,6 @@ class Draw:
     @property
     def file(self) -> str:
         return f"images/{self.index:06d}.png"
-
-
-# -- checks --------------------------------------------------------------------
-
-
-def check_device(device: str) -> None:
-    """Raises OptionError for a device that isn't there."""
-    try:
-        kind = torch.device(device).type if device != "auto" else "cpu"
-    except RuntimeError:
-        raise OptionError(f"--device: {device!r} is not a device; auto, cpu, cuda and cuda:N are") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device: {device!r} asked for, but this machine has no CUDA GPU that torch can use")
-
-
-def check_model_path(name: str, value: str | None) -> None:
-    """A path that looks local must be a pipeline's directory; anything else is taken for a Hub id. Raises
-    OptionError.
-    """
-    if value is None:
-        return
-    local = Path(value).exists() or value.startswith(("/", ".", "~")) or value.count("/") != 1
-    if local and not (Path(value) / "model_index.json").is_file():
-        raise OptionError(f"--{name}: {value!r} has no model_index.json; give a diffusers pipeline's directory or a Hub id")
-
-
-def check_checkpoint(option_name: str, path: Path) -> None:
-    """The weights must be there. Raises OptionError."""
-    if not path.exists():
-        raise OptionError(f"--{option_name}: {str(path)!r} does not exist")
-    if not weight_files(path, option_name):
-        wanted = "pytorch_lora_weights.safetensors" if option_name == "lora" else "a UNet's .safetensors files"
-        raise OptionError(f"--{option_name}: {str(path)!r} does not hold {wanted}")
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" → "cuda" where there is one, else "cpu"."""
-    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # -- prompts ---------------------------------------------------------------------
@@ -196,47 +151,7 @@ def image_seed(seed: int, index: int) -> int:
     return int(hash_bytes(f"{seed}/{index}".encode())[:16], 16) >> 1
 
 
-# -- provenance ------------------------------------------------------------------
-
-
-def resolve_base(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The base model's local directory, downloaded from the Hub (or found in its cache) where it isn't one."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from diffusers import DiffusionPipeline
-
-    try:
-        folder = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise StageError(f"--pretrained_model_name_or_path: {name_or_path!r} can't be fetched: {reason}") from None
-    return Path(folder)
-
-
-def weight_files(path: Path, kind: str) -> list[Path]:
-    """The files that decide what a checkpoint draws: of a LoRA, of a UNet (or a folder that holds ``unet/``), of a
-    base.
-    """
-    if path.is_file():
-        return [path] if path.suffix == ".safetensors" else []
-    if kind == "lora":
-        named = path / "pytorch_lora_weights.safetensors"
-        return [named] if named.is_file() else sorted(path.glob("*.safetensors"))
-    if kind == "unet":
-        path = path / "unet" if (path / "unet").is_dir() else path
-        weights = sorted(path.glob("*.safetensors"))
-        return [path / "config.json", *weights] if weights and (path / "config.json").is_file() else []
-    index = path / "model_index.json"
-    components = [name for name in read_json(index) if (path / name).is_dir()] if index.is_file() else ["."]
-    found = [p for name in components for p in (path / name).iterdir() if p.is_file() and not p.name.startswith(".")]
-    return sorted([*found, index] if index.is_file() else found)
-
-
-@functools.cache
-def hash_weights(path: Path, kind: str) -> str:
-    """SHA-256 over the names and contents of :func:`weight_files`."""
-    root = path.parent if path.is_file() else path
-    return hash_json({p.relative_to(root).as_posix(): hash_file(p) for p in weight_files(path, kind)})
+# -- drawing ---------------------------------------------------------------------
 
 
 def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: str, t_n: int | None, draws: list[Draw]) -> dict:
@@ -262,19 +177,15 @@ def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: str, t
     }
 
 
-# -- drawing ---------------------------------------------------------------------
-
-
 def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
     """A function (prompts, generators, sampler, t_n) → images that loads the pipeline when it is first called."""
-    from sdxl_ambient.models import load_unet
-    from sdxl_ambient.pipeline import load_pipeline, sample
-
     base = str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant))
     dtype, device = DTYPES[options.dtype], resolve_device(options.device)
 
     @functools.cache
     def pipe():
+        from sdxl_ambient.pipeline import load_pipeline
+
         return load_pipeline(
             base,
             lora=checkpoint.lora,
@@ -288,9 +199,13 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
     @functools.cache
     def base_unet():
+        from sdxl_ambient.models import load_unet
+
         return load_unet(base, dtype=dtype, variant=options.variant).to(device)
 
     def draw(prompts, generators, sampler, t_n):
+        from sdxl_ambient.pipeline import sample
+
         return sample(
             pipe(),
             prompts,
@@ -444,8 +359,8 @@ def main(argv: list[str] | None = None) -> int:
         draw = functools.partial(open_checkpoint(options, checkpoint), sampler=options.sampler, t_n=t_n)
         settings = describe(options, checkpoint, options.sampler, t_n, draws)
         done = generate_images(options.output_dir, settings, draws, draw, options.batch_size)
-    except (OptionError, StageError, ImagesMissing, OSError) as error:
-        print(f"eval.generate: error: {error}", file=sys.stderr)
+    except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
+        print(f"eval.generate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{len(draws)} images in {options.output_dir}, {done} of them drawn now")
     return 0

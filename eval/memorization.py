@@ -1,7 +1,7 @@
-"""How much of a fine-tuning set does a model reproduce? Runs the stages in order; a second run redoes nothing that is there.
+"""How much of a fine-tuning set does a model reproduce? Runs the stages in order; a second run redoes nothing.
 
-python -m eval.memorization --pretrained_model_name_or_path BASE --lora [NAME=]DIR … --train_data_dir DIR --heldout_data_dir DIR
-    --output_dir OUT [--samplers full hybrid] [--sampler_t_n 500]
+python -m eval.memorization --pretrained_model_name_or_path BASE --lora [NAME=]DIR … --train_data_dir DIR
+    --heldout_data_dir DIR --output_dir OUT [--samplers full hybrid] [--sampler_t_n 500]
 python -m eval.memorization --generated_dir [NAME=]DIR … --train_data_dir DIR --heldout_data_dir DIR --output_dir OUT
 
 OUT gets generated/MODEL/SAMPLER/, embeddings/, report.json and index.html.
@@ -18,20 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eval.checkpoints import Checkpoint, check_checkpoint, model_errors, resolve_device
 from eval.embed import Embedded, embed_images
 from eval.embedders import EMBEDDERS, Embedder, check_embedder, load_embedder
-from eval.generate import (
-    SAMPLERS,
-    Checkpoint,
-    GenerationOptions,
-    captions_of,
-    check_checkpoint,
-    generate,
-    plan,
-    read_prompts,
-    resolve_device,
-    sampler_levels,
-)
+from eval.generate import SAMPLERS, Draw, GenerationOptions, captions_of, generate, plan, read_prompts, sampler_levels
 from eval.images import ImageSet, StageError, drop_duplicates, read_folder
 from eval.report import write_html
 from eval.summary import control_figures, make_references, model_figures, sampler_figures, threshold_figures, verdict
@@ -136,32 +126,34 @@ def _check_unique(names: list[str]) -> None:
 # -- stages ------------------------------------------------------------------------
 
 
-def draw_all(options: Options) -> dict[str, tuple[dict, dict[str, Path]]]:
-    """The folders of images of every model: name → (what it is, sampler → folder). Draws what is missing."""
+def plan_models(options: Options) -> tuple[dict[str, dict], list[Draw]]:
+    """Each model's samplers with their noise levels, and the images to draw: all that can be refused before loading."""
     checkpoints = options.checkpoints()
     levels = {
         c.name: sampler_levels(c, options.samplers if c.name != BASE else ["full"], options.sampler_t_n) for c in checkpoints
     }
+    if not checkpoints:
+        return levels, []
+    if options.prompts_file:
+        prompts = read_prompts(options.prompts_file)
+    else:
+        prompts = captions_of(options.train_data_dir, options.caption_column)
+    return levels, plan(prompts, options.seed, options.num_images, options.images_per_prompt)
+
+
+def draw_all(options: Options, levels: dict[str, dict], draws: list[Draw]) -> dict[str, tuple[dict, dict]]:
+    """Every model's images: name → (what it is, sampler → (folder, t_n)). Draws what is missing."""
     models = {}
-    if checkpoints:
-        prompts = (
-            read_prompts(options.prompts_file)
-            if options.prompts_file
-            else captions_of(options.train_data_dir, options.caption_column)
-        )
-        draws = plan(prompts, options.seed, options.num_images, options.images_per_prompt)
-    for c in checkpoints:
-        root = Path(options.output_dir) / "generated" / c.name
+    for c in options.checkpoints():
+        folders = generate(options, c, levels[c.name], draws, Path(options.output_dir) / "generated" / c.name)
         about = {
             "kind": "lora" if c.lora else ("unet" if c.unet else "base"),
             "path": str(c.lora or c.unet or options.pretrained_model_name_or_path),
             "trained_t_n": c.t_n(),
-            "t_n": levels[c.name],
         }
-        models[c.name] = (about, generate(options, c, levels[c.name], draws, root))
+        models[c.name] = (about, {s: (folder, levels[c.name][s]) for s, folder in folders.items()})
     for name, folder in options.given().items():
-        about = {"kind": "images", "path": str(folder), "trained_t_n": None, "t_n": {"given": None}}
-        models[name] = (about, {"given": folder})
+        models[name] = ({"kind": "images", "path": str(folder), "trained_t_n": None}, {"given": (folder, None)})
     return models
 
 
@@ -183,11 +175,11 @@ def read_data(options: Options) -> tuple[ImageSet, ImageSet]:
 
 def evaluate(options: Options) -> dict:
     """Run every stage and return the report."""
+    levels, draws = plan_models(options)
     train_images, heldout_images = read_data(options)
-    device = resolve_device(options.device)
-    embedder = load_embedder(options.embedder, options.embedder_weights, device)
+    embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
     pooled = load_embedder("pooled_pixels")
-    models = draw_all(options)
+    models = draw_all(options, levels, draws)
     train, heldout = embed(train_images, embedder, options), embed(heldout_images, embedder, options)
     references = make_references(
         train,
@@ -200,12 +192,11 @@ def evaluate(options: Options) -> dict:
     entries = {}
     for name, (about, folders) in models.items():
         samplers = {}
-        for sampler, folder in folders.items():
+        for sampler, (folder, t_n) in folders.items():
             images = read_folder(folder)
             figures = sampler_figures(embed(images, embedder, options), embed(images, pooled, options), references)
-            level = about["t_n"][sampler]
-            samplers[sampler] = {"folder": _relative(folder, options.output_dir), "t_n": level, **figures}
-        entries[name] = model_figures(samplers, {k: v for k, v in about.items() if k != "t_n"})
+            samplers[sampler] = {"folder": _relative(folder, options.output_dir), "t_n": t_n, **figures}
+        entries[name] = model_figures(samplers, about)
     thresholds = threshold_figures(references)
     for name, model in entries.items():
         model["verdict"] = verdict(name, model, thresholds, entries.get(BASE) if name != BASE else None)
@@ -253,19 +244,13 @@ def main(argv: list[str] | None = None) -> int:
         report = evaluate(options)
         write_json(Path(options.output_dir) / "report.json", report)
         page = write_html(report, options.output_dir)
-    except (OptionError, StageError, ImagesMissing, OSError, *_model_errors()) as error:
+    except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
         print(f"eval.memorization: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for name, model in report["models"].items():
         print(f"{name}: {model['verdict']['text']}")
     print(page)
     return 0 if report["threshold"]["value"] is not None else 3
-
-
-def _model_errors() -> tuple:
-    """Errors of a model that can't be used. Known only once diffusers is loaded, which a run on images doesn't need."""
-    names = [("sdxl_ambient.models", "ModelError"), ("sdxl_ambient.checkpoint", "CheckpointError")]
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
 if __name__ == "__main__":

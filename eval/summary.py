@@ -20,7 +20,7 @@ class References:
 
     Attributes:
         train, heldout: in the report's embedder; train_pooled and heldout_pooled: the same images as pooled pixels.
-        heldout_to_train: each held-out image's similarity to its nearest training image, shape (n_H,): the null distribution.
+        heldout_to_train: each held-out image's similarity to its nearest training image, shape (n_H,): the null.
         threshold: τ_α, or None with ``refusal`` saying why.
     """
 

@@ -1,0 +1,240 @@
+"""The training script, run as users run it: through accelerate launch, on real emoji and the shipped miniature."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import copy_emoji
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [str(ROOT / "train_sdxl_ambient.py")]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def arguments(emoji, output, **changes):
+    options = {
+        "pretrained_model_name_or_path": ROOT / "miniature/pipeline",
+        "train_data_dir": emoji,
+        "output_dir": output,
+        "noise_key_file": Path(output).parent / "key",
+        "resolution": 64,
+        "t_n": 500,
+        "rank": 4,
+        "lora_alpha": 2,
+        "lora_dropout": 0.1,  # makes the global random state matter on resume
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        **changes,
+    }
+    return [a for k, v in options.items() if v is not None for a in (f"--{k}", str(v))]
+
+
+def launch(arguments, processes=1, check=True):
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launcher]
+    run = subprocess.run([*command, *SCRIPT, *arguments], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300)
+    assert not check or run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    return copy_emoji(tmp_path_factory.mktemp("data") / "emoji", 6)
+
+
+def error_line(run):
+    assert run.returncode != 0
+    (line,) = [x for x in run.stderr.splitlines() if x.startswith("train_sdxl_ambient.py: error:")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(emoji, tmp_path_factory):
+    """Six steps in one go; 6 images in batches of 4, so that checkpoints fall into the middle of epochs."""
+    output = tmp_path_factory.mktemp("train") / "run"
+    run = launch(arguments(emoji, output))
+    return output, run.stdout + run.stderr
+
+
+def states(folder):
+    """Everything a checkpoint holds: weights, optimizer, scheduler."""
+    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
+    scheduler = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
+    return load_file(folder / "pytorch_lora_weights.safetensors"), optimizer, scheduler
+
+
+def assert_identical(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert a == b
+
+
+def test_run_says_what_it_does_and_saves(uninterrupted):
+    output, log = uninterrupted
+    assert "Encoding the images to noisy latents, once" in log
+    assert re.search(r"steps:.*loss=", log)
+    info = json.loads((output / "training.json").read_text())
+    assert info["t_n"] == 500 and info["step"] == 6 and info["images"] == 6
+    weights = load_file(output / "pytorch_lora_weights.safetensors")
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_adapter_changes_the_stock_pipeline(uninterrupted):
+    output, _ = uninterrupted
+    pipe = StableDiffusionXLPipeline.from_pretrained(ROOT / "miniature/pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe(
+            "grinning face", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="latent"
+        ).images
+
+    base = draw()
+    pipe.load_lora_weights(output)
+    assert (draw() - base).abs().max() > 1e-3
+
+
+def test_killed_and_resumed_equals_uninterrupted(emoji, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    # The same noise as the uninterrupted run.
+    key = uninterrupted[0].parent / "key"
+    command = [sys.executable, *SCRIPT, *arguments(emoji, output, noise_key_file=key, max_train_steps=6)]
+    process = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (output / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Whatever had been reached, the rest is forgotten and the run goes on from the middle of the first epoch.
+    for later in ("checkpoint-4", "checkpoint-6", "pytorch_lora_weights.safetensors"):
+        path = output / later
+        if path.is_dir():
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+        path.unlink(missing_ok=True) if path.is_file() else None
+    run = launch(arguments(emoji, output, noise_key_file=key, resume_from_checkpoint="latest"))
+    assert "Resuming from" in run.stdout and "checkpoint-2" in run.stdout
+    assert_identical(states(output / "checkpoint-6"), states(uninterrupted[0] / "checkpoint-6"))
+    assert_identical(
+        load_file(output / "pytorch_lora_weights.safetensors"),
+        load_file(uninterrupted[0] / "pytorch_lora_weights.safetensors"),
+    )
+
+
+def test_two_processes_train_and_resume(emoji, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = dict(train_batch_size=2, max_train_steps=4, latents_dir=tmp_path / "latents", noise_key_file=tmp_path / "key")
+    launch(arguments(emoji, whole, **common), processes=2)
+    launch(arguments(emoji, parts, **{**common, "max_train_steps": 4, "checkpointing_steps": 2}), processes=2)
+    assert_identical(states(whole / "checkpoint-4"), states(parts / "checkpoint-4"))
+    # The same global batch in one process: the same samples, times and noise, summed in another order.
+    single = tmp_path / "single"
+    launch(arguments(emoji, single, **{**common, "train_batch_size": 4, "lora_dropout": 0}))
+    double = tmp_path / "double"
+    launch(arguments(emoji, double, **{**common, "lora_dropout": 0}), processes=2)
+    one, two = (load_file(d / "pytorch_lora_weights.safetensors") for d in (single, double))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-3)
+
+
+def test_full_finetune_gives_a_loadable_unet(emoji, tmp_path):
+    output = tmp_path / "run"
+    launch(arguments(emoji, output, finetune="full", max_train_steps=2, gradient_accumulation_steps=2))
+    tuned = UNet2DConditionModel.from_pretrained(output / "unet")
+    base = UNet2DConditionModel.from_pretrained(ROOT / "miniature/pipeline", subfolder="unet", torch_dtype=torch.float32)
+    moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
+    assert all(p.dtype == torch.float32 for p in tuned.parameters()) and sum(moved) > 0.9 * len(moved)
+
+
+def test_heldout_loss_keeps_the_best_and_validation_draws_images(emoji, tmp_path):
+    output = tmp_path / "run"
+    changes = dict(
+        heldout_data_dir=ROOT / "miniature/data/heldout",
+        heldout_samples=8,
+        validation_steps=2,
+        max_train_steps=4,
+        validation_prompt="grinning face",
+        num_validation_images=1,
+        validation_inference_steps=3,
+        mixed_precision="bf16",
+        gradient_checkpointing="true",
+        report_to="tensorboard",
+    )
+    launch(arguments(emoji, output, **changes))
+    record = json.loads((output / "heldout_loss.json").read_text())
+    assert [step for step, _ in record["losses"]] == [2, 4]
+    assert record["best"] == min(record["losses"], key=lambda r: r[1])
+    assert (output / "best/pytorch_lora_weights.safetensors").is_file()
+    assert (output / "validation/step-000004/00-00.png").is_file()
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_key_is_in_no_artefact(uninterrupted):
+    output, log = uninterrupted
+    key = (output.parent / "key").read_text().strip()
+    for path in output.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert key.encode() not in data and bytes.fromhex(key) not in data, path
+    assert key not in log
+
+
+def test_another_run_is_not_overwritten_or_resumed(emoji, uninterrupted):
+    output, _ = uninterrupted
+    key = output.parent / "key"
+    run = launch(arguments(emoji, output, noise_key_file=key), check=False)
+    assert "holds an earlier run" in error_line(run)
+    run = launch(arguments(emoji, output, noise_key_file=key, resume_from_checkpoint="latest", seed=1), check=False)
+    assert "another run: seed: stored 0, wanted 1" in error_line(run)
+    run = launch(arguments(emoji, output, noise_key_file=key, resume_from_checkpoint="latest", t_n=300), check=False)
+    assert "latent.t_n: stored 500, wanted 300" in error_line(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t_n": 999}, "--t_n: 999 is above the largest allowed value, 998"),
+        ({"rnak": 3}, "unknown option 'rnak'; did you mean 'rank'?"),
+        ({"finetune": "loha"}, "--finetune: 'loha' is not one of lora, full"),
+        ({"enable_xformers_memory_efficient_attention": "true"}, "needs a CUDA device"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision: fp16 needs a CUDA device"),
+        ({"train_data_dir": "/nowhere"}, "--train_data_dir: '/nowhere' is not a folder"),
+    ],
+)
+def test_wrong_options_are_one_line_before_anything_is_loaded(emoji, tmp_path, capsys, changes, message):
+    if torch.cuda.is_available() and "CUDA" in message:
+        pytest.skip("there is a CUDA device")
+    import train_sdxl_ambient
+
+    with pytest.raises(SystemExit) as stopped:
+        train_sdxl_ambient.main(arguments(emoji, tmp_path / "run", **changes))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err.strip()
+    assert message in printed and "\n" not in printed
+    assert not (tmp_path / "run").exists()
