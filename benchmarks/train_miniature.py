@@ -46,6 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--unet_steps", type=int, default=6000)
     parser.add_argument("--unet_batch_size", type=int, default=32)
     parser.add_argument("--unet_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--max_loss_weight", type=float, default=1.0, help="cap of the weight 1 / abar_t; 1: plain loss")
     parser.add_argument("--caption_dropout", type=float, default=0.1)
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
@@ -275,14 +276,16 @@ def train_unet(args):
         states, pooled = miniature_models.encode_prompts(encoders, [i[index] for i in ids])
         # Zeros stand for the empty prompt, as force_zeros_for_empty_prompt has it in the pipeline.
         states, pooled = states * keep[:, None, None], pooled * keep[:, None]
-        loss = denoising_loss(modules["unet"], alphas_cumprod, latents[flip, index], states, pooled, t, noise).mean()
+        losses_n = denoising_loss(modules["unet"], alphas_cumprod, latents[flip, index], states, pooled, t, noise)
+        # Layout and colour are decided at high noise, where the plain loss is tiny: 1 / abar_t is v-prediction's weight.
+        loss = (losses_n * (1 / alphas_cumprod[t]).clamp(max=args.max_loss_weight)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         decay = min(args.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(averaged, weights, 1 - decay)
-        losses.append(loss.item())
+        losses.append(losses_n.mean().item())
         last = step + 1 == args.unet_steps
         if (step + 1) % args.logging_steps == 0 or last:
             record = dict(stage="unet", step=step + 1, loss=sum(losses) / len(losses))

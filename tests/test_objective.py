@@ -132,8 +132,8 @@ class Mixture:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(("t_n", "t"), PAIRS)
 def test_mixture_minimiser_is_the_posterior_mean(t_n, t, prediction_type):
-    """At a fixed x_t the loss is a parabola in the network's output; its vertex, by quadrature over all x_n that can have
-    led there, is E[ε|x_t]."""
+    """At a fixed x_t the loss is a parabola in the network's output; its vertex, by quadrature over all x_n that
+    can have led there, is E[ε|x_t]."""
     schedule, data = sdxl(prediction_type), Mixture()
     t_n, t = torch.tensor(t_n), torch.tensor(t)
     r, nu = schedule.transition(t_n, t)
@@ -143,8 +143,9 @@ def test_mixture_minimiser_is_the_posterior_mean(t_n, t, prediction_type):
         many = len(x_n)
 
         def loss(output, x_n=x_n, xi=xi, weights=weights, many=many):
+            level, time = t_n.expand(many), t.expand(many)
             values = ambient_loss(
-                lambda x_t, t: output.expand(many, 1), schedule, x_n[:, None], t_n.expand(many), t.expand(many), xi[:, None]
+                lambda x_t, t: output.expand(many, 1), schedule, x_n[:, None], level, time, xi[:, None]
             )
             return (weights * values).sum()
 

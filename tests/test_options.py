@@ -12,7 +12,8 @@ def base(tmp_path, *more):
     data = tmp_path / "images"
     data.mkdir(exist_ok=True)
     return [
-        "--pretrained_model_name_or_path", "base", "--train_data_dir", str(data), "--output_dir", str(tmp_path / "out"), *more
+        "--pretrained_model_name_or_path", "base", "--train_data_dir", str(data), "--output_dir", str(tmp_path / "out"),
+        *more,
     ]  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def test_early_stop_ends_at_exactly_t_n_with_one_denoised_estimate(tuned, t_n, g
     assert recorder.times == sorted(set(recorder.times), reverse=True)
     assert all(on for _, on, *_ in recorder.calls)
     # x̂_0 by hand from what the network saw and said at t_n; the network sees x_t itself (variance preserving).
-    x_t, epsilon = recorder.calls[-1][3:].__iter__()
+    x_t, epsilon = recorder.calls[-1][3:]
     if guidance > 1:
         negative, positive = epsilon.chunk(2)
         epsilon, x_t = negative + guidance * (positive - negative), x_t.chunk(2)[0]
@@ -207,7 +207,7 @@ def test_other_schedulers_of_the_same_levels_serve_too(miniature, lora, tuned):
     torch.testing.assert_close(draw(pipe, "hybrid", t_n=T_N), draw(tuned, "hybrid", t_n=T_N), rtol=1e-4, atol=1e-4)
 
 
-# -- loading and errors -------------------------------------------------------------------------------------------------
+# -- loading and errors ----------------------------------------------------------------------------------------------
 
 
 def test_adapters_load_with_their_scale_and_level(miniature, lora, tuned, base):

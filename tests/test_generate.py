@@ -1,0 +1,172 @@
+"""Images depend on their seed and settings alone: not on batches, interruptions or who else is drawn."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import copy_emoji
+from PIL import Image
+
+from eval.checkpoints import Checkpoint, hash_weights
+from eval.generate import (
+    Options,
+    captions_of,
+    generate_images,
+    image_seed,
+    main,
+    plan,
+    read_prompts,
+    sampler_levels,
+)
+from eval.images import StageError
+from sdxl_ambient.checkpoint import save_lora
+from sdxl_ambient.config import OptionError, load_options
+from sdxl_ambient.models import add_lora
+
+PROMPTS = ["red apple", "green heart", "penguin", "yellow star", "blue car"]
+
+
+@pytest.fixture(scope="module")
+def lora(unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    tuned = copy.deepcopy(unet)
+    add_lora(tuned, rank=4, alpha=4, targets=["attention"])
+    generator = torch.Generator().manual_seed(0)
+    for p in tuned.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    save_lora(tuned, folder, {"t_n": 500})
+    return folder
+
+
+def arguments(miniature, tmp_path, out, *more):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    return [
+        *("--pretrained_model_name_or_path", str(miniature), "--prompts_file", str(prompts), "--num_inference_steps", "3"),
+        *("--output_dir", str(tmp_path / out), *more),
+    ]
+
+
+def pixels(folder):
+    return [np.asarray(Image.open(p)).astype(int) for p in sorted((folder / "images").glob("*.png"))]
+
+
+def test_batch_size_and_interruption_change_no_image(miniature, tmp_path):
+    assert main(arguments(miniature, tmp_path, "a", "--batch_size", "2")) == 0
+    assert main(arguments(miniature, tmp_path, "b", "--batch_size", "5")) == 0
+    # Another batch size sums in another order: at most one grey level.
+    assert max(abs(a - b).max() for a, b in zip(pixels(tmp_path / "a"), pixels(tmp_path / "b"), strict=True)) <= 1
+    before = pixels(tmp_path / "a")
+    for name in ("images/000003.png", "images/000004.png", "metadata.jsonl"):
+        (tmp_path / "a" / name).unlink()
+    assert main(arguments(miniature, tmp_path, "a", "--batch_size", "2")) == 0
+    assert all(np.array_equal(a, b) for a, b in zip(before, pixels(tmp_path / "a"), strict=True))
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
+    assert [r["text"] for r in rows] == PROMPTS
+    assert rows[3] == {"file_name": "images/000003.png", "text": "yellow star", "index": 3, "seed": image_seed(0, 3)}
+
+
+def test_a_lora_changes_the_images_and_hybrid_uses_its_own_level(miniature, lora, tmp_path):
+    assert main(arguments(miniature, tmp_path, "base")) == 0
+    assert main(arguments(miniature, tmp_path, "full", "--lora", str(lora))) == 0
+    assert main(arguments(miniature, tmp_path, "hybrid", "--lora", str(lora), "--sampler", "hybrid")) == 0
+    base, full, hybrid = (pixels(tmp_path / n) for n in ("base", "full", "hybrid"))
+    for a, b in ((base, full), (base, hybrid), (full, hybrid)):
+        assert np.mean([abs(x - y).mean() for x, y in zip(a, b, strict=True)]) > 0.5
+    settings = json.loads((tmp_path / "hybrid" / "manifest.json").read_text())["settings"]
+    assert settings["t_n"] == 500 and settings["lora_weights"] == hash_weights(lora, "lora")
+
+
+def draw_uniform(prompts, generators):
+    return [Image.fromarray(np.full((8, 8, 3), g.initial_seed() % 256, np.uint8)) for g in generators]
+
+
+def test_a_folder_of_other_settings_is_refused_with_the_difference(tmp_path):
+    draws = plan(PROMPTS, 0)
+    assert generate_images(tmp_path / "x", {"steps": 25, "seed": 0}, draws, draw_uniform, 2) == 5
+    assert generate_images(tmp_path / "x", {"steps": 25, "seed": 0}, draws, None, 2) == 0  # nothing is drawn
+    with pytest.raises(StageError, match="steps: stored 25, wanted 50"):
+        generate_images(tmp_path / "x", {"steps": 50, "seed": 0}, draws, draw_uniform, 2)
+
+
+def test_a_foreign_folder_is_not_written_to(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StageError, match="not empty and has no manifest.json"):
+        generate_images(tmp_path, {}, plan(PROMPTS, 0), draw_uniform, 2)
+
+
+def test_an_interruption_keeps_whole_files_only(tmp_path):
+    calls = []
+
+    def failing(prompts, generators):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(prompts)
+        return draw_uniform(prompts, generators)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_images(tmp_path / "x", {}, plan(PROMPTS, 0), failing, 2)
+    assert sorted(p.name for p in (tmp_path / "x" / "images").iterdir()) == ["000000.png", "000001.png"]
+    assert generate_images(tmp_path / "x", {}, plan(PROMPTS, 0), draw_uniform, 2) == 3
+
+
+def test_plan_spreads_few_images_and_repeats_for_many():
+    assert [d.prompt for d in plan(PROMPTS, 0, num_images=2)] == ["red apple", "penguin"]
+    many = plan(PROMPTS, 0, num_images=7)
+    assert [d.prompt for d in many[5:]] == ["red apple", "green heart"]
+    assert len({d.seed for d in many}) == 7
+    assert len(plan(PROMPTS, 0, images_per_prompt=3)) == 15
+    assert plan(PROMPTS, 1)[0].seed != plan(PROMPTS, 0)[0].seed
+
+
+def test_prompts_from_files_and_captions(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == ["a", "b"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(StageError, match="prompt 2: not a JSON object with a 'text'"):
+        read_prompts(tmp_path / "bad.jsonl")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(StageError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+    folder = copy_emoji(tmp_path / "emoji", 3)
+    assert len(captions_of(folder)) == 3
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(StageError, match="no captions to use as prompts"):
+        captions_of(folder)
+
+
+def test_a_level_that_nobody_knows_is_asked_for(lora):
+    assert sampler_levels(Checkpoint("x", lora=lora), ["full", "hybrid"], None) == {"full": None, "hybrid": 500}
+    assert sampler_levels(Checkpoint("x", lora=lora), ["early_stop"], 300) == {"early_stop": 300}
+    with pytest.raises(OptionError, match="--sampler_t_n: needed for the sampler 'hybrid', since 'x' records no"):
+        sampler_levels(Checkpoint("x"), ["hybrid"], None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora", "nowhere"], "--lora: 'nowhere' does not exist"),
+        (["--lora", "."], "does not hold pytorch_lora_weights.safetensors"),
+        (["--unet", "."], "does not hold a UNet's .safetensors files"),
+        (["--num_images", "3", "--images_per_prompt", "2"], "can not be combined with --num_images"),
+        (["--resolution", "65"], "--resolution: 65 is not a multiple of 8"),
+        (["--device", "abacus"], "--device: 'abacus' is not a device"),
+        (["--sampler", "magic"], "'magic' is not one of full, early_stop, hybrid"),
+        (["--batch_size", "0"], "--batch_size: 0 is below"),
+        (["--pretrained_model_name_or_path", "./nowhere"], "has no model_index.json"),
+    ],
+)
+def test_wrong_options_are_one_line(miniature, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=message):
+        load_options(Options, arguments(miniature, tmp_path, "out", *flags))
+
+
+def test_a_damaged_lora_is_one_line_and_exit_code_2(miniature, tmp_path, capsys):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"rubbish")
+    assert main(arguments(miniature, tmp_path, "out", "--lora", str(tmp_path))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("eval.generate: error:")

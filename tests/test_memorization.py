@@ -1,0 +1,226 @@
+"""The evaluation end to end, on the miniature SDXL and real images, with every way to get it wrong."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, copy_emoji
+from PIL import Image
+
+from eval.memorization import BASE, Options, main
+from eval.summary import model_figures, verdict
+from sdxl_ambient.checkpoint import save_lora, save_unet
+from sdxl_ambient.config import OptionError, load_options
+from sdxl_ambient.manifest import read_json
+from sdxl_ambient.models import add_lora
+
+DATA = REPOSITORY / "miniature" / "data"
+SETS = ["--train_data_dir", str(DATA / "finetune"), "--heldout_data_dir", str(DATA / "heldout")]
+
+
+@pytest.fixture(scope="module")
+def tuned(unet, tmp_path_factory):
+    """A LoRA trained at t_n = 500 and a full UNet of unknown history, neither of them any good."""
+    root = tmp_path_factory.mktemp("tuned")
+    one = copy.deepcopy(unet)
+    add_lora(one, rank=2, alpha=2, targets=["attention"])
+    for p in one.parameters():
+        if p.requires_grad:
+            p.data += 0.02
+    save_lora(one, root / "lora_noisy", {"t_n": 500})
+    save_unet(unet, root / "whole", {"t_n": None})
+    return root
+
+
+def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp_path, capsys):
+    out = tmp_path / "report"
+    flags = [
+        *("--pretrained_model_name_or_path", str(miniature), "--lora", f"noisy={tuned / 'lora_noisy'}"),
+        *("--unet", str(tuned / "whole"), "--samplers", "full", "hybrid", "--sampler_t_n", "500"),
+        *("--num_images", "4", "--num_inference_steps", "3", *SETS, "--output_dir", str(out)),
+    ]
+    assert main(flags) == 0
+    report = read_json(out / "report.json")
+    assert list(report["models"]) == ["base", "noisy", "whole"]
+    assert list(report["models"]["base"]["samplers"]) == ["full"]
+    for model in report["models"].values():
+        worst = model["samplers"][model["worst_sampler"]]
+        for key in ("n_generated", "similarity_to_train", "similarity_to_heldout", "share_above_threshold"):
+            assert model[key] == worst[key]
+        assert model["n_generated"] == 4
+    noisy = report["models"]["noisy"]
+    assert list(noisy["samplers"]) == ["full", "hybrid"]
+    assert (noisy["trained_t_n"], noisy["samplers"]["hybrid"]["t_n"], noisy["samplers"]["full"]["t_n"]) == (500, 500, None)
+    assert sorted(p.name for p in (out / "generated" / "noisy").iterdir()) == ["full", "hybrid"]
+    # The full UNet is the base's own, and so are its images.
+    same = [read_json(out / "generated" / m / "full" / "manifest.json")["settings"] for m in ("base", "whole")]
+    assert same[0]["base_weights"] == same[1]["base_weights"] and same[1]["unet_weights"]
+    assert (
+        report["models"]["whole"]["samplers"]["full"]["fd_pixels"]
+        == report["models"]["base"]["samplers"]["full"]["fd_pixels"]
+    )
+
+    made = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
+    before = (out / "report.json").read_bytes()
+    assert main(flags) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out} == made
+    assert (out / "report.json").read_bytes() == before
+    assert str(out / "index.html") in capsys.readouterr().out
+
+
+def given(tmp_path, folder, *more):
+    return ["--generated_dir", f"model={folder}", *SETS, "--output_dir", str(tmp_path / "out"), *more]
+
+
+def test_planted_copies_are_found_and_unrelated_images_are_not(tmp_path):
+    """Half blurred copies of training emoji, half emoji of another split: the share above is about one half."""
+    folder = copy_emoji(tmp_path / "generated", 20)
+    for path in folder.glob("*.png"):
+        Image.open(path).convert("RGBA").resize((24, 24)).resize((64, 64)).save(path)
+    copy_emoji(tmp_path / "unrelated", 20, "pretrain")
+    for path in (tmp_path / "unrelated").glob("*.png"):
+        shutil.copy(path, folder / f"other_{path.name}")
+    (folder / "metadata.jsonl").unlink()
+    assert main(given(tmp_path, folder)) == 0
+    model = read_json(tmp_path / "out" / "report.json")["models"]["model"]
+    assert 0.45 <= model["share_above_threshold"] <= 0.55
+    assert model["verdict"]["level"] == "above"
+    figures = model["samplers"]["given"]
+    low, high = figures["interval"]
+    assert low < model["share_above_threshold"] < high
+    assert figures["excess_over_heldout"] > 0.4 > 0.1 > figures["share_above_threshold_heldout"]
+    for row in figures["images"]:
+        if not row["file"].startswith("other_"):
+            assert row["nearest_train"] == row["file"]
+
+
+def test_report_is_standard_json_without_nan(tmp_path):
+    folder = copy_emoji(tmp_path / "generated", 1)  # one image: no Fréchet distance
+    assert main(given(tmp_path, folder)) == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
+    assert report["schema_version"] == 1
+    assert report["models"]["model"]["samplers"]["given"]["fd_pixels"] is None
+
+
+def test_too_few_held_out_images_give_exit_code_3_and_a_descriptive_report(tmp_path):
+    heldout = copy_emoji(tmp_path / "heldout", 48, "heldout")
+    generated = copy_emoji(tmp_path / "generated", 3)
+    flags = given(tmp_path, generated)
+    flags[flags.index("--heldout_data_dir") + 1] = str(heldout)
+    assert main(flags) == 3
+    report = read_json(tmp_path / "out" / "report.json")
+    model = report["models"]["model"]
+    assert report["threshold"]["value"] is None and model["share_above_threshold"] is None
+    assert model["similarity_to_train"]["quantiles"]["0.5"] == pytest.approx(1)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "There is not enough data to tell" in page and "at least 49 are needed" in page
+
+
+def test_awkward_images_are_listed_in_the_report(tmp_path):
+    train = copy_emoji(tmp_path / "train", 60)
+    shutil.copy(next(train.glob("*.png")), train / "zz_again.png")
+    (train / "broken.png").write_bytes(b"\x89PNG rubbish")
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(train / "dot.png")
+    generated = copy_emoji(tmp_path / "generated", 3)
+    Image.new("L", (30, 20), 128).save(generated / "grey.png")
+    (generated / "words.jpg").write_text("no")
+    flags = given(tmp_path, generated)
+    flags[flags.index("--train_data_dir") + 1] = str(train)
+    assert main(flags) == 0
+    report = read_json(tmp_path / "out" / "report.json")
+    assert {r["file"] for r in report["data"]["train"]["excluded"]} == {"zz_again.png", "broken.png", "dot.png"}
+    figures = report["models"]["model"]["samplers"]["given"]
+    assert [r["file"] for r in figures["excluded"]] == ["words.jpg"]
+    assert figures["n_generated"] == 4
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "same file as" in page and "too small: 1x1" in page
+
+
+def options(*flags):
+    return load_options(Options, list(flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--train_data_dir: required"),
+        (["--train_data_dir", "x"], "--heldout_data_dir: required"),
+        ([*SETS, "--output_dir", "o"], "--pretrained_model_name_or_path: required, unless"),
+        ([*SETS, "--output_dir", "o", "--lora", "x"], "--pretrained_model_name_or_path: required"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "nowhere"], "--generated_dir: 'nowhere' is not a folder"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "a=.."], "two models are called 'a'"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a b=."], "--generated_dir: 'a b=.' must be NAME=PATH"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--alpha", "0"], "--alpha: 0.0 is not above 0"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--embedder", "vgg"], "--embedder: 'vgg' is not one of"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--embedder", "sscd"], "not a .safetensors file"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--sampler", "full"], "did you mean 'samplers'"),
+        ([*SETS, "--output_dir", str(DATA / "finetune" / "o"), "--generated_dir", "a=."], "lies inside --train_data_dir"),
+        ([*SETS[:3], SETS[1], "--output_dir", "o", "--generated_dir", "a=."], "nothing is held out"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=message):
+        options(*flags)
+
+
+def test_models_of_one_name_or_called_base_clash(miniature, tuned):
+    start = ["--pretrained_model_name_or_path", str(miniature), *SETS, "--output_dir", "o"]
+    lora = str(tuned / "lora_noisy")
+    with pytest.raises(OptionError, match="two models are called 'base'"):
+        options(*start, "--lora", f"base={lora}")
+    with pytest.raises(OptionError, match="two models are called 'lora_noisy'"):
+        options(*start, "--lora", lora, lora)
+    with pytest.raises(OptionError, match="--skip_base: leaves nothing"):
+        options(*start, "--skip_base", "true")
+    assert [c.name for c in options(*start, "--lora", lora).checkpoints()] == [BASE, "lora_noisy"]
+
+
+def test_a_file_in_the_way_of_the_output_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="can't be written to"):
+        options(*SETS, "--generated_dir", f"a={tmp_path}", "--output_dir", str(tmp_path / "file" / "out"))
+
+
+def test_an_unknown_noise_level_is_refused_before_anything_is_written(miniature, tuned, tmp_path, capsys):
+    flags = ["--pretrained_model_name_or_path", str(miniature), "--unet", str(tuned / "whole"), "--samplers", "hybrid"]
+    assert main([*flags, *SETS, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "--sampler_t_n: needed for the sampler 'hybrid', since 'whole'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_heldout_set_that_was_trained_on_is_refused(tmp_path, capsys):
+    train = copy_emoji(tmp_path / "train", 5)
+    heldout = copy_emoji(tmp_path / "heldout", 5)
+    flags = ["--generated_dir", f"a={train}", "--train_data_dir", str(train), "--heldout_data_dir", str(heldout)]
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "every image of" in capsys.readouterr().err
+
+
+def sampler(share, interval, median=0.5):
+    similarity = {"mean": median, "quantiles": {"0.5": median}}
+    return {
+        **{"n_generated": 100, "similarity_to_train": similarity, "similarity_to_heldout": similarity},
+        **{"share_above_threshold": share, "count_above_threshold": round(share * 100), "interval": interval},
+    }
+
+
+def test_a_model_is_judged_by_its_worst_sampler_against_the_larger_control():
+    threshold = {"value": 0.9, "alpha": 0.02, "confidence": 0.95}
+    base = model_figures({"full": sampler(0.04, [0.01, 0.1])}, {})
+    cases = {
+        "above": {"full": sampler(0.1, [0.05, 0.18]), "hybrid": sampler(0.03, [0.0, 0.08])},
+        "unclear": {"full": sampler(0.03, [0.0, 0.08]), "hybrid": sampler(0.07, [0.03, 0.14])},
+        "within": {"full": sampler(0.04, [0.01, 0.1])},
+    }
+    worst = {"above": "full", "unclear": "hybrid", "within": "full"}
+    for level, samplers in cases.items():
+        model = model_figures(samplers, {})
+        assert model["worst_sampler"] == worst[level]
+        assert verdict("x", model, threshold, base)["level"] == level
