@@ -249,6 +249,8 @@ def generate_images(
     # arithmetic.
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
     missing = [b for b in batches if not all((folder / d.file).is_file() for d in b)]
+    if not missing and (folder / "metadata.jsonl").is_file():
+        return 0
     done, total = 0, sum(map(len, missing))
     with tqdm(total=total, unit="image", desc=f"draw {'/'.join(folder.parts[-2:])}", disable=not missing) as bar:
         for batch in missing:

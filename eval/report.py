@@ -166,7 +166,8 @@ def _plot(lines: list[tuple], threshold: float | None, size: tuple[float, float]
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for label, values, colour, line in lines:
-            axes.step(*survival(values), where="post", label=label, color=colour, linestyle=line, linewidth=1.6)
+            width = 3.2 if colour == _CONTROL else 1.6  # the control stays visible below a model that follows it
+            axes.step(*survival(values), where="post", label=label, color=colour, linestyle=line, linewidth=width)
         if threshold is not None:
             axes.axvline(threshold, color="#222222", linewidth=0.9)
             axes.annotate(

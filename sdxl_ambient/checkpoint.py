@@ -31,8 +31,8 @@ class CheckpointError(ValueError):
 def lora_state(unet) -> dict[str, torch.Tensor]:
     """The trained LoRA under peft's own names (``….lora_A.weight``), on the CPU.
 
-    Not ``convert_state_dict_to_diffusers``: it renames attention layers only, and the stock loader, which tells the layout from
-    the first name, then drops all attention weights of a LoRA that has convolutions too.
+    Not ``convert_state_dict_to_diffusers``: it renames attention layers only, and the stock loader, which tells the layout
+    from the first name, then drops all attention weights of a LoRA that has convolutions too.
     """
     state = get_peft_model_state_dict(unet, adapter_name="default")
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -206,8 +206,12 @@ def load_options(cls, argv: list[str] | None = None, *, prog: str | None = None,
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(cls, prog, description)
     names = ["config_file", *(f.name for f in dataclasses.fields(cls))]
+    given = set()
     for token in argv:
         name = token[2:].split("=", 1)[0]
+        if token.startswith("--") and name in given:
+            raise OptionError(f"--{name}: given twice; give several values after one --{name}, or one value")
+        given.add(name if token.startswith("--") else None)
         if token.startswith("--") and name and name not in names and name != "help":
             raise _unknown(name, names, "command line")
     flags = vars(parser.parse_args(argv))

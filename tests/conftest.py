@@ -61,7 +61,7 @@ def emoji(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """Three real rectangular photographs in one folder, the tallest only through its EXIF orientation, with captions."""
+    """Three real rectangular photographs with captions, one of them upright only through its EXIF orientation."""
     from PIL import Image
     from skimage import data
     from sklearn.datasets import load_sample_image

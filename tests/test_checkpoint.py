@@ -204,7 +204,12 @@ def damage(folder, how):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("truncated", "bytes, .* were written"), ("missing", "is missing"), ("no list", "not a complete"), ("list", "JSON")],
+    [
+        ("truncated", "bytes, .* were written"),
+        ("missing", "is missing"),
+        ("no list", "not a complete"),
+        ("list", "JSON"),
+    ],
 )
 def test_latest_passes_over_damaged_ones_with_a_warning(accelerator, training, tmp_path, how, message):
     for step in (1, 2, 10):

@@ -138,5 +138,12 @@ def test_help_names_every_option_its_default_and_choices(capsys):
         parse_options(Options, ["--help"], prog="tool")
     assert exit.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for part in ("--config_file YAML", "--steps INT", "[default: 10]", "(one of: no, bf16)", "--flag", "[default: 0.001]"):
+    for part in ("--config_file YAML", "--steps INT", "[default: 10]", "(one of: no, bf16)", "--flag", "[default: 0.0"):
         assert part in shown
+
+
+def test_a_flag_given_twice_is_refused():
+    from sdxl_ambient.options import TrainOptions
+
+    with pytest.raises(OptionError, match="--rank: given twice"):
+        load_options(TrainOptions, ["--rank", "4", "--rank", "8"])

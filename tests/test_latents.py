@@ -5,7 +5,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -227,9 +226,9 @@ def test_a_store_of_something_else_is_refused_by_name(build, emoji, tmp_path, en
             build(emoji, store, **keywords)
         assert "\n" not in str(error.value)
         assert snapshot(store) == before
-    shutil.copy(next(emoji.glob("*.png")), tmp_path / "one.png")
     next(emoji.glob("*.png")).unlink()
-    rows = [r for r in (emoji / "metadata.jsonl").read_text().splitlines() if (emoji / json.loads(r)["file_name"]).exists()]
+    rows = (emoji / "metadata.jsonl").read_text().splitlines()
+    rows = [r for r in rows if (emoji / json.loads(r)["file_name"]).exists()]
     (emoji / "metadata.jsonl").write_text("\n".join(rows))
     Image.new("RGB", (64, 64)).save(emoji / "new.png")
     (emoji / "new.txt").write_text("black")
@@ -253,7 +252,7 @@ def test_a_second_observation_must_be_asked_for_and_is_warned_of(build, emoji, t
 def test_another_store_of_the_same_pictures_nearby_is_found(build, emoji, tmp_path):
     build(emoji, tmp_path / "one")
     for t_n in (500, 300):
-        with pytest.raises(StoreError, match=f"6 of these images already have a noisy latent in .*one.*average"):
+        with pytest.raises(StoreError, match="6 of these images already have a noisy latent in .*one.*average"):
             build(emoji, tmp_path / "two", t_n=t_n)
         assert not (tmp_path / "two").exists() or not any((tmp_path / "two").iterdir())
     said = []
@@ -300,11 +299,11 @@ def test_two_processes_draw_what_one_draws(emoji, miniature, tmp_path):
     finally:
         torch.set_num_threads(torch_threads)
     Image.new("RGB", (3, 3)).save(emoji / "tiny.png")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sdxl_ambient.latents"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "sdxl_ambient.latents"]
     run = subprocess.run(
         [*launch, *command(emoji, tmp_path / "b" / "s", miniature, "--noise_key_file", key)],
-        env=environment(), capture_output=True, text=True, timeout=180,
+        env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert equal(latents_in(tmp_path / "a" / "s"), latents_in(tmp_path / "b" / "s"))
@@ -382,7 +381,8 @@ def test_no_clean_latent_and_no_pixel_is_stored(build, emoji, tmp_path, encoders
     assert all(re.fullmatch(allowed, p.name) for p in store.iterdir())
     everything = b"".join(snapshot(store).values())
     for path in emoji.glob("*.png"):
-        assert path.read_bytes()[60:160] not in everything and np.asarray(load_rgb(path)).tobytes()[:300] not in everything
+        assert path.read_bytes()[60:160] not in everything
+        assert np.asarray(load_rgb(path))[28:36].tobytes() not in everything
 
 
 def test_a_clean_store_says_that_it_is_clean(build, emoji, tmp_path, encoders):

@@ -123,7 +123,8 @@ def test_only_the_lora_is_trained_and_starts_as_nothing(unet, inputs, targets):
     trained = [n for n, p in tuned.named_parameters() if p.requires_grad]
     assert trained and all("lora" in n for n in trained)
     endings = {e for e in lora_targets(targets) if any(f"{e}.lora_A" in n for n in trained)}
-    assert endings == set(lora_targets(targets)) - (set(lora_targets(targets)) - endings)
+    if targets in (["attention"], ["to_k", "conv_in"]):
+        assert endings == set(lora_targets(targets))
     if targets == ["all"]:
         assert {"conv1", "conv_shortcut", "to_q", "time_emb_proj", "ff.net.2"} <= endings
         assert any("downsamplers.0.conv.lora_A" in n for n in trained)

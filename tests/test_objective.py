@@ -1,4 +1,4 @@
-"""The ambient loss against closed forms (Gaussian and mixture data) and against the plain denoising loss of diffusers."""
+"""The ambient loss against closed forms (Gaussian and mixture data) and against diffusers' plain denoising loss."""
 
 import copy
 import itertools
@@ -144,9 +144,7 @@ def test_mixture_minimiser_is_the_posterior_mean(t_n, t, prediction_type):
 
         def loss(output, x_n=x_n, xi=xi, weights=weights, many=many):
             level, time = t_n.expand(many), t.expand(many)
-            values = ambient_loss(
-                lambda x_t, t: output.expand(many, 1), schedule, x_n[:, None], level, time, xi[:, None]
-            )
+            values = ambient_loss(lambda x_t, t: output.expand(many, 1), schedule, x_n[:, None], level, time, xi[:, None])
             return (weights * values).sum()
 
         at = [loss(torch.tensor([[v]], dtype=torch.float64)).item() for v in (-1.0, 0.0, 1.0)]
