@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -268,7 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     from sdxl_ambient.options import LatentsOptions
 
     options = parse_options(LatentsOptions, argv, prog="sdxl_ambient.latents", description=__doc__)
-    state = PartialState()
+    # Without a word on the CPU, PartialState leaves processes that torchrun started there unaware of each other.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
     try:
         base = options.pretrained_model_name_or_path
         where = dict(revision=options.revision)
