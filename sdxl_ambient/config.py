@@ -206,12 +206,14 @@ def load_options(cls, argv: list[str] | None = None, *, prog: str | None = None,
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(cls, prog, description)
     names = ["config_file", *(f.name for f in dataclasses.fields(cls))]
-    given = set()
+    hints, given = typing.get_type_hints(cls), set()
     for token in argv:
         name = token[2:].split("=", 1)[0]
         if token.startswith("--") and name in given:
-            raise OptionError(f"--{name}: given twice; give several values after one --{name}, or one value")
-        given.add(name if token.startswith("--") else None)
+            # For a single value the last flag wins, as everywhere; of a list the earlier values would be lost.
+            raise OptionError(f"--{name}: given twice; give all its values after one --{name}")
+        if token.startswith("--") and name in hints and _Type.of(hints[name]).many:
+            given.add(name)
         if token.startswith("--") and name and name not in names and name != "help":
             raise _unknown(name, names, "command line")
     flags = vars(parser.parse_args(argv))

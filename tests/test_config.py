@@ -142,8 +142,10 @@ def test_help_names_every_option_its_default_and_choices(capsys):
         assert part in shown
 
 
-def test_a_flag_given_twice_is_refused():
+def test_a_list_given_twice_is_refused_and_the_last_single_value_wins():
     from sdxl_ambient.options import TrainOptions
 
-    with pytest.raises(OptionError, match="--rank: given twice"):
-        load_options(TrainOptions, ["--rank", "4", "--rank", "8"])
+    with pytest.raises(OptionError, match="--lora_targets: given twice"):
+        load_options(TrainOptions, ["--lora_targets", "all", "--lora_targets", "linear"])
+    base = ["--pretrained_model_name_or_path", "x", "--train_data_dir", ".", "--output_dir", "runs/nothing"]
+    assert load_options(TrainOptions, [*base, "--rank", "4", "--rank", "8"]).rank == 8

@@ -11,10 +11,11 @@ from sdxl_ambient.options import LatentsOptions, TrainOptions
 def base(tmp_path, *more):
     data = tmp_path / "images"
     data.mkdir(exist_ok=True)
-    return [
-        "--pretrained_model_name_or_path", "base", "--train_data_dir", str(data), "--output_dir", str(tmp_path / "out"),
-        *more,
-    ]  # fmt: skip
+    """A valid command line, with the flags in ``more`` added or in place of the usual ones."""
+    usual = {
+        "--pretrained_model_name_or_path": "base", "--train_data_dir": str(data), "--output_dir": str(tmp_path / "out")
+    }  # fmt: skip
+    return [w for flag in usual.items() if flag[0] not in more for w in flag] + list(more)
 
 
 @pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])
