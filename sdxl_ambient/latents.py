@@ -32,7 +32,7 @@ from sdxl_ambient.images import ImagesMissing, list_images, load_rgb
 from sdxl_ambient.manifest import atomic, hash_bytes, hash_json, hash_tensors, versions, write_json
 from sdxl_ambient.models import Encoders, ModelError, load_encoders, load_schedule
 from sdxl_ambient.noise import NoiseSchedule, levels
-from sdxl_ambient.observation import NoiseKeyError, draw_z, noise_key
+from sdxl_ambient.observation import NoiseKeyError, draw_z, key_id, noise_key
 from sdxl_ambient.plan import Geometry, StoreError, content_hash, fingerprint, make_plan, scan, settle_plan, shards
 
 PROMPT_BATCH = 16
@@ -188,10 +188,11 @@ def build_store(
         )
     even = -(-len({p.content for p in pictures}) // state.num_processes)
     wanted = make_plan(fingerprint(encoders, schedule, geometry, t_n), pictures, geometry, max(1, min(shard_size, even)))
-    plan = settle_on_main(output_dir, wanted, noise_key_file is not None, allow_second_observation, say, state)
+    key = make_key(noise_key_file, state)
+    wanted["key_id"] = key_id(key) if noise_key_file is not None else None
+    plan = settle_on_main(output_dir, wanted, allow_second_observation, say, state)
     if t_n is None:
         say(f"note: t_n is none, so {output_dir} holds clean latents, which decode to the images")
-    key = make_key(noise_key_file, state)
     write_latents(output_dir, plan, {p.content: p.path for p in pictures}, encoders, schedule, geometry, key, state)
     captions = {hash_bytes(p.caption.encode()): p.caption for p in pictures}
     where = write_prompts(output_dir, captions, encoders, shard_size, state)
@@ -228,12 +229,12 @@ def check_resolution(resolution: int, vae) -> None:
         raise ModelError(f"--resolution: {resolution} is not a multiple of {factor * 4}, which this model needs")
 
 
-def settle_on_main(output_dir: Path, wanted: dict, keyed: bool, allowed: bool, say, state: PartialState) -> dict:
+def settle_on_main(output_dir: Path, wanted: dict, allowed: bool, say, state: PartialState) -> dict:
     """The main process looks at the disk, decides and writes the plan; all get its decision, or its error."""
     decision = wanted
     if state.is_main_process:
         try:
-            decision = settle_plan(output_dir, wanted, keyed, allowed, say)
+            decision = settle_plan(output_dir, wanted, allowed, say)
             write_json(output_dir / "plan.json", decision)
         except (StoreError, OSError) as error:
             decision = {"error": str(error)}

@@ -48,6 +48,11 @@ def noise_key(path: str | Path | None) -> bytes:
         raise NoiseKeyError(f"--noise_key_file: {str(path)!r}: {error.strerror}") from None
 
 
+def key_id(key: bytes) -> str:
+    """Tells two keys apart without telling either: a one-way hash of 256 random bits."""
+    return hashlib.sha256(b"sdxl_ambient key id|" + key).hexdigest()
+
+
 def _read(path: Path) -> bytes:
     if path.stat().st_mode & 0o077:
         raise NoiseKeyError(f"--noise_key_file: {str(path)!r} can be read by others; make it mode 600")

@@ -163,19 +163,24 @@ def compare(stored: dict, wanted: dict) -> list[str]:
     return found
 
 
-def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int, dict] | None:
-    """Another noisy store beside ``output_dir`` that holds pictures of this plan: its folder, how many, its fingerprint."""
-    wanted = {i["content"] for i in plan["images"]}
+def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
+    """Another noisy store beside ``output_dir`` with other noise for pictures of this plan: its folder, and how many.
+
+    The same settings under the same key file are the same noise, and no second observation.
+    """
+    wanted, key_id = {i["content"] for i in plan["images"]}, plan.get("key_id")
     for path in sorted(output_dir.resolve().parent.glob("*/plan.json")):
         if path.parent == output_dir.resolve():
             continue
         try:
             other = read_json(path)
             shared = wanted & {i["content"] for i in other["images"] if i["t_n"] is not None}
-        except (ValueError, KeyError, TypeError, OSError):
+            same_key = key_id is not None and other.get("key_id") == key_id
+            rebuild = same_key and other["fingerprint"]["latent"] == plan["fingerprint"]["latent"]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             continue  # not one of ours
-        if shared:
-            return path.parent, len(shared), other["fingerprint"]
+        if shared and not rebuild:
+            return path.parent, len(shared)
     return None
 
 
@@ -185,15 +190,12 @@ SECOND = (
 )
 
 
-def check_first_observation(output_dir: Path, plan: dict, keyed: bool, allowed: bool, warn) -> None:
-    """Refuse to draw noise for pictures of which a neighbouring store already holds a draw.
-
-    The same settings with a key file are allowed: that is a rebuild of the same noise.
-    """
+def check_first_observation(output_dir: Path, plan: dict, allowed: bool, warn) -> None:
+    """Refuse to draw noise for pictures of which a neighbouring store already holds another draw."""
     if plan["fingerprint"]["latent"]["t_n"] is None:
         return
     other = observed_elsewhere(output_dir, plan)
-    if other is None or (keyed and other[2]["latent"] == plan["fingerprint"]["latent"]):
+    if other is None:
         return
     message = f"{other[1]} of these images already have a noisy latent in {other[0]}. {SECOND}"
     if not allowed:
@@ -208,7 +210,7 @@ def remove_store(folder: Path) -> None:
             path.unlink()
 
 
-def settle_plan(output_dir: Path, wanted: dict, keyed: bool, allowed: bool, warn) -> dict:
+def settle_plan(output_dir: Path, wanted: dict, allowed: bool, warn) -> dict:
     """The plan to follow: the stored one if it agrees, else the wanted one; a store that differs is refused.
 
     Raises:
@@ -222,8 +224,9 @@ def settle_plan(output_dir: Path, wanted: dict, keyed: bool, allowed: bool, warn
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}); what the store holds can't be told. Restore the file") from None
         if not found:
-            # The shards' layout stays; captions follow what is asked for.
-            return {**wanted, "shard_size": stored["shard_size"]}
+            # The shards keep their layout; captions follow what is asked for. A store of several keys has no id.
+            key_id = wanted["key_id"] if stored.get("key_id") == wanted["key_id"] else None
+            return {**wanted, "shard_size": stored["shard_size"], "key_id": key_id}
         if not allowed:
             raise StoreError(
                 f"the store {output_dir} is of something else ({'; '.join(found)}). Use another folder, or give "
@@ -234,5 +237,5 @@ def settle_plan(output_dir: Path, wanted: dict, keyed: bool, allowed: bool, warn
     elif any(output_dir.glob("latents-*.safetensors")):
         raise StoreError(f"{output_dir} holds latents but no plan.json, so what they are can't be told; use another folder")
     else:
-        check_first_observation(output_dir, wanted, keyed, allowed, warn)
+        check_first_observation(output_dir, wanted, allowed, warn)
     return wanted

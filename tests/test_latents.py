@@ -533,3 +533,21 @@ def test_shards_hold_float32_and_nothing_but_tensors(build, emoji, tmp_path):
         with safe_open(path, "pt") as file:
             assert not file.metadata()
     assert {t.dtype for t in latents_in(tmp_path / "s").values()} == {torch.float32}
+
+
+def test_a_key_beside_a_store_of_other_noise_is_a_second_observation(build, emoji, tmp_path):
+    """The same settings are the same noise only under the same key, and every neighbour counts, not the first alone."""
+    build(emoji, tmp_path / "a", noise_key_file=str(tmp_path / "key"))
+    build(emoji, tmp_path / "b", noise_key_file=str(tmp_path / "key"))  # a rebuild
+    with pytest.raises(StoreError, match="already have a noisy latent in .*a"):
+        build(emoji, tmp_path / "c", noise_key_file=str(tmp_path / "other_key"))
+    build(emoji, tmp_path / "d", allow_second_observation=True)  # random noise
+    with pytest.raises(StoreError, match="already have a noisy latent in .*d"):
+        build(emoji, tmp_path / "e", noise_key_file=str(tmp_path / "key"))
+
+
+def test_a_store_finished_under_another_key_is_nobodys_rebuild(build, emoji, tmp_path):
+    build(emoji, tmp_path / "a", noise_key_file=str(tmp_path / "key"))
+    build(emoji, tmp_path / "a")  # agrees, and might have drawn what was missing with a random key
+    with pytest.raises(StoreError, match="already have a noisy latent"):
+        build(emoji, tmp_path / "b", noise_key_file=str(tmp_path / "key"))
