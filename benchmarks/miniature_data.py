@@ -25,6 +25,7 @@ IMAGE_FOLDER = "package/img/google/64/"
 # A pair is a near-duplicate if its pictures, shrunk to 16x16 on white, differ by little or are strongly correlated.
 # Chosen by looking at pairs: at 0.92, 88 mostly round yellow faces chain into one family (at 0.95 only 49 of them);
 # below 0.90, things that merely share a colour and an outline are joined too.
+ROOM = 8  # crops are taken from pictures enlarged by this many pixels
 MAX_RMS = 0.06
 MIN_CORRELATION = 0.92
 # A family above this size would tilt a small split towards one motif (flags of one layout, people in one pose).
@@ -170,3 +171,27 @@ def read_imagefolder(folder):
     emoji = read_emoji(folder)
     pixels = torch.from_numpy(np.stack([e.on_white() for e in emoji])).mul(255).round().to(torch.uint8)
     return [e.text for e in emoji], pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def random_crops(pixels, count, seed):
+    """Whole pictures and random crops of them enlarged by an eighth.
+
+    pixels: uint8 (n, 3, 64, 64). Returns views, uint8 (1 + count, n, 3, 64, 64), and the crops' upper left corners in
+    pixels, int64 (1 + count, n, 2), x before y: 0 for the whole picture, which comes first, else from 1 to ROOM.
+    """
+    n, _, height, width = pixels.shape
+    size = (height + ROOM, width + ROOM)
+    large = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True)
+    large = large.round().clamp(0, 255).to(torch.uint8)
+    corners = torch.randint(1, ROOM + 1, (count, n, 2), generator=torch.Generator().manual_seed(seed))
+    views = [pixels]
+    for row in corners.tolist():
+        cut = [p[:, y : y + height, x : x + width] for p, (x, y) in zip(large, row, strict=True)]
+        views.append(torch.stack(cut))
+    return torch.stack(views), torch.cat([torch.zeros(1, n, 2, dtype=torch.long), corners])
+
+
+def mirrored(corners, flip):
+    """The corners (n, 2) of crops in the enlarged picture's mirror image where flip (n,) is 1; whole pictures' stay."""
+    x, y = corners.unbind(-1)
+    return torch.stack([torch.where((flip == 1) & (y > 0), ROOM - x, x), y], dim=-1)

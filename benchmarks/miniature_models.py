@@ -74,26 +74,26 @@ def build_text_encoders():
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
-def build_unet():
+def build_unet(dropout=0.0):
     """UNet of 2.8 M parameters with SDXL's interface: text_time conditioning, attention in the two lower stages."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 4, in_channels=4, out_channels=4, block_out_channels=(32, 64, 96),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1, transformer_layers_per_block=1, attention_head_dim=(2, 4, 6), norm_num_groups=16,
-        use_linear_projection=True, cross_attention_dim=WIDTH_1 + WIDTH_2, addition_embed_type="text_time",
+        use_linear_projection=True, dropout=dropout, cross_attention_dim=WIDTH_1 + WIDTH_2, addition_embed_type="text_time",
         addition_time_embed_dim=TIME_ID_WIDTH, projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + WIDTH_2,
     )  # fmt: skip
 
 
-def build_denoiser(seed):
-    """ModuleDict of everything that the denoising loss trains: unet, text_encoder, text_encoder_2."""
+def build_denoiser(seed, dropout=0.0):
+    """ModuleDict of everything that the denoising loss trains: unet (with dropout), text_encoder, text_encoder_2."""
     torch.manual_seed(seed)
     first, second = build_text_encoders()
     for encoder in (first, second):
         # The default, 0.02, leaves words nearly indistinguishable at the start, and those never trained for ever.
         torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.3)
-    return torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": first, "text_encoder_2": second})
+    return torch.nn.ModuleDict({"unet": build_unet(dropout), "text_encoder": first, "text_encoder_2": second})
 
 
 def build_scheduler():

@@ -13,8 +13,10 @@ Stages, each resumable and each reading what the one before it left in --work_di
     grid      pipeline => a picture of samples
 
 Only pre-training images are trained on; the held-out ones are read for the figures in the log, the fine-tuning ones
-not at all. Every random draw is a function of (seed, step), so an interrupted run repeats nothing and loses nothing
-but the steps since its last checkpoint.
+not at all. Half of the pictures that the UNet sees are random crops of enlarged ones, and the time ids say so: the
+crops keep so small a set from being learnt by heart at once, and crops (0, 0) still asks for whole pictures. Every
+random draw is a function of (seed, step), so an interrupted run repeats nothing and loses nothing but the steps since
+its last checkpoint.
 """
 
 import argparse
@@ -40,19 +42,22 @@ def parse_args(argv=None):
     parser.add_argument("--work_dir", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--output_dir", type=Path, default=Path("miniature"))
     parser.add_argument("--grid", type=Path, default=Path("docs/images/miniature.png"))
-    parser.add_argument("--vae_steps", type=int, default=2400)
-    parser.add_argument("--vae_batch_size", type=int, default=16)
+    parser.add_argument("--vae_steps", type=int, default=6000)
+    parser.add_argument("--vae_batch_size", type=int, default=64)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
-    parser.add_argument("--unet_steps", type=int, default=6000)
-    parser.add_argument("--unet_batch_size", type=int, default=32)
+    parser.add_argument("--unet_steps", type=int, default=15000)
+    parser.add_argument("--unet_batch_size", type=int, default=256)
     parser.add_argument("--unet_learning_rate", type=float, default=1e-3)
-    parser.add_argument("--max_loss_weight", type=float, default=1.0, help="cap of the weight 1 / abar_t; 1: plain loss")
+    parser.add_argument("--max_loss_weight", type=float, default=20.0, help="cap of the weight 1 / abar_t; 1: plain loss")
+    parser.add_argument("--crops", type=int, default=16, help="random crops made of each picture")
+    parser.add_argument("--dropout", type=float, default=0.1, help="dropout in the UNet while it is trained")
     parser.add_argument("--caption_dropout", type=float, default=0.1)
     parser.add_argument("--ema_decay", type=float, default=0.999)
-    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--logging_steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     for stage, needs in (("data", "archive"), ("assemble", "bpe_merges")):
         path = getattr(args, needs)
@@ -99,8 +104,8 @@ def save_state(state, path):
 
 
 def load_state(path):
-    """A training state that save_state wrote, or None."""
-    return torch.load(path, weights_only=True) if path.exists() else None
+    """A training state that save_state wrote, on the CPU, or None."""
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
 
 class Log:
@@ -136,14 +141,15 @@ def to_unit(pixels):
 @torch.no_grad()
 def encode(vae, pixels):
     """uint8 pixels (n, 3, 64, 64) => mean latents (n, 4, 16, 16), not yet scaled."""
-    return torch.cat([vae.encode(to_unit(batch)).latent_dist.mode() for batch in pixels.split(64)])
+    batches = (to_unit(batch.to(vae.device)) for batch in pixels.split(64))
+    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
 
 
 @torch.no_grad()
 def psnr(vae, pixels):
     """Mean peak signal-to-noise ratio, in dB, of the reconstructions of uint8 pixels (n, 3, 64, 64)."""
     restored = torch.cat([vae.decode(z).sample for z in encode(vae, pixels).split(64)]).clamp(-1, 1)
-    error = ((restored - to_unit(pixels)) / 2).square().mean((1, 2, 3))
+    error = ((restored.cpu() - to_unit(pixels)) / 2).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
 
 
@@ -151,7 +157,7 @@ def train_vae(args):
     _, pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "pretrain")
     _, heldout = miniature_data.read_imagefolder(args.output_dir / "data" / "heldout")
     torch.manual_seed(args.seed)
-    vae = miniature_models.build_vae()
+    vae = miniature_models.build_vae().to(args.device)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     path, first = args.work_dir / "vae.pt", 0
     if state := load_state(path):
@@ -164,20 +170,21 @@ def train_vae(args):
         generator = step_generator(args.seed, step)
         x = to_unit(pixels[batch_indices(len(pixels), args.vae_batch_size, step, args.seed)])
         flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(flip, x.flip(-1), x)
+        x = torch.where(flip, x.flip(-1), x).to(args.device)
+        noise = torch.randn(len(x), 4, 16, 16, generator=generator).to(args.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.vae_learning_rate, step, args.vae_steps, warmup=50)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            restored = vae.decode(posterior.sample(generator)).sample.float()
+            restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         loss = F.l1_loss(restored, x) + gradient_l1(restored, x) + 1e-6 * posterior.kl().float().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if (step + 1) % args.logging_steps == 0 or step + 1 == args.vae_steps:
-            record = dict(stage="vae", step=step + 1, loss=sum(losses) / len(losses))
+            record = dict(stage="vae", step=step + 1, loss=torch.stack(losses).mean().item())
             if (step + 1) % (4 * args.logging_steps) == 0 or step + 1 == args.vae_steps:
                 record["heldout_psnr"] = psnr(vae, heldout)
             log(**record, steps_per_second=(step + 1 - first) / (time.perf_counter() - start))
@@ -201,27 +208,33 @@ def trained_vae(args):
     if state := load_state(args.work_dir / "vae.pt"):
         vae.load_state_dict(state["vae"])
         vae.register_to_config(scaling_factor=round(state["scaling_factor"], 5))
-    return vae.eval()
+    return vae.to(args.device).eval()
 
 
 # --------------------------------------------------------------------------------------------- UNet and text encoders
 
 
-def training_latents(vae, pixels):
-    """float32 latents (2, n, 4, 16, 16), scaled: of the pictures and of their mirror images."""
-    both = torch.stack([encode(vae, pixels), encode(vae, pixels.flip(-1))])
+def training_latents(vae, views):
+    """float32 latents (2, views, n, 4, 16, 16), scaled, of uint8 views (views, n, 3, 64, 64) and of their mirror images."""
+    both = torch.stack([torch.stack([encode(vae, v), encode(vae, v.flip(-1))]) for v in views], dim=1)
     return both * vae.config.scaling_factor
 
 
-def denoising_loss(unet, alphas_cumprod, latents, states, pooled, t, noise):
-    """Plain denoising loss of epsilon prediction.
+def micro_conditioning(corners):
+    """SDXL's time ids, float32 (n, 6), of crops with their upper left corners (n, 2) in pixels, x before y."""
+    size = torch.full_like(corners, miniature_models.RESOLUTION)
+    return torch.cat([size, corners.flip(-1), size], dim=-1).float()
+
+
+def denoising_loss(unet, alphas_cumprod, latents, states, pooled, t, noise, time_ids=None):
+    """Plain denoising loss of epsilon prediction; without time_ids (n, 6), of whole pictures.
 
     latents, noise: (n, 4, 16, 16); states: (n, 77, 80); pooled: (n, 48); t: (n,). Returns (n,).
     """
     abar = alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-    size = float(miniature_models.RESOLUTION)
-    time_ids = torch.tensor([size, size, 0, 0, size, size]).expand(len(t), 6)
+    if time_ids is None:
+        time_ids = micro_conditioning(torch.zeros(len(t), 2, dtype=torch.long, device=t.device))
     conditioning = {"text_embeds": pooled, "time_ids": time_ids}
     predicted = unet(x_t, t, states, added_cond_kwargs=conditioning).sample
     return (predicted - noise).square().mean((1, 2, 3))
@@ -232,22 +245,39 @@ def heldout_loss(unet, text_encoders, alphas_cumprod, latents, ids):
     """Denoising loss on the held-out pictures at evenly spread t and fixed noise; for the log only."""
     t = torch.arange(len(latents)) * 1000 // len(latents)
     t = t[torch.randperm(len(t), generator=step_generator(1, 0))]
-    noise = torch.randn(latents.shape, generator=step_generator(2, 0))
+    noise = torch.randn(latents.shape, generator=step_generator(2, 0)).to(latents.device)
     states, pooled = miniature_models.encode_prompts(text_encoders, ids)
-    return denoising_loss(unet, alphas_cumprod, latents, states, pooled, t, noise).mean().item()
+    return denoising_loss(unet, alphas_cumprod, latents, states, pooled, t.to(latents.device), noise).mean().item()
+
+
+def draws(args, step, count):
+    """What is random in one step, on args.device: index, view, flip, t (n,), noise (n, 4, 16, 16), caption kept (n,)."""
+    generator, n = step_generator(args.seed, step), args.unet_batch_size
+    view = torch.randint(1, 1 + max(1, args.crops), (n,), generator=generator)
+    view = torch.where(torch.rand(n, generator=generator) < (0.5 if args.crops else 0), view, 0)
+    flip = torch.randint(2, (n,), generator=generator)
+    t = torch.randint(1000, (n,), generator=generator)
+    noise = torch.randn(n, 4, miniature_models.RESOLUTION // 4, miniature_models.RESOLUTION // 4, generator=generator)
+    keep = (torch.rand(n, generator=generator) >= args.caption_dropout).float()
+    index = batch_indices(count, n, step, args.seed)
+    return [x.to(args.device, non_blocking=True) for x in (index, view, flip, t, noise, keep)]
 
 
 def train_unet(args):
-    vae = trained_vae(args)
+    device, vae = args.device, trained_vae(args)
     tokenizers = miniature_models.build_tokenizers(args.bpe_merges)
     captions, pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "pretrain")
-    latents, ids = training_latents(vae, pixels), miniature_models.token_ids(tokenizers, captions)
+    views, corners = miniature_data.random_crops(pixels, args.crops, args.seed)
+    latents, corners = training_latents(vae, views), corners.to(device)
+    ids = [i.to(device) for i in miniature_models.token_ids(tokenizers, captions)]
     heldout_captions, heldout_pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "heldout")
-    heldout = training_latents(vae, heldout_pixels)[0], miniature_models.token_ids(tokenizers, heldout_captions)
-    alphas_cumprod = miniature_models.build_scheduler().alphas_cumprod
+    heldout_ids = [i.to(device) for i in miniature_models.token_ids(tokenizers, heldout_captions)]
+    heldout = training_latents(vae, heldout_pixels[None])[0, 0], heldout_ids
+    alphas_cumprod = miniature_models.build_scheduler().alphas_cumprod.to(device)
 
-    modules = miniature_models.build_denoiser(args.seed)  # ModuleDict: unet, text_encoder, text_encoder_2
-    average = miniature_models.build_denoiser(args.seed).requires_grad_(False)  # its exponential moving average
+    # ModuleDict: unet, text_encoder, text_encoder_2; and its exponential moving average.
+    modules = miniature_models.build_denoiser(args.seed, args.dropout).to(device).train()
+    average = miniature_models.build_denoiser(args.seed).to(device).eval().requires_grad_(False)
     weights, averaged = list(modules.parameters()), list(average.parameters())
     encoders = modules["text_encoder"], modules["text_encoder_2"]
     # No weight decay on the text encoders: it would erase the embeddings of words that pre-training never sees.
@@ -265,18 +295,16 @@ def train_unet(args):
     log, losses, start = Log(args.work_dir / "unet_log.jsonl", first), [], time.perf_counter()
 
     for step in range(first, args.unet_steps):
-        generator = step_generator(args.seed, step)
-        index = batch_indices(len(captions), args.unet_batch_size, step, args.seed)
-        flip = torch.randint(2, index.shape, generator=generator)
-        t = torch.randint(1000, index.shape, generator=generator)
-        noise = torch.randn(len(index), *latents.shape[2:], generator=generator)
-        keep = (torch.rand(len(index), generator=generator) >= args.caption_dropout).float()
+        index, view, flip, t, noise, keep = draws(args, step, len(captions))
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.unet_learning_rate, step, args.unet_steps, warmup=200)
         states, pooled = miniature_models.encode_prompts(encoders, [i[index] for i in ids])
         # Zeros stand for the empty prompt, as force_zeros_for_empty_prompt has it in the pipeline.
         states, pooled = states * keep[:, None, None], pooled * keep[:, None]
-        losses_n = denoising_loss(modules["unet"], alphas_cumprod, latents[flip, index], states, pooled, t, noise)
+        time_ids = micro_conditioning(miniature_data.mirrored(corners[view, index], flip))
+        x_0 = latents[flip, view, index]
+        losses_n = denoising_loss(modules["unet"], alphas_cumprod, x_0, states, pooled, t, noise, time_ids)
         # Layout and colour are decided at high noise, where the plain loss is tiny: 1 / abar_t is v-prediction's weight.
         loss = (losses_n * (1 / alphas_cumprod[t]).clamp(max=args.max_loss_weight)).mean()
         loss.backward()
@@ -285,10 +313,10 @@ def train_unet(args):
         optimizer.zero_grad()
         decay = min(args.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(averaged, weights, 1 - decay)
-        losses.append(losses_n.mean().item())
+        losses.append(losses_n.detach().mean())
         last = step + 1 == args.unet_steps
         if (step + 1) % args.logging_steps == 0 or last:
-            record = dict(stage="unet", step=step + 1, loss=sum(losses) / len(losses))
+            record = dict(stage="unet", step=step + 1, loss=torch.stack(losses).mean().item())
             if (step + 1) % (5 * args.logging_steps) == 0 or last:
                 average_encoders = average["text_encoder"], average["text_encoder_2"]
                 record["heldout_loss"] = heldout_loss(average["unet"], average_encoders, alphas_cumprod, *heldout)
@@ -318,7 +346,7 @@ def assemble(args):
     new, final = args.output_dir / "pipeline.new", args.output_dir / "pipeline"
     shutil.rmtree(new, ignore_errors=True)
     tokenizers = miniature_models.build_tokenizers(args.bpe_merges)
-    miniature_models.save_pipeline(new, trained_vae(args), modules, tokenizers)
+    miniature_models.save_pipeline(new, trained_vae(args).cpu(), modules, tokenizers)
     if final.exists():  # two renames, so that a reader never meets half a pipeline
         final.rename(args.output_dir / "pipeline.old")
     new.rename(final)
@@ -341,6 +369,7 @@ def draw_grid(args):
 def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     args.work_dir.mkdir(parents=True, exist_ok=True)
     run = dict(data=make_data, vae=train_vae, unet=train_unet, assemble=assemble, grid=draw_grid)
     for stage in STAGES if args.stage == "all" else (args.stage,):
