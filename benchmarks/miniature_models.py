@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 RESOLUTION = 64
@@ -94,6 +95,15 @@ def build_denoiser(seed, dropout=0.0):
         # The default, 0.02, leaves words nearly indistinguishable at the start, and those never trained for ever.
         torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.3)
     return torch.nn.ModuleDict({"unet": build_unet(dropout), "text_encoder": first, "text_encoder_2": second})
+
+
+def load_denoiser(denoiser, pipeline):
+    """Give a ModuleDict of build_denoiser the weights of a pipeline folder, in the ModuleDict's own precision."""
+    for name, module in denoiser.items():
+        weights = {}
+        for path in Path(pipeline, name).glob("*.safetensors"):
+            weights |= load_file(path)
+        module.load_state_dict(weights)
 
 
 def build_scheduler():

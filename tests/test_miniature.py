@@ -185,6 +185,45 @@ def test_each_epoch_visits_each_picture_once():
         assert len(set(seen.tolist())) == 20
 
 
+def test_crops_and_their_mirror_images_carry_their_corners():
+    """The corner that the time ids carry is where the view lies in the enlarged picture, mirrored or not."""
+    x = torch.arange(64, dtype=torch.float).mul(3).expand(64, 64)
+    pixels = torch.stack([x, x.T, 255 - x]).to(torch.uint8).expand(2, 3, 64, 64)
+    views, corners = miniature_data.random_crops(pixels, 3, seed=0)
+    assert views.shape == (4, 2, 3, 64, 64) and torch.equal(views[0], pixels) and not corners[0].any()
+    size = (64 + miniature_data.ROOM,) * 2
+    large = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True)
+    for view, place in zip(views[1:].flatten(0, 1), corners[1:].flatten(0, 1), strict=True):
+        for flip in (0, 1):
+            picture, shown = (large[0].flip(-1), view.flip(-1)) if flip else (large[0], view)
+            (cx, cy) = miniature_data.mirrored(place[None], torch.tensor([flip]))[0].tolist()
+            torch.testing.assert_close(shown.float(), picture[:, cy : cy + 64, cx : cx + 64], atol=0.51, rtol=0)
+    whole = miniature_data.mirrored(torch.zeros(1, 2, dtype=torch.long), torch.tensor([1]))
+    assert train_miniature.micro_conditioning(whole).tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert train_miniature.micro_conditioning(torch.tensor([[2, 7]])).tolist() == [[64, 64, 7, 2, 64, 64]]
+
+
+def test_words_are_replaced_between_start_and_end_alone(pipeline):
+    ids = miniature_models.token_ids((pipeline.tokenizer, pipeline.tokenizer_2), ["a red apple", "penguin"] * 200)
+    first, second = train_miniature.replace_words(ids, 0.5, torch.Generator().manual_seed(0))
+    changed = first != ids[0]
+    assert torch.equal(changed, second != ids[1]) and torch.equal(first[changed], second[changed])
+    end = (ids[0] == 49407).int().argmax(1, keepdim=True)
+    position = torch.arange(77)
+    assert not changed[(position == 0) | (position >= end)].any()
+    assert 0.15 < changed[(position > 0) & (position < end)].float().mean() < 0.35  # half of the rows, half of their words
+    assert all(torch.equal(a, b) for a, b in zip(train_miniature.replace_words(ids, 0.0, None), ids, strict=True))
+
+
+def test_untaught_words_keep_their_embeddings(pipeline):
+    encoders = miniature_models.build_text_encoders()
+    ids = miniature_models.token_ids((pipeline.tokenizer, pipeline.tokenizer_2), ["apple"])
+    train_miniature.keep_untaught_words(encoders, ids)
+    states, pooled = miniature_models.encode_prompts(encoders, [torch.full_like(i, 1234) for i in ids])
+    (states.square().sum() + pooled.sum()).backward()
+    assert all(not e.get_input_embeddings().weight.grad.any() for e in encoders)
+
+
 def test_interrupted_training_continues_exactly(tmp_path, parts, monkeypatch):
     few = {name: members[:8] for name, members in parts.items()}
     miniature_data.write_imagefolders(few, tmp_path / "data")
