@@ -13,7 +13,7 @@ import datetime
 import logging
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,22 +24,22 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from sdxl_ambient.checkpoint import (
-    LORA_FILE,
     CheckpointError,
     check_checkpoint,
-    checkpoints,
     find_checkpoint,
+    refuse_to_overwrite,
     register_lora_hooks,
     save_checkpoint,
     save_lora,
     save_unet,
 )
 from sdxl_ambient.config import OptionError, parse_options
-from sdxl_ambient.data import LatentStore, Stream, loader
+from sdxl_ambient.data import LatentStore, Stream, check_stores, common_t_n, loader
 from sdxl_ambient.images import ImagesMissing
 from sdxl_ambient.latents import build_store
 from sdxl_ambient.manifest import differences, environment, write_json
 from sdxl_ambient.models import (
+    Average,
     Denoiser,
     ModelError,
     add_lora,
@@ -53,7 +53,8 @@ from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
 from sdxl_ambient.observation import NoiseKeyError
 from sdxl_ambient.options import TrainOptions
 from sdxl_ambient.plan import Geometry, StoreError
-from sdxl_ambient.validation import heldout_loss, validation_images
+from sdxl_ambient.restoration import Restoration, RestoreOptions
+from sdxl_ambient.validation import heldout_loss, track_images, validation_images
 
 logger = get_logger(__name__)
 USER_ERRORS = (OptionError, ImagesMissing, StoreError, NoiseKeyError, ModelError, CheckpointError)
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(options: TrainOptions, accelerator: Accelerator) -> None:
     output = Path(options.output_dir)
-    refuse_to_overwrite(options, output)
+    refuse_to_overwrite(output, options.resume_from_checkpoint)
     set_seed(options.seed)
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -201,7 +202,16 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
-    objective = ObjectiveOptions(loss_space=options.loss_space)
+    objective = objective_options(options)
+    # Averaged weights draw the samples that restore trains on, and the consistency loss's where that is asked for.
+    average, restoration = None, None
+    if options.low_noise == "restore":
+        refresh = options.restored_per_batch // 4 if options.restore_refresh is None else options.restore_refresh
+        how = RestoreOptions(options.restored_per_batch, refresh, options.restore_steps, options.restore_levels)
+        restoration = Restoration(store, how, options.seed, accelerator.process_index, accelerator.num_processes)
+    if restoration or options.consistency_teacher == "ema":
+        average = Average(model, options.ema_decay)
+        accelerator.register_for_checkpointing(average)
     # What a checkpoint must agree in: a resume under another of these would not continue the same run.
     run = {
         "finetune": options.finetune,
@@ -209,7 +219,9 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         "seed": options.seed,
         "samples_per_step": samples_per_step,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "low_noise": options.low_noise,
         **asdict(objective),
+        **(asdict(restoration.options) if restoration else {}),
     }
     progress = {"step": 0, "run": run, "heldout": [], "best": None}
     if options.resume_from_checkpoint:
@@ -221,6 +233,8 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
             if changed := differences(progress["run"], run):
                 raise CheckpointError(f"{found} is of another run: {'; '.join(changed)}")
             accelerator.load_state(str(found))
+            if restoration:
+                restoration.load(found)
             accelerator.print(f"Resuming from {found}.")
     if accelerator.is_main_process:
         record = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
@@ -242,6 +256,9 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
             "step": step,
         }
 
+    def on_device(batch):
+        return batch.conditioning.to(accelerator.device, dtype)
+
     def export(folder: Path, step: int) -> Path:
         return (save_lora if lora else save_unet)(model, folder, info(step))
 
@@ -260,37 +277,55 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
     )
+    more = restoration.batches(stream.start, stream.stop, options.dataloader_num_workers) if restoration else None
     bar = tqdm(
         total=max_train_steps, initial=first, desc="steps", unit="step", disable=not accelerator.is_local_main_process
     )
-    step, summed = first, 0.0
+
+    step, summed = first, {}
     for batch in loader(store, stream, options.dataloader_num_workers):
         with accelerator.accumulate(unet):
-            denoise = Denoiser(unet, batch.conditioning.to(accelerator.device, dtype), dtype)
+            generators, restored = batch.generators(options.seed), None
+            extra = next(more) if restoration else None
+            if restoration and step >= options.restore_start:
+                drawn = restoration.generators(extra)
+                restored = restoration.restored(extra, Denoiser(average, on_device(extra), dtype), schedule, drawn)
+                batch = batch.first(0) if options.restore_levels == "all" else batch
+                generators = [*generators[: len(batch.x_n)], *drawn]
+                batch.conditioning = batch.conditioning.followed_by(extra.conditioning)
+            denoise = Denoiser(unet, on_device(batch), dtype)
+            teacher = Denoiser(average, denoise.conditioning, dtype) if options.consistency_teacher == "ema" else None
+            due = objective if step % options.consistency_every == 0 else replace(objective, consistency_weight=0.0)
             x_n = batch.x_n.to(accelerator.device)
-            losses = ambient_objective(denoise, schedule, x_n, batch.t_n, batch.generators(options.seed), objective)
+            losses = ambient_objective(denoise, schedule, x_n, batch.t_n, generators, due, restored, teacher)
             accelerator.backward(losses.total)
             if accelerator.sync_gradients and options.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
             optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
+                if average:
+                    average.update()
             optimizer.zero_grad()
-        summed += float(accelerator.gather(losses.ambient.detach()).mean()) / accumulation
+        for name, value in accelerator.gather(losses.means()).items():
+            summed[name] = summed.get(name, 0.0) + float(value.mean()) / accumulation
         if not accelerator.sync_gradients:
             continue
-        step, loss, summed = step + 1, summed, 0.0
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step}; lower --learning_rate, or use bf16 instead of fp16")
+        step, logged, summed = step + 1, summed, {}
+        if not all(map(math.isfinite, logged.values())):
+            raise TrainingError(
+                f"the loss is {logged['loss']} at step {step}; lower --learning_rate, or use bf16 instead of fp16"
+            )
         bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_scheduler.get_last_lr()[0]:.2e}")
-        accelerator.log({"loss": loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+        bar.set_postfix({k: f"{v:.4f}" for k, v in logged.items()}, lr=f"{lr_scheduler.get_last_lr()[0]:.2e}")
+        accelerator.log({**logged, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
 
         if step % options.validation_steps == 0 or step == max_train_steps:
             validate(options, accelerator, model, schedule, heldout, objective, dtype, step, progress, export)
         if step % options.checkpointing_steps == 0 or step == max_train_steps:
             progress["step"] = step
-            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit)
+            own = restoration.save if restoration else None
+            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, own)
     bar.close()
 
     # -- save ---------------------------------------------------------------------------------------------------------
@@ -344,41 +379,15 @@ def validate(options, accelerator, model, schedule, heldout, objective, dtype, s
     accelerator.wait_for_everyone()
 
 
-def track_images(accelerator, drawn: dict, step: int) -> None:
-    import numpy as np
-
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for prompt, images in drawn.items():
-                tracker.writer.add_images(prompt, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"validation": [wandb.Image(i, caption=p) for p, im in drawn.items() for i in im]}, step=step)
-
-
-def refuse_to_overwrite(options: TrainOptions, output: Path) -> None:
-    made = [*checkpoints(output), *(p for p in (output / LORA_FILE, output / "unet") if p.exists())]
-    if made and not options.resume_from_checkpoint:
-        raise OptionError(
-            f"--output_dir: {str(output)!r} holds an earlier run ({made[-1].name}); go on with "
-            "--resume_from_checkpoint latest, or give another folder"
-        )
-
-
-def check_stores(store: LatentStore, heldout: LatentStore | None, schedule) -> None:
-    """The base model's schedule must be the one that the stores were made with; both must be at the same noise levels."""
-    for one in filter(None, (store, heldout)):
-        if one.schedule_hash != schedule.hash:
-            raise StoreError(f"the store {one.folder} was made with another noise schedule than the base model's")
-    if heldout is not None and common_t_n(heldout) != common_t_n(store):
-        raise StoreError(f"{heldout.folder} is at t_n = {common_t_n(heldout)}, {store.folder} at {common_t_n(store)}")
-
-
-def common_t_n(store: LatentStore):
-    """The store's noise level; None for clean, "mixed" where images have different ones."""
-    found = {i["t_n"] for i in store.manifest["images"]}
-    return found.pop() if len(found) == 1 else "mixed"
+def objective_options(options: TrainOptions) -> ObjectiveOptions:
+    """The objective's options, which have the flags' names, but for those that depend on another."""
+    given = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions) if hasattr(options, f.name)}
+    if options.consistency_weight is None:
+        given["consistency_weight"] = 1.0 if options.low_noise == "consistency" else 0.0
+    min_snr = "none" if options.snr_gamma is None else "min_snr"
+    given["weighting"] = "debiased" if options.debiased_estimation_loss else min_snr
+    given["snr_gamma"] = options.snr_gamma or ObjectiveOptions.snr_gamma
+    return ObjectiveOptions(**given)
 
 
 def scalars(options: TrainOptions) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
 
+from sdxl_ambient.config import OptionError
 from sdxl_ambient.manifest import atomic, read_json, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -140,8 +142,17 @@ def register_lora_hooks(accelerator, unet) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator, output_dir: str | Path, step: int, progress: dict, limit: int | None = None) -> Path:
+def save_checkpoint(
+    accelerator,
+    output_dir: str | Path,
+    step: int,
+    progress: dict,
+    limit: int | None = None,
+    save_more: Callable[[Path], None] | None = None,
+) -> Path:
     """Write ``checkpoint-<step>`` with everything a resume needs, then remove the oldest beyond ``limit``.
+
+    ``save_more(folder)`` is called by every process, for state that each has of its own.
 
     All processes call it. Model, optimizer, scheduler and random states go through ``accelerator.save_state`` into a
     temporary folder; its list of files and sizes is written last and the folder renamed, so that a checkpoint that was cut
@@ -153,6 +164,8 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, progress: di
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    if save_more is not None:
+        save_more(temporary)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
@@ -213,3 +226,14 @@ def find_checkpoint(output_dir: str | Path, resume_from: str, warn=print) -> Pat
     if problems:
         raise CheckpointError(f"no whole checkpoint in {output_dir}: {problems[0]}")
     return None
+
+
+def refuse_to_overwrite(output_dir: str | Path, resume_from: str | None) -> None:
+    """Raises OptionError where a folder holds a run's results and nothing says to go on with it."""
+    output = Path(output_dir)
+    made = [*checkpoints(output), *(p for p in (output / LORA_FILE, output / "unet") if p.exists())]
+    if made and not resume_from:
+        raise OptionError(
+            f"--output_dir: {str(output)!r} holds an earlier run ({made[-1].name}); go on with "
+            "--resume_from_checkpoint latest, or give another folder"
+        )

@@ -25,12 +25,19 @@ from sdxl_ambient.plan import StoreError, shards
 @dataclass
 class Batch:
     """``x_n`` (b, 4, h, w) noisy latents at levels ``t_n`` (b,), −1 for clean; what they show; ``positions`` (b,) in the
-    stream, which seed each sample's noise and time."""
+    stream, which seed each sample's noise and time; ``contents`` (b,), the hashes that name the pictures."""
 
     x_n: torch.Tensor
     t_n: torch.Tensor
     conditioning: Conditioning
     positions: list[int]
+    contents: list[str]
+
+    def first(self, count: int) -> Batch:
+        """Its first samples."""
+        rows = slice(count)
+        conditioning = self.conditioning.rows(rows)
+        return Batch(self.x_n[rows], self.t_n[rows], conditioning, self.positions[rows], self.contents[rows])
 
     def generators(self, seed: int) -> list[torch.Generator]:
         """One CPU generator per sample, seeded by (seed, position in the stream)."""
@@ -100,7 +107,23 @@ class LatentStore(Dataset):
             "pooled": self._tensor(prompts, f"{caption}.pooled"),
             "time_ids": entry["time_ids"],
             "position": position,
+            "content": entry["content"],
         }
+
+
+def common_t_n(store: LatentStore):
+    """The store's noise level; None for clean, "mixed" where images have different ones."""
+    found = {i["t_n"] for i in store.manifest["images"]}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def check_stores(store: LatentStore, heldout: LatentStore | None, schedule) -> None:
+    """The base model's schedule must be the one that the stores were made with; both must be at the same noise levels."""
+    for one in filter(None, (store, heldout)):
+        if one.schedule_hash != schedule.hash:
+            raise StoreError(f"the store {one.folder} was made with another noise schedule than the base model's")
+    if heldout is not None and common_t_n(heldout) != common_t_n(store):
+        raise StoreError(f"{heldout.folder} is at t_n = {common_t_n(heldout)}, {store.folder} at {common_t_n(store)}")
 
 
 def collate(items: Sequence[dict]) -> Batch:
@@ -114,16 +137,31 @@ def collate(items: Sequence[dict]) -> Batch:
             torch.tensor([i["time_ids"] for i in items], dtype=torch.float32),
         ),
         positions=[i["position"] for i in items],
+        contents=[i["content"] for i in items],
     )
 
 
 class Stream(Sampler):
-    """This process's batches of (position, index), from micro-step ``start`` to before ``stop``."""
+    """This process's batches of (position, index), from micro-step ``start`` to before ``stop``.
+
+    ``size`` pictures: all of a store, or the ``members`` of it. Streams of different ``purpose`` have different orders.
+    """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, *, start: int = 0, stop: int, rank: int = 0, processes: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        start: int = 0,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+        members: Sequence[int] | None = None,
+        purpose: str = "order",
     ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.members, self.purpose = members, purpose
         self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
         self._epoch: tuple[int, list[int]] = (-1, [])
 
@@ -134,9 +172,10 @@ class Stream(Sampler):
         """The picture at a position of the endless stream."""
         epoch, within = divmod(position, self.size)
         if self._epoch[0] != epoch:
-            generator = sample_generator(self.seed, "order", epoch)
+            generator = sample_generator(self.seed, self.purpose, epoch)
             self._epoch = epoch, torch.randperm(self.size, generator=generator).tolist()
-        return self._epoch[1][within]
+        index = self._epoch[1][within]
+        return index if self.members is None else self.members[index]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):

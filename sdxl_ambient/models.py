@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
@@ -207,6 +209,64 @@ class Conditioning:
             self.prompt_embeds.to(device, dtype), self.pooled.to(device, dtype), self.time_ids.to(device, torch.float32)
         )
 
+    def rows(self, index) -> Conditioning:
+        """That of some samples: a slice or a list of their indices."""
+        return Conditioning(self.prompt_embeds[index], self.pooled[index], self.time_ids[index])
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """That of this batch and another after it."""
+        return Conditioning(
+            torch.cat([self.prompt_embeds, other.prompt_embeds]),
+            torch.cat([self.pooled, other.pooled]),
+            torch.cat([self.time_ids, other.time_ids]),
+        )
+
+
+class Average:
+    """Exponential moving average of the weights that are trained; called, it is the module with the averaged weights.
+
+    It draws the samples that training needs of the model itself: without graph only, in evaluation mode.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        self.module = module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.ema = EMAModel(self.parameters, decay=decay, foreach=True)
+
+    def update(self) -> None:
+        """After every optimizer step."""
+        self.ema.step(self.parameters)
+
+    @contextmanager
+    def weights(self):
+        """Within it, the module has the averaged weights and is in evaluation mode. Nothing is copied."""
+        was_training = self.module.training
+        self._swap()
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self._swap()
+            self.module.train(was_training)
+
+    @torch.no_grad()
+    def __call__(self, *args, **keywords):
+        with self.weights():
+            return self.module(*args, **keywords)
+
+    def _swap(self) -> None:
+        for parameter, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
+            parameter.data, shadow.data = shadow.data, parameter.data
+
+    def state_dict(self) -> dict:
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema.load_state_dict(state)
+        self.ema.shadow_params = [
+            s.to(p.device, p.dtype) for s, p in zip(self.ema.shadow_params, self.parameters, strict=True)
+        ]
+
 
 class Denoiser:
     """The UNet as ``denoise(x_t, t)``, so that the objective never sees diffusers."""
@@ -215,12 +275,21 @@ class Denoiser:
         self.unet, self.dtype = unet, dtype
         self.conditioning = conditioning
 
+    @property
+    def device(self) -> torch.device:
+        return self.conditioning.prompt_embeds.device
+
+    def rows(self, index) -> Denoiser:
+        """The same for some samples of the batch."""
+        return Denoiser(self.unet, self.conditioning.rows(index), self.dtype)
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t (batch, 4, h, w), t (batch,) → the network's raw output, like x_t."""
+        """x_t (n, 4, h, w), t (n,) → the network's raw output, like x_t. Fewer rows than the batch's are its first ones."""
+        shown = self.conditioning.rows(slice(len(x_t)))
         return self.unet(
             x_t.to(self.dtype),
             t,
-            encoder_hidden_states=self.conditioning.prompt_embeds,
-            added_cond_kwargs={"text_embeds": self.conditioning.pooled, "time_ids": self.conditioning.time_ids},
+            encoder_hidden_states=shown.prompt_embeds,
+            added_cond_kwargs={"text_embeds": shown.pooled, "time_ids": shown.time_ids},
             return_dict=False,
         )[0]

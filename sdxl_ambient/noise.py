@@ -168,15 +168,21 @@ class NoiseSchedule:
 
     # -- drawing times ------------------------------------------------------------------
 
-    def draw_times(self, t_n: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """t uniform on {t_n + 1, …, T − 1} from u uniform on [0, 1). t_n itself carries no information and is never drawn.
+    def draw_times(self, t_n: torch.Tensor, u: torch.Tensor, t_max: torch.Tensor | None = None) -> torch.Tensor:
+        """t uniform on {t_n + 1, …, t_max} from u uniform on [0, 1). t_n itself carries no information and is never drawn.
+
+        ``t_max`` (batch,) is T − 1 unless given.
 
         Raises:
-            ValueError: some t_n leaves no level above it.
+            ValueError: some t_n leaves no level above it, or some t_max is beyond the schedule.
         """
-        if bool((t_n >= self.num_timesteps - 1).any()) or bool((t_n < CLEAN).any()):
-            raise ValueError(f"t_n {t_n.tolist()} must lie between {CLEAN} (clean) and {self.num_timesteps - 2}")
-        above = self.num_timesteps - 1 - t_n
+        last = self.num_timesteps - 1
+        if bool((t_n >= last).any()) or bool((t_n < CLEAN).any()):
+            raise ValueError(f"t_n {t_n.tolist()} must lie between {CLEAN} (clean) and {last - 1}")
+        t_max = torch.full_like(t_n, last) if t_max is None else t_max
+        if bool((t_max > last).any()) or bool((t_max <= t_n).any()):
+            raise ValueError(f"t_max {t_max.tolist()} must lie above t_n {t_n.tolist()}, up to {last}")
+        above = t_max - t_n
         return t_n + 1 + torch.minimum((u * above).long(), above - 1)
 
     # -- tables ------------------------------------------------------------------

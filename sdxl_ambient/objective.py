@@ -1,68 +1,126 @@
-"""The ambient objective: denoising score matching from noisy data, one value per sample.
+"""The objective, one value per sample: ambient denoising score matching, consistency, and restored samples.
 
-``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers.
+``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers. Where it is called
+with fewer rows than the batch has, they are the batch's first ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.chain import Denoise, posterior_mean, spaced_times, walk
+from sdxl_ambient.noise import CLEAN, NoiseSchedule
+from sdxl_ambient.randomness import Generators, Randomness
 
-Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-LOSS_SPACES = ("epsilon", "x_n")
+CHOICES = {
+    "loss_space": ("epsilon", "x_n"),
+    "weighting": ("none", "min_snr", "debiased"),
+    "t_sampling": ("uniform", "near"),
+    "consistency_anchor": ("ambient", "boundary", "chain"),
+    "consistency_space": ("x_0", "snr"),
+    "consistency_estimator": ("single", "both"),
+}
 
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """What to minimise. ``loss_space``: "epsilon" weighs every t alike in ε; "x_n" is the error of E[x_n|x_t]."""
+    """What to minimise.
+
+    loss_space: "epsilon" weighs every t alike in ε; "x_n" is the error of E[x_n|x_t].
+    weighting, snr_gamma: see :func:`snr_weight`. t_sampling: "near" draws half of the times close above t_n.
+    consistency_weight: 0 turns it off. For the rest of its options see :func:`consistency_loss`.
+    restore_weight: of the loss on restored samples, beside the ambient one's 1.
+    """
 
     loss_space: str = "epsilon"
+    weighting: str = "none"
+    snr_gamma: float = 5.0
+    t_sampling: str = "uniform"
+    consistency_weight: float = 0.0
+    consistency_anchor: str = "ambient"
+    consistency_steps: int = 4
+    consistency_max_step: int = 50
+    consistency_space: str = "x_0"
+    consistency_estimator: str = "single"
+    consistency_stop_anchor: bool = False
+    consistency_batch: int | None = None
+    restore_weight: float = 1.0
 
     def __post_init__(self):
-        if self.loss_space not in LOSS_SPACES:
-            raise ValueError(f"loss_space: {self.loss_space!r} is not one of {', '.join(LOSS_SPACES)}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("consistency_steps", "consistency_max_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not at least 1")
+
+
+@dataclass
+class Restored:
+    """Samples x̃_0 (m, …) that the model itself drew, and the highest timestep (m,) that each is trained at.
+
+    In the batch that ``denoise`` sees they follow the noisy samples.
+    """
+
+    x_0: torch.Tensor
+    t_max: torch.Tensor
 
 
 @dataclass
 class Losses:
     """``ambient``: (batch,) loss per sample. ``t``: (batch,) the times drawn. ``total``: scalar to differentiate.
 
-    ``consistency``: (batch,) per sample where the consistency loss is on, else None.
+    ``consistency``: (batch or consistency_batch,) where the consistency loss is on, unweighted, an unbiased estimate that
+    may be negative; 0 for samples that have no pair. ``restored``: (m,) where restored samples were given. Else None.
     """
 
     ambient: torch.Tensor
     t: torch.Tensor
     total: torch.Tensor
     consistency: torch.Tensor | None = None
+    restored: torch.Tensor | None = None
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """Scalars to log: the total, and each part's mean before its weight."""
+        parts = {"ambient": self.ambient, "consistency": self.consistency, "restored": self.restored}
+        means = {name: values.detach().mean() for name, values in parts.items() if values is not None and len(values)}
+        return {"loss": self.total.detach(), **means}
 
 
-def draw(
-    x: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """u uniform on [0, 1) of shape (batch,) on the CPU, and ξ standard normal like ``x``.
+# -- denoising score matching ----------------------------------------------------------------------
 
-    A list of generators gives every sample its own: what a sample draws then doesn't depend on the batch it is in.
+
+def snr_weight(
+    schedule: NoiseSchedule, t_n: torch.Tensor, t: torch.Tensor, weighting: str, gamma: float = 5.0
+) -> torch.Tensor:
+    """Weight (batch,) of the ambient loss, float64: 1, min-SNR-γ, or debiased.
+
+    Both published weights come from the signal-to-noise ratio of what the network is asked to find in x_t. In the ambient
+    loss that is x_n, and x_t = r x_n + ν ξ, so the ratio is r²/ν² and the loss in ξ is r²/ν² times the squared error of
+    E[x_n|x_t]. Capping the latter's weight at γ (Hang et al. 2023, arXiv 2303.09556, eq. 7) gives min(r²/ν², γ)/(r²/ν²);
+    debiasing (Yu et al. 2024, arXiv 2310.08442) gives 1/√(r²/ν²) = ν/r. For clean data both are the published ones for ε
+    prediction; whatever the network predicts, the loss is taken in ξ, so they hold for all of them. Zero at t = t_n.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(generator, Sequence):
-        if len(generator) != len(x):
-            raise ValueError(f"{len(generator)} generators for {len(x)} samples")
-        pairs = [
-            (torch.rand((), generator=g, device=g.device, dtype=torch.float64).cpu(), _normal(x.shape[1:], g, dtype))
-            for g in generator
-        ]
-        return torch.stack([u for u, _ in pairs]), torch.stack([xi for _, xi in pairs]).to(x.device)
-    device = generator.device if generator is not None else "cpu"
-    u = torch.rand(len(x), generator=generator, device=device, dtype=torch.float64).cpu()
-    return u, _normal(x.shape, generator, dtype).to(x.device)
+    r, nu = schedule.transition(t_n, t)
+    if weighting == "min_snr":
+        # min(r²/ν², γ)/(r²/ν²) without dividing by ν, which is tiny next to t_n.
+        return torch.minimum(torch.ones_like(r), gamma * (nu / r).square())
+    return nu / r if weighting == "debiased" else torch.ones_like(r)
 
 
-def _normal(shape, generator: torch.Generator | None, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device if generator else "cpu", dtype=dtype)
+def draw_times(
+    schedule: NoiseSchedule, t_n: torch.Tensor, u: torch.Tensor, sampling: str, t_max: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Times above t_n from u uniform on [0, 1): uniform, or ("near") every second one in density close above t_n.
+
+    "near" sends u < ½ to (2u)³ of the range and the rest to 2u − 1 of it. The ambient loss knows nothing at t_n and little
+    just above it, while everything below is built on what the model says there.
+    """
+    if sampling == "near":
+        u = torch.where(u < 0.5, (2 * u) ** 3, 2 * u - 1)
+    return schedule.draw_times(t_n, u, t_max)
 
 
 def ambient_loss(
@@ -83,9 +141,15 @@ def ambient_loss(
         x_n: (batch, …) noisy data at levels ``t_n`` (batch,), −1 for clean. t: (batch,) times above t_n.
         xi: noise like ``x_n``.
     """
+    return _ambient(denoise, schedule, x_n, t_n, t, xi, loss_space)[0]
+
+
+def _ambient(denoise, schedule, x_n, t_n, t, xi, loss_space):
+    """The loss, and x_t and the network's output (float32 at least) that it was made from."""
     t_n, t = t_n.to(x_n.device), t.to(x_n.device)
     x_t = schedule.renoise(x_n, t_n, t, xi)
-    epsilon = schedule.epsilon(denoise(x_t, t), x_t, t)
+    output = denoise(x_t, t)
+    epsilon = schedule.epsilon(output, x_t, t)
     # The loss is taken in float32 at least, whatever precision the network ran in.
     epsilon = epsilon if epsilon.dtype == torch.float64 else epsilon.float()
     scale = schedule._like(schedule.ambient_scale(t_n, t), epsilon)
@@ -93,7 +157,82 @@ def ambient_loss(
     if loss_space == "x_n":
         r, nu = schedule.transition(t_n, t)
         per_sample = per_sample * (nu / r).square().to(per_sample)
-    return per_sample
+    return per_sample, x_t, output
+
+
+# -- consistency ----------------------------------------------------------------------
+
+
+def consistency_loss(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_a: torch.Tensor,
+    anchor: torch.Tensor,
+    a: torch.Tensor,
+    s: torch.Tensor,
+    randomness: Randomness,
+    options: ObjectiveOptions,
+    teacher: Denoise | None = None,
+) -> torch.Tensor:
+    """Unbiased estimate of ‖E[h(x_s, s) | x_a] − h(x_a, a)‖² per sample, s < a: (batch,) mean over all other dimensions.
+
+    Two independent reverse steps of the model, x_s¹ and x_s², are drawn from x_a without graph; the estimate is the mean of
+    (h(x_s¹, s) − g) ⊙ (h(x_s², s) − g), which may be negative (arXiv 2404.10177, Lemma 3.4 with two samples).
+
+    ``consistency_estimator``: with "both", gradients go through both branches. The branches are exchangeable, so the
+    gradient 2 ∇(h(x_s¹) − g) · (h(x_s²) − g) with the second factor held fixed has the same mean: "single" needs no graph
+    for it.
+    ``consistency_stop_anchor`` holds g fixed. ``consistency_space``: the squared error of x̂_0, or ("snr") that times
+    min(SNR_s, snr_gamma), which weighs differences as min-SNR-γ weighs denoising errors.
+
+    Args:
+        x_a: (batch, …) at times ``a`` (batch,) ≥ 1. anchor: g = h(x_a, a), (batch, …), with its graph. s: (batch,), ≥ 0.
+        teacher: the model that the reverse steps are drawn from, if another than the one trained: one more evaluation.
+    """
+    if options.consistency_stop_anchor:
+        anchor = anchor.detach()
+    with torch.no_grad():
+        x_0 = anchor if teacher is None else posterior_mean(teacher, schedule, x_a, a)
+        x_s = [schedule.reverse_step(x_a, x_0, a, s, randomness.normal(x_a)) for _ in range(2)]
+    first = posterior_mean(denoise, schedule, x_s[0], s) - anchor
+    if options.consistency_estimator == "both":
+        product = first * (posterior_mean(denoise, schedule, x_s[1], s) - anchor)
+    else:
+        with torch.no_grad():
+            second = posterior_mean(denoise, schedule, x_s[1], s) - anchor
+        # The value of first · second with twice the gradient of its first factor.
+        product = 2 * first * second - (first * second).detach()
+    estimate = product.flatten(1).mean(1)
+    if options.consistency_space == "snr":
+        estimate = estimate * schedule.snr(s).clamp(max=options.snr_gamma).to(estimate)
+    return estimate
+
+
+def _consistency(denoise, schedule, x_n, t_n, x_t, t, output, randomness, options, teacher) -> torch.Tensor:
+    """Choose the anchor's time a and x_a, then s; (batch,), 0 for samples without a pair."""
+    x_n, x_t, output = x_n.detach(), x_t.detach(), output if output.dtype == torch.float64 else output.float()
+    if options.consistency_anchor == "ambient":
+        x_a, a = x_t, t
+        anchor = schedule.denoised(output, x_t, t.to(x_t.device))
+    else:
+        a = t_n.clamp(min=1)
+        x_a = x_n
+        if options.consistency_anchor == "chain":
+            # Where clean data stand in the batch they walk from a = 1 to a = 1 and are dropped below.
+            start, a = a, 1 + (randomness.uniform() * a).long()
+            x_a = walk(teacher or denoise, schedule, x_n, spaced_times(start, a, options.consistency_steps), randomness)
+        anchor = posterior_mean(denoise, schedule, x_a, a.to(x_a.device))
+    reach = torch.minimum(a, torch.full_like(a, options.consistency_max_step))
+    s = (a - 1 - (randomness.uniform() * reach).long()).clamp(min=0)
+    paired = (a >= 1) if options.consistency_anchor == "ambient" else (t_n >= 1)
+    device = x_a.device
+    values = consistency_loss(
+        denoise, schedule, x_a, anchor, a.clamp(min=1).to(device), s.to(device), randomness, options, teacher
+    )
+    return torch.where(paired.to(device), values, torch.zeros_like(values))
+
+
+# -- all of it ----------------------------------------------------------------------
 
 
 def ambient_objective(
@@ -101,20 +240,46 @@ def ambient_objective(
     schedule: NoiseSchedule,
     x_n: torch.Tensor,
     t_n: torch.Tensor,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Generators = None,
     options: ObjectiveOptions | None = None,
+    restored: Restored | None = None,
+    teacher: Denoise | None = None,
 ) -> Losses:
     """Draw a time above its own t_n for every sample, renoise to it, and return the losses.
 
     Args:
-        x_n: (batch, …) noisy data. t_n: (batch,) its levels, −1 for clean.
-        generator: one for the batch, or a list with one per sample.
+        x_n: (batch, …) noisy data; the batch may be empty where restored samples are all there is to train on.
+        t_n: (batch,) its levels, −1 for clean.
+        generator: one for the batch, or a list with one per sample, of the restored ones too.
+        restored: samples of the model, trained with plain denoising at t ≤ t_max in the same forward pass.
+        teacher: the averaged model, for the reverse steps of the consistency loss; None: the model itself.
 
     Raises:
         ValueError: some t_n leaves no level above it.
     """
     options = options or ObjectiveOptions()
-    u, xi = draw(x_n, generator)
-    t = schedule.draw_times(t_n.cpu(), u)
-    ambient = ambient_loss(denoise, schedule, x_n, t_n, t, xi, options.loss_space)
-    return Losses(ambient=ambient, t=t, total=ambient.mean())
+    t_n, count = t_n.cpu(), len(x_n)
+    x, levels, t_max = x_n, t_n, torch.full_like(t_n, schedule.num_timesteps - 1)
+    if restored is not None:
+        x = torch.cat([x_n, restored.x_0.to(x_n)])
+        levels = torch.cat([t_n, torch.full((len(restored.x_0),), CLEAN)])
+        t_max = torch.cat([t_max, restored.t_max.cpu()])
+    randomness = Randomness(generator, len(x))
+    u, xi = randomness.uniform(), randomness.normal(x)
+    # Restored samples are clean data, drawn uniformly up to their own level.
+    near = draw_times(schedule, levels, u, options.t_sampling, t_max)
+    t = torch.where(levels == CLEAN, draw_times(schedule, levels, u, "uniform", t_max), near)
+    per_sample, x_t, output = _ambient(denoise, schedule, x, levels, t, xi, options.loss_space)
+    weighted = per_sample * snr_weight(schedule, levels, t, options.weighting, options.snr_gamma).to(per_sample)
+    losses = Losses(ambient=per_sample[:count], t=t[:count], total=weighted[:count].sum() / max(1, count))
+    if restored is not None:
+        losses.restored = per_sample[count:]
+        losses.total = losses.total + options.restore_weight * weighted[count:].mean()
+    if options.consistency_weight > 0 and count:
+        n = min(count, options.consistency_batch or count)
+        first = randomness.first(n)
+        losses.consistency = _consistency(
+            denoise, schedule, x_n[:n], t_n[:n], x_t[:n], t[:n], output[:n], first, options, teacher
+        )
+        losses.total = losses.total + options.consistency_weight * losses.consistency.mean()
+    return losses

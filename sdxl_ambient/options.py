@@ -103,8 +103,53 @@ class TrainOptions(DataOptions):
     lora_targets: list[str] = option(["attention"], "presets attention, linear, all, or endings of module names")
     use_dora: bool = option(False, "weight-decomposed LoRA (DoRA)")
 
-    low_noise: str = option("skip", "what is done at t <= t_n: skip leaves those levels to the base", choices=("skip",))
+    low_noise: str = option(
+        "skip",
+        "what is done at t <= t_n: skip leaves those levels to the base model, consistency trains them to agree with the "
+        "levels above, restore trains them on samples that the model draws given the noisy latents",
+        choices=("skip", "consistency", "restore"),
+    )
     loss_space: str = option("epsilon", "space of the loss", choices=("epsilon", "x_n"))
+    snr_gamma: float | None = option(None, "min-SNR-γ weighting of the loss, usually 5.0 [default: none]", above=0)
+    debiased_estimation_loss: bool = option(False, "debiased weighting of the loss, 1/sqrt(SNR)")
+    t_sampling: str = option(
+        "uniform", "how times above t_n are drawn; near draws half of them close above it", choices=("uniform", "near")
+    )
+    consistency_weight: float | None = option(
+        None, "weight of the consistency loss [default: 1 with --low_noise consistency, else 0]", minimum=0
+    )
+    consistency_anchor: str = option(
+        "ambient",
+        "where pairs start: at the ambient loss's own x_t (its forward pass is reused), at the noisy latent, or below t_n, "
+        "where a chain from the noisy latent ends",
+        choices=("ambient", "boundary", "chain"),
+    )
+    consistency_steps: int = option(4, "reverse steps of that chain", minimum=1)
+    consistency_max_step: int = option(50, "largest step between the times of a pair, timesteps", minimum=1)
+    consistency_space: str = option("x_0", "space of the consistency loss", choices=("x_0", "snr"))
+    consistency_estimator: str = option(
+        "single", "branches of the consistency loss that have a graph; the gradient's mean is the same",
+        choices=("single", "both"),
+    )  # fmt: skip
+    consistency_stop_anchor: bool = option(False, "hold the earlier time's prediction fixed")
+    consistency_teacher: str = option("none", "weights that reverse steps are drawn with", choices=("none", "ema"))
+    consistency_batch: int | None = option(None, "samples of a batch that get that loss [default: all]", minimum=1)
+    consistency_every: int = option(1, "optimizer steps from one consistency loss to the next", minimum=1)
+    restore_levels: str = option(
+        "low",
+        "levels that restored samples train: those at or below t_n, beside the ambient loss, or all, in its place",
+        choices=("low", "all"),
+    )
+    restore_batch_size: int | None = option(
+        None, "restored samples in a forward pass [default: half of --train_batch_size; all of it for all levels]", minimum=1
+    )
+    restore_refresh: int | None = option(
+        None, "of those, how many are drawn anew in each [default: a quarter of them]", minimum=0
+    )
+    restore_steps: int = option(10, "evaluations of the chain that draws one", minimum=1)
+    restore_start: int = option(0, "optimizer steps with the ambient loss alone before samples are restored", minimum=0)
+    restore_weight: float = option(1.0, "weight of the loss on restored samples", above=0)
+    ema_decay: float = option(0.995, "decay of the averaged weights that restore and teach", minimum=0, maximum=0.999999)
 
     seed: int = option(0, "seed of everything that is drawn, except the noise of the latents", minimum=0)
     train_batch_size: int = option(16, "samples per process and forward pass", minimum=1)
@@ -173,7 +218,33 @@ class TrainOptions(DataOptions):
         if self.heldout_data_dir is not None and not Path(self.heldout_data_dir).is_dir():
             raise OptionError(f"--heldout_data_dir: {self.heldout_data_dir!r} is not a folder")
         self.validate_key(self.output_dir, self.train_data_dir, self.latents_dir, self.heldout_latents_dir)
+        self._validate_objective()
         self._validate_machine()
+
+    def _validate_objective(self) -> None:
+        if self.low_noise != "skip" and self.t_n is None and self.train_data_dir is not None:
+            raise OptionError(f"--low_noise: {self.low_noise!r} has nothing to do at --t_n none; allowed is skip")
+        if self.consistency_weight and self.low_noise == "skip":
+            raise OptionError(
+                f"--consistency_weight: {self.consistency_weight} needs --low_noise consistency or restore, not skip"
+            )
+        if self.consistency_weight and self.low_noise == "restore" and self.restore_levels == "all":
+            raise OptionError("--consistency_weight: has no noisy batch to start from with --restore_levels all")
+        if self.low_noise == "consistency" and self.consistency_weight == 0:
+            raise OptionError("--consistency_weight: 0 leaves --low_noise consistency nothing to train; allowed is above 0")
+        if self.snr_gamma is not None and self.debiased_estimation_loss:
+            raise OptionError("--debiased_estimation_loss: true excludes --snr_gamma; allowed is one of them")
+        size = self.restored_per_batch
+        if self.restore_refresh is not None and self.restore_refresh > size:
+            raise OptionError(
+                f"--restore_refresh: {self.restore_refresh} is more than the {size} restored samples of a forward pass"
+            )
+
+    @property
+    def restored_per_batch(self) -> int:
+        """Restored samples in a forward pass."""
+        whole = self.restore_levels == "all"
+        return self.restore_batch_size or (self.train_batch_size if whole else -(-self.train_batch_size // 2))
 
     def _validate_machine(self) -> None:
         import torch

@@ -31,6 +31,7 @@ def heldout_loss(
     It needs no clean image. Times and noise of every image are the same at each call, so that two steps of a run, or two
     runs at one t_n, can be compared without the noise of the draw.
     """
+    plain = ObjectiveOptions(loss_space=options.loss_space)
     was_training = unet.training
     unet.eval()
     total = torch.zeros((), dtype=torch.float64)
@@ -40,7 +41,7 @@ def heldout_loss(
         generators = [sample_generator(0, "heldout", i) for i in batch.positions]
         denoise = Denoiser(unet, batch.conditioning.to(accelerator.device, dtype), dtype)
         with accelerator.autocast():
-            losses = ambient_objective(denoise, schedule, batch.x_n.to(accelerator.device), batch.t_n, generators, options)
+            losses = ambient_objective(denoise, schedule, batch.x_n.to(accelerator.device), batch.t_n, generators, plain)
         total += losses.ambient.double().sum().cpu()
     unet.train(was_training)
     return float(accelerator.reduce(total.float().to(accelerator.device), "sum")) / len(store)
@@ -97,3 +98,17 @@ def validation_images(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return drawn
+
+
+def track_images(accelerator, drawn: dict, step: int) -> None:
+    """Show images (prompt → PIL images) in the trackers that take them."""
+    import numpy as np
+
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for prompt, images in drawn.items():
+                tracker.writer.add_images(prompt, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": [wandb.Image(i, caption=p) for p, im in drawn.items() for i in im]}, step=step)

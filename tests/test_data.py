@@ -71,7 +71,7 @@ def test_a_resumed_stream_is_the_tail_of_the_whole():
 
 def test_every_sample_has_its_own_generator():
     def draws(seed, *positions):
-        batch = Batch(torch.zeros(1), torch.zeros(1), None, list(positions))
+        batch = Batch(torch.zeros(1), torch.zeros(1), None, list(positions), [])
         return [torch.randn(3, generator=g).tolist() for g in batch.generators(seed)]
 
     a = draws(0, 5, 6, 7)

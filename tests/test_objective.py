@@ -11,9 +11,11 @@ from diffusers import DDPMScheduler
 
 from sdxl_ambient.models import Conditioning, Denoiser
 from sdxl_ambient.noise import CLEAN, PREDICTION_TYPES, NoiseSchedule, levels
-from sdxl_ambient.objective import LOSS_SPACES, ObjectiveOptions, ambient_loss, ambient_objective, draw
+from sdxl_ambient.objective import CHOICES, ObjectiveOptions, ambient_loss, ambient_objective
+from sdxl_ambient.randomness import Randomness
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+LOSS_SPACES = CHOICES["loss_space"]
 PAIRS = [(CLEAN, 0), (CLEAN, 700), (0, 1), (100, 101), (100, 800), (500, 501), (500, 999), (998, 999)]
 
 
@@ -206,7 +208,8 @@ def test_clean_data_gives_the_plain_loss_and_gradients_bit_for_bit(unet, conditi
     losses.total.backward()
 
     # What the diffusers examples do, with the same draws.
-    _, noise = draw(x_0, torch.Generator().manual_seed(3))
+    randomness = Randomness(torch.Generator().manual_seed(3), len(x_0))
+    noise = (randomness.uniform(), randomness.normal(x_0))[1]
     noisy = scheduler.add_noise(x_0, noise, losses.t)
     prediction = plain(
         noisy,
@@ -269,8 +272,8 @@ def test_times_are_drawn_above_each_level_and_all_of_them():
 
 def test_noise_is_standard_normal_and_fresh():
     x = torch.zeros(8, 4, 16, 16)
-    generator = torch.Generator().manual_seed(0)
-    (_, a), (_, b) = draw(x, generator), draw(x, generator)
+    randomness = Randomness(torch.Generator().manual_seed(0), 8)
+    a, b = randomness.normal(x), randomness.normal(x)
     for xi in (a, b):
         assert abs(xi.mean()) < 0.03 and abs(xi.std() - 1) < 0.03
     assert abs((a * b).mean()) < 0.03
@@ -290,6 +293,6 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="loss_space: 'pixels' is not one of epsilon, x_n"):
         ObjectiveOptions(loss_space="pixels")
     with pytest.raises(ValueError, match="1 generators for 2 samples"):
-        draw(torch.zeros(2, 1), [torch.Generator()])
+        Randomness([torch.Generator()], 2)
     with pytest.raises(ValueError, match="must lie between"):
         ambient_objective(lambda x, t: x, sdxl(), torch.zeros(1, 1), torch.tensor([999]), torch.Generator())

@@ -1,68 +1,24 @@
 """The training script, run as users run it: through accelerate launch, on real emoji and the shipped miniature."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import copy_emoji
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from running import ENV, ROOT, SCRIPT, arguments, assert_identical, error_line, launch, states
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = [str(ROOT / "train_sdxl_ambient.py")]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def arguments(emoji, output, **changes):
-    options = {
-        "pretrained_model_name_or_path": ROOT / "miniature/pipeline",
-        "train_data_dir": emoji,
-        "output_dir": output,
-        "noise_key_file": Path(output).parent / "key",
-        "resolution": 64,
-        "t_n": 500,
-        "rank": 4,
-        "lora_alpha": 2,
-        "lora_dropout": 0.1,  # makes the global random state matter on resume
-        "learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "train_batch_size": 4,
-        "max_train_steps": 6,
-        "checkpointing_steps": 2,
-        "report_to": "none",
-        **changes,
-    }
-    return [a for k, v in options.items() if v is not None for a in (f"--{k}", str(v))]
-
-
-def launch(arguments, processes=1, check=True):
-    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    if processes > 1:
-        # accelerate launch starts a single process on a CPU without MPI; torchrun starts them all, over gloo.
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, "-m", *launcher]
-    run = subprocess.run([*command, *SCRIPT, *arguments], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300)
-    assert not check or run.returncode == 0, run.stderr[-3000:]
-    return run
 
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
     return copy_emoji(tmp_path_factory.mktemp("data") / "emoji", 6)
-
-
-def error_line(run):
-    assert run.returncode != 0
-    (line,) = [x for x in run.stderr.splitlines() if x.startswith("train_sdxl_ambient.py: error:")]
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +27,6 @@ def uninterrupted(emoji, tmp_path_factory):
     output = tmp_path_factory.mktemp("train") / "run"
     run = launch(arguments(emoji, output))
     return output, run.stdout + run.stderr
-
-
-def states(folder):
-    """Everything a checkpoint holds: weights, optimizer, scheduler."""
-    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
-    scheduler = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
-    return load_file(folder / "pytorch_lora_weights.safetensors"), optimizer, scheduler
-
-
-def assert_identical(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_identical(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_identical(x, y)
-    else:
-        assert a == b
 
 
 def test_run_says_what_it_does_and_saves(uninterrupted):

@@ -1,0 +1,75 @@
+"""Run the training script as users run it, and compare what it leaves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [str(ROOT / "train_sdxl_ambient.py")]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def arguments(emoji, output, **changes):
+    options = {
+        "pretrained_model_name_or_path": ROOT / "miniature/pipeline",
+        "train_data_dir": emoji,
+        "output_dir": output,
+        "noise_key_file": Path(output).parent / "key",
+        "resolution": 64,
+        "t_n": 500,
+        "rank": 4,
+        "lora_alpha": 2,
+        "lora_dropout": 0.1,  # makes the global random state matter on resume
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        **changes,
+    }
+    return [a for k, v in options.items() if v is not None for a in (f"--{k}", str(v))]
+
+
+def launch(arguments, processes=1, check=True):
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    if processes > 1:
+        # accelerate launch starts a single process on a CPU without MPI; torchrun starts them all, over gloo.
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *launcher]
+    run = subprocess.run([*command, *SCRIPT, *arguments], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300)
+    assert not check or run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+def error_line(run):
+    assert run.returncode != 0
+    (line,) = [x for x in run.stderr.splitlines() if x.startswith("train_sdxl_ambient.py: error:")]
+    return line
+
+
+def states(folder):
+    """Everything a checkpoint holds: weights, optimizer, scheduler."""
+    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
+    scheduler = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
+    return load_file(folder / "pytorch_lora_weights.safetensors"), optimizer, scheduler
+
+
+def assert_identical(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert a == b

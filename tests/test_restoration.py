@@ -1,0 +1,194 @@
+"""Restored samples: the buffer alone, and both treatments of the low levels through the training script."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import copy_emoji
+from running import arguments, assert_identical, launch, states
+from safetensors.torch import load_file
+
+from sdxl_ambient.data import LatentStore, collate
+from sdxl_ambient.latents import build_store
+from sdxl_ambient.models import Average, Denoiser
+from sdxl_ambient.plan import Geometry, content_hash
+from sdxl_ambient.restoration import Restoration, RestoreOptions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, encoders, schedule):
+    folder = tmp_path_factory.mktemp("data")
+    build_store(copy_emoji(folder / "emoji", 6), folder / "store", encoders, schedule, Geometry(64), t_n=500)
+    return folder
+
+
+@pytest.fixture
+def store(folder):
+    return LatentStore(folder / "store")
+
+
+HOW = RestoreOptions(batch_size=3, refresh=1, steps=2, levels="low")
+
+
+def drawn(restoration, unet, schedule, start, stop):
+    """Everything that the batches from ``start`` to before ``stop`` are given, in order."""
+    out = []
+    for batch in restoration.batches(start, stop):
+        denoise = Denoiser(unet, batch.conditioning)
+        restored = restoration.restored(batch, denoise, schedule, restoration.generators(batch))
+        out.append((batch.contents, restored.x_0, restored.t_max))
+    return out
+
+
+def test_samples_are_the_models_own_and_drawn_a_slice_at_a_time(store, unet, schedule):
+    restoration = Restoration(store, HOW, seed=0)
+    first, second, third, fourth = drawn(restoration, unet, schedule, 0, 4)
+    assert set(first[0]) | set(second[0]) == {i["content"] for i in store.images}  # six images, batches of three
+    assert all(t.tolist() == [500] * 3 for _, _, t in (first, second, third, fourth))
+    before = {c: x for contents, x_0, _ in (first, second) for c, x in zip(contents, x_0, strict=True)}
+    for contents, x_0, _ in (third, fourth):  # the first of each batch is drawn anew, the others are what they were
+        assert [torch.equal(x, before[c]) for c, x in zip(contents, x_0, strict=True)] == [False, True, True]
+    again = drawn(Restoration(store, HOW, seed=0), unet, schedule, 0, 4)
+    assert_identical([x for _, x, _ in again], [x for _, x, _ in (first, second, third, fourth)])
+    other = drawn(Restoration(store, HOW, seed=1), unet, schedule, 0, 2)
+    assert not any(torch.equal(x, y) for (_, x, _), (_, y, _) in zip(other, (first, second), strict=True))
+
+
+def test_a_sample_is_near_its_image_and_is_no_copy_of_the_noisy_latent(store, unet, schedule, encoders, folder):
+    """At t_n = 500 the model restores most of the picture; what is kept is neither x_n nor the clean latent."""
+    from sdxl_ambient.images import load_rgb
+    from sdxl_ambient.latents import encode_image
+
+    restoration = Restoration(store, RestoreOptions(6, 6, 10, "low"), seed=0)
+    ((contents, x_0, _),) = drawn(restoration, unet, schedule, 0, 1)
+    by_content = {i["content"]: i for i in store.images}
+    for content, sample in zip(contents, x_0, strict=True):
+        entry = by_content[content]
+        x_n = store[0, store.images.index(entry)]["x_n"]
+        image = load_rgb(next(p for p in sorted((folder / "emoji").glob("*.png")) if content_hash(load_rgb(p)) == content))
+        clean = encode_image(encoders.vae, Geometry(64).apply(image, content)[0])
+        error = (sample - clean).square().mean()
+        assert error < (x_n - clean).square().mean()
+        assert error > 1e-3 and not torch.equal(sample, x_n)
+
+
+def test_shards_are_disjoint_and_a_checkpoint_serves_any_number_of_processes(store, unet, schedule, tmp_path):
+    two = [Restoration(store, HOW, seed=0, rank=r, processes=2) for r in range(2)]
+    for restoration in two:
+        drawn(restoration, unet, schedule, 0, 1)
+        restoration.save(tmp_path)
+    assert not set(two[0].samples) & set(two[1].samples) and len(two[0].samples) + len(two[1].samples) == 6
+    one = Restoration(store, HOW, seed=0)
+    one.load(tmp_path)
+    assert_identical(one.samples, {**two[0].samples, **two[1].samples} | {k: one.samples[k] for k in one.samples})
+    assert len(one.samples) == 6
+    three = Restoration(store, HOW, seed=0, rank=2, processes=3)
+    three.load(tmp_path)
+    assert len(three.samples) == 2
+
+
+def test_all_levels_are_asked_for(store, unet, schedule):
+    ((_, _, t_max),) = drawn(Restoration(store, RestoreOptions(2, 1, 1, "all"), seed=0), unet, schedule, 0, 1)
+    assert t_max.tolist() == [999, 999]
+
+
+def test_impossible_restorations_are_refused(store):
+    with pytest.raises(ValueError, match="6 images, 7 processes"):
+        Restoration(store, HOW, seed=0, rank=6, processes=7)
+    store.images = [{**i, "t_n": None} for i in store.images]
+    with pytest.raises(ValueError, match="the store holds clean ones"):
+        Restoration(store, HOW, seed=0)
+
+
+def test_averaged_weights_are_swapped_in_and_out(unet, store):
+    import copy
+
+    module = copy.deepcopy(unet).requires_grad_(True).train()
+    average = Average(module, decay=0.5)
+    for _ in range(3):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(1.0)
+        average.update()
+    weights = [p.detach().clone() for p in module.parameters()]
+    batch = collate([store[0, 0]])
+    x, t = batch.x_n, torch.tensor([10])
+    inside = Denoiser(average, batch.conditioning)(x, t)
+    assert module.training and all(torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
+    with average.weights():
+        assert not module.training
+        assert not any(torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
+        with torch.no_grad():
+            torch.testing.assert_close(Denoiser(module, batch.conditioning)(x, t), inside)
+
+
+# -- through the script ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    return copy_emoji(tmp_path_factory.mktemp("data") / "emoji", 6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(low_noise="consistency", consistency_anchor="chain", consistency_every=2, consistency_batch=3),
+        dict(low_noise="restore", consistency_weight=0.1, consistency_teacher="ema", snr_gamma=5.0),
+        dict(low_noise="restore", restore_levels="all", restore_start=1, finetune="full"),
+    ],
+)
+def test_resumed_equals_uninterrupted(emoji, tmp_path, changes):
+    """Invariant 6 with what the low levels add: averaged weights and the buffer of restored samples."""
+    common = dict(latents_dir=tmp_path / "latents", max_train_steps=4, restore_steps=3, **changes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = launch(arguments(emoji, whole, **common))
+    part = "consistency" if changes["low_noise"] == "consistency" else "restored"
+    assert f"{part}=" in run.stderr
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    launch(arguments(emoji, parts, **common, resume_from_checkpoint="latest"))
+    if changes.get("finetune") != "full":
+        assert_identical(states(whole / "checkpoint-4"), states(parts / "checkpoint-4"))
+    files = sorted(p.relative_to(whole / "checkpoint-4") for p in (whole / "checkpoint-4").rglob("*.safetensors"))
+    assert (changes["low_noise"] == "restore") == any(f.parts[0] == "restored" for f in files)
+    for file in files:
+        assert_identical(load_file(whole / "checkpoint-4" / file), load_file(parts / "checkpoint-4" / file))
+    for file in (whole / "checkpoint-4").glob("custom_checkpoint_*.pkl"):
+        one, two = (torch.load(d / "checkpoint-4" / file.name, weights_only=True) for d in (whole, parts))
+        assert_identical(one, two)
+
+
+def test_two_processes_each_restore_their_own_share(emoji, tmp_path):
+    common = dict(low_noise="restore", train_batch_size=2, max_train_steps=4, restore_steps=2, consistency_weight=0.1,
+                  latents_dir=tmp_path / "latents", noise_key_file=tmp_path / "key")  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch(arguments(emoji, whole, **common), processes=2)
+    shards = [load_file(p) for p in sorted((whole / "checkpoint-4/restored").iterdir())]
+    assert len(shards) == 2 and not set(shards[0]) & set(shards[1])
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    launch(arguments(emoji, parts, **common, resume_from_checkpoint="latest"), processes=2)
+    assert_identical(states(whole / "checkpoint-4"), states(parts / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(low_noise="consistency", t_n="none"), "--low_noise: 'consistency' has nothing to do at --t_n none"),
+        (dict(consistency_weight=1.0), "--consistency_weight: 1.0 needs --low_noise consistency or restore, not skip"),
+        (dict(low_noise="consistency", consistency_weight=0), "--consistency_weight: 0.0 leaves --low_noise consistency"),
+        (dict(low_noise="restore", restore_refresh=3), "--restore_refresh: 3 is more than the 2 restored samples"),
+        (
+            dict(low_noise="restore", restore_levels="all", consistency_weight=1.0),
+            "--consistency_weight: has no noisy batch to start from",
+        ),
+        (dict(snr_gamma=5, debiased_estimation_loss="true"), "--debiased_estimation_loss: true excludes --snr_gamma"),
+        (dict(low_noise="omni"), "--low_noise: 'omni' is not one of skip, consistency, restore"),
+    ],
+)
+def test_wrong_options_are_one_line(emoji, tmp_path, capsys, changes, message):
+    import train_sdxl_ambient
+
+    with pytest.raises(SystemExit):
+        train_sdxl_ambient.main(arguments(emoji, tmp_path / "run", **changes))
+    printed = capsys.readouterr().err.strip()
+    assert message in printed and "\n" not in printed
