@@ -117,6 +117,7 @@ def sample(
         prompt=list(prompts),
         negative_prompt=list(negative_prompts) if negative_prompts else None,
         generator=list(generators),
+        latents=_initial_noise(pipe, generators, height, width),
         guidance_scale=guidance_scale,
         height=height,
         width=width,
@@ -136,6 +137,17 @@ def sample(
         return run(pipe, arguments, grid, t_n, base_unet)
     finally:
         pipe.scheduler = own_scheduler
+
+
+def _initial_noise(pipe, generators: Sequence[torch.Generator], height: int | None, width: int | None) -> torch.Tensor:
+    """What the pipeline would draw in float32, each image's from its own generator: (batch, 4, h, w).
+
+    Drawn in half precision, as the pipeline does for half weights, the numbers are others in some versions of torch.
+    """
+    sides = [(side or pipe.default_sample_size * pipe.vae_scale_factor) // pipe.vae_scale_factor for side in (height, width)]
+    shape = (1, pipe.unet.config.in_channels, *sides)
+    noise = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    return torch.cat([n.to(pipe.unet.device) for n in noise]).to(pipe.unet.dtype)
 
 
 def euler_like(scheduler) -> EulerDiscreteScheduler:
