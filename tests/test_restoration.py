@@ -108,7 +108,7 @@ def test_averaged_weights_are_swapped_in_and_out(unet, store):
     for _ in range(3):
         with torch.no_grad():
             for p in module.parameters():
-                p.add_(1.0)
+                p.add_(1e-3)
         average.update()
     weights = [p.detach().clone() for p in module.parameters()]
     batch = collate([store[0, 0]])
