@@ -175,7 +175,7 @@ def test_two_processes_each_restore_their_own_share(emoji, tmp_path):
     [
         (dict(low_noise="consistency", t_n="none"), "--low_noise: 'consistency' has nothing to do at --t_n none"),
         (dict(consistency_weight=1.0), "--consistency_weight: 1.0 needs --low_noise consistency or restore, not skip"),
-        (dict(low_noise="consistency", consistency_weight=0), "--consistency_weight: 0.0 leaves --low_noise consistency"),
+        (dict(low_noise="consistency", consistency_weight=0), "--consistency_weight: 0 leaves --low_noise consistency"),
         (dict(low_noise="restore", restore_refresh=3), "--restore_refresh: 3 is more than the 2 restored samples"),
         (
             dict(low_noise="restore", restore_levels="all", consistency_weight=1.0),
