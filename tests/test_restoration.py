@@ -18,7 +18,8 @@ from sdxl_ambient.restoration import Restoration, RestoreOptions
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, encoders, schedule):
     folder = tmp_path_factory.mktemp("data")
-    build_store(copy_emoji(folder / "emoji", 6), folder / "store", encoders, schedule, Geometry(64), t_n=500)
+    build_store(copy_emoji(folder / "emoji", 6), folder / "store", encoders, schedule, Geometry(64), t_n=500,
+                noise_key_file=str(folder / "key"))  # fmt: skip
     return folder
 
 
@@ -62,14 +63,17 @@ def test_a_sample_is_near_its_image_and_is_no_copy_of_the_noisy_latent(store, un
     restoration = Restoration(store, RestoreOptions(6, 6, 10, "low"), seed=0)
     ((contents, x_0, _),) = drawn(restoration, unet, schedule, 0, 1)
     by_content = {i["content"]: i for i in store.images}
+    restored, noisy = [], []
     for content, sample in zip(contents, x_0, strict=True):
         entry = by_content[content]
         x_n = store[0, store.images.index(entry)]["x_n"]
         image = load_rgb(next(p for p in sorted((folder / "emoji").glob("*.png")) if content_hash(load_rgb(p)) == content))
         clean = encode_image(encoders.vae, Geometry(64).apply(image, content)[0])
-        error = (sample - clean).square().mean()
-        assert error < (x_n - clean).square().mean()
-        assert error > 1e-3 and not torch.equal(sample, x_n)
+        restored.append((sample - clean).square().mean())
+        noisy.append((x_n - clean).square().mean())
+        assert restored[-1] > 1e-3 and not torch.equal(sample, x_n)
+    # One draw of one picture may go wrong; six of them do not.
+    assert sum(restored) < 0.8 * sum(noisy)
 
 
 def test_shards_are_disjoint_and_a_checkpoint_serves_any_number_of_processes(store, unet, schedule, tmp_path):
