@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         train(options, accelerator)
-    except (*USER_ERRORS, TrainingError, OSError) as error:
+    except (*USER_ERRORS, TrainingError, FloatingPointError, OSError) as error:
         if accelerator.is_main_process:
             print(f"train_sdxl_ambient.py: error: {error}", file=sys.stderr)
         return 2
@@ -148,7 +148,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     check_sdxl(base, options.revision)
     schedule = load_schedule(base, options.revision)
     store, heldout = stores(options, accelerator, schedule)
-    check_stores(store, heldout, schedule)
+    check_stores(store, heldout, schedule, options.low_noise)
 
     lora = options.finetune == "lora"
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
@@ -219,9 +219,10 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         "seed": options.seed,
         "samples_per_step": samples_per_step,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "low_noise": options.low_noise,
+        **{n: getattr(options, n) for n in ("low_noise", "consistency_teacher", "consistency_every")},
         **asdict(objective),
-        **(asdict(restoration.options) if restoration else {}),
+        **({**asdict(restoration.options), "restore_start": options.restore_start} if restoration else {}),
+        **({"ema_decay": options.ema_decay} if average else {}),
     }
     progress = {"step": 0, "run": run, "heldout": [], "best": None}
     if options.resume_from_checkpoint:

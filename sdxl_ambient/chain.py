@@ -12,10 +12,14 @@ from sdxl_ambient.randomness import Randomness
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """What a network gave, in float32 if it ran in less: losses and samples are never made in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def posterior_mean(denoise: Denoise, schedule: NoiseSchedule, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """h(x_t, t) = x̂_0, in float32 at least whatever precision the network runs in. x_t (batch, …), t (batch,)."""
-    output = denoise(x_t, t)
-    return schedule.denoised(output if output.dtype == torch.float64 else output.float(), x_t, t)
+    return schedule.denoised(at_least_float32(denoise(x_t, t)), x_t, t)
 
 
 def spaced_times(start: torch.Tensor, end: torch.Tensor, steps: int, power: float = 1.0) -> torch.Tensor:

@@ -117,8 +117,11 @@ def common_t_n(store: LatentStore):
     return found.pop() if len(found) == 1 else "mixed"
 
 
-def check_stores(store: LatentStore, heldout: LatentStore | None, schedule) -> None:
-    """The base model's schedule must be the one that the stores were made with; both must be at the same noise levels."""
+def check_stores(store: LatentStore, heldout: LatentStore | None, schedule, low_noise: str = "skip") -> None:
+    """The base model's schedule must be the one that the stores were made with; both must be at the same noise levels, and
+    there must be levels below t_n for what ``low_noise`` does there."""
+    if low_noise != "skip" and common_t_n(store) is None:
+        raise StoreError(f"--low_noise: {low_noise!r} has nothing to do, {store.folder} holds clean latents; use skip")
     for one in filter(None, (store, heldout)):
         if one.schedule_hash != schedule.hash:
             raise StoreError(f"the store {one.folder} was made with another noise schedule than the base model's")

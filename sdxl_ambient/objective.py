@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdxl_ambient.chain import Denoise, posterior_mean, spaced_times, walk
+from sdxl_ambient.chain import Denoise, at_least_float32, posterior_mean, spaced_times, walk
 from sdxl_ambient.noise import CLEAN, NoiseSchedule
 from sdxl_ambient.randomness import Generators, Randomness
 
@@ -113,13 +113,13 @@ def snr_weight(
 def draw_times(
     schedule: NoiseSchedule, t_n: torch.Tensor, u: torch.Tensor, sampling: str, t_max: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Times above t_n from u uniform on [0, 1): uniform, or ("near") every second one in density close above t_n.
+    """Times above t_n from u uniform on [0, 1): uniform, or ("near") half of them close above the noisy samples' t_n.
 
     "near" sends u < ½ to (2u)³ of the range and the rest to 2u − 1 of it. The ambient loss knows nothing at t_n and little
-    just above it, while everything below is built on what the model says there.
+    just above it, while everything below is built on what the model says there. Clean samples have no such level.
     """
     if sampling == "near":
-        u = torch.where(u < 0.5, (2 * u) ** 3, 2 * u - 1)
+        u = torch.where(t_n == CLEAN, u, torch.where(u < 0.5, (2 * u) ** 3, 2 * u - 1))
     return schedule.draw_times(t_n, u, t_max)
 
 
@@ -148,10 +148,8 @@ def _ambient(denoise, schedule, x_n, t_n, t, xi, loss_space):
     """The loss, and x_t and the network's output (float32 at least) that it was made from."""
     t_n, t = t_n.to(x_n.device), t.to(x_n.device)
     x_t = schedule.renoise(x_n, t_n, t, xi)
-    output = denoise(x_t, t)
+    output = at_least_float32(denoise(x_t, t))
     epsilon = schedule.epsilon(output, x_t, t)
-    # The loss is taken in float32 at least, whatever precision the network ran in.
-    epsilon = epsilon if epsilon.dtype == torch.float64 else epsilon.float()
     scale = schedule._like(schedule.ambient_scale(t_n, t), epsilon)
     per_sample = (xi - scale * epsilon).square().flatten(1).mean(1)
     if loss_space == "x_n":
@@ -210,7 +208,7 @@ def consistency_loss(
 
 def _consistency(denoise, schedule, x_n, t_n, x_t, t, output, randomness, options, teacher) -> torch.Tensor:
     """Choose the anchor's time a and x_a, then s; (batch,), 0 for samples without a pair."""
-    x_n, x_t, output = x_n.detach(), x_t.detach(), output if output.dtype == torch.float64 else output.float()
+    x_n, x_t = x_n.detach(), x_t.detach()
     if options.consistency_anchor == "ambient":
         x_a, a = x_t, t
         anchor = schedule.denoised(output, x_t, t.to(x_t.device))
@@ -266,11 +264,11 @@ def ambient_objective(
         t_max = torch.cat([t_max, restored.t_max.cpu()])
     randomness = Randomness(generator, len(x))
     u, xi = randomness.uniform(), randomness.normal(x)
-    # Restored samples are clean data, drawn uniformly up to their own level.
-    near = draw_times(schedule, levels, u, options.t_sampling, t_max)
-    t = torch.where(levels == CLEAN, draw_times(schedule, levels, u, "uniform", t_max), near)
+    t = draw_times(schedule, levels, u, options.t_sampling, t_max)
     per_sample, x_t, output = _ambient(denoise, schedule, x, levels, t, xi, options.loss_space)
-    weighted = per_sample * snr_weight(schedule, levels, t, options.weighting, options.snr_gamma).to(per_sample)
+    weighted = per_sample
+    if options.weighting != "none":
+        weighted = per_sample * snr_weight(schedule, levels, t, options.weighting, options.snr_gamma).to(per_sample)
     losses = Losses(ambient=per_sample[:count], t=t[:count], total=weighted[:count].sum() / max(1, count))
     if restored is not None:
         losses.restored = per_sample[count:]

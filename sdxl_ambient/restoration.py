@@ -22,6 +22,7 @@ from sdxl_ambient.data import Batch, LatentStore, Stream, loader, sample_generat
 from sdxl_ambient.models import Denoiser
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import Restored
+from sdxl_ambient.plan import StoreError
 from sdxl_ambient.randomness import Randomness
 
 FOLDER = "restored"
@@ -43,15 +44,15 @@ class Restoration:
     """This process's share of the buffer, and the batches that are made from it.
 
     Raises:
-        ValueError: clean images in the store, or fewer images than processes.
+        StoreError: clean images in the store, or fewer images than processes.
     """
 
     def __init__(self, store: LatentStore, options: RestoreOptions, seed: int, rank: int = 0, processes: int = 1):
         if any(i["t_n"] is None for i in store.images):
-            raise ValueError("restore needs noisy latents: the store holds clean ones (t_n none)")
+            raise StoreError("restore needs noisy latents: the store holds clean ones (t_n none)")
         self.mine = list(range(rank, len(store), processes))
         if not self.mine:
-            raise ValueError(f"restore needs an image for each process: {len(store)} images, {processes} processes")
+            raise StoreError(f"restore needs an image for each process: {len(store)} images, {processes} processes")
         self.store, self.options, self.seed, self.rank = store, options, seed, rank
         self.purpose = f"restore {rank} of {processes}"
         self.samples: dict[str, torch.Tensor] = {}
@@ -80,7 +81,11 @@ class Restoration:
         schedule: NoiseSchedule,
         generators: list[torch.Generator],
     ) -> Restored:
-        """x̃_0 of a batch's images, some of them drawn now, by ``denoise``: the averaged model for that batch."""
+        """x̃_0 of a batch's images, some of them drawn now, by ``denoise``: the averaged model for that batch.
+
+        Raises:
+            FloatingPointError: what it drew is not finite.
+        """
         stale = [i for i, c in enumerate(batch.contents) if i < self.options.refresh or c not in self.samples]
         if stale:
             x_n, t_n = batch.x_n[stale], batch.t_n[stale]

@@ -31,6 +31,7 @@ def heldout_loss(
     It needs no clean image. Times and noise of every image are the same at each call, so that two steps of a run, or two
     runs at one t_n, can be compared without the noise of the draw.
     """
+    # The ambient loss alone: weights and what is done below t_n would make it incomparable between runs.
     plain = ObjectiveOptions(loss_space=options.loss_space)
     was_training = unet.training
     unet.eval()

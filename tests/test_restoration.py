@@ -8,10 +8,10 @@ from conftest import copy_emoji
 from running import arguments, assert_identical, launch, states
 from safetensors.torch import load_file
 
-from sdxl_ambient.data import LatentStore, collate
+from sdxl_ambient.data import LatentStore, check_stores, collate
 from sdxl_ambient.latents import build_store
 from sdxl_ambient.models import Average, Denoiser
-from sdxl_ambient.plan import Geometry, content_hash
+from sdxl_ambient.plan import Geometry, StoreError, content_hash
 from sdxl_ambient.restoration import Restoration, RestoreOptions
 
 
@@ -84,7 +84,7 @@ def test_shards_are_disjoint_and_a_checkpoint_serves_any_number_of_processes(sto
     assert not set(two[0].samples) & set(two[1].samples) and len(two[0].samples) + len(two[1].samples) == 6
     one = Restoration(store, HOW, seed=0)
     one.load(tmp_path)
-    assert_identical(one.samples, {**two[0].samples, **two[1].samples} | {k: one.samples[k] for k in one.samples})
+    assert_identical(one.samples, {**two[0].samples, **two[1].samples})
     assert len(one.samples) == 6
     three = Restoration(store, HOW, seed=0, rank=2, processes=3)
     three.load(tmp_path)
@@ -97,10 +97,10 @@ def test_all_levels_are_asked_for(store, unet, schedule):
 
 
 def test_impossible_restorations_are_refused(store):
-    with pytest.raises(ValueError, match="6 images, 7 processes"):
+    with pytest.raises(StoreError, match="6 images, 7 processes"):
         Restoration(store, HOW, seed=0, rank=6, processes=7)
     store.images = [{**i, "t_n": None} for i in store.images]
-    with pytest.raises(ValueError, match="the store holds clean ones"):
+    with pytest.raises(StoreError, match="the store holds clean ones"):
         Restoration(store, HOW, seed=0)
 
 
@@ -124,6 +124,26 @@ def test_averaged_weights_are_swapped_in_and_out(unet, store):
         assert not any(torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
         with torch.no_grad():
             torch.testing.assert_close(Denoiser(module, batch.conditioning)(x, t), inside)
+
+
+def test_clean_stores_have_no_low_levels(store, schedule):
+    check_stores(store, None, schedule, "restore")
+    store.manifest["images"] = [{**i, "t_n": None} for i in store.manifest["images"]]
+    check_stores(store, None, schedule, "skip")
+    for low_noise in ("restore", "consistency"):
+        with pytest.raises(StoreError, match=f"--low_noise: '{low_noise}' has nothing to do, .* holds clean latents"):
+            check_stores(store, None, schedule, low_noise)
+
+
+def test_samples_that_are_not_finite_are_refused(store, schedule):
+    restoration = Restoration(store, HOW, seed=0)
+
+    def broken(x, t, **conditioning):
+        return (x * float("nan"),)
+
+    with pytest.raises(FloatingPointError, match="lower --learning_rate"):
+        drawn(restoration, broken, schedule, 0, 1)
+    assert not restoration.samples  # nothing that is not finite gets into the buffer
 
 
 # -- through the script ----------------------------------------------------------------------
