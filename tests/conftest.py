@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdxl_ambient.latents import build_store
 from sdxl_ambient.models import load_encoders, load_schedule, load_unet
+from sdxl_ambient.plan import Geometry
 
 REPOSITORY = Path(__file__).parents[1]
 torch.set_num_threads(2)
@@ -57,6 +59,17 @@ def copy_emoji(folder: Path, count: int, split: str = "finetune") -> Path:
 def emoji(tmp_path) -> Path:
     """An imagefolder of six 64×64 RGBA emoji."""
     return copy_emoji(tmp_path / "emoji", 6)
+
+
+@pytest.fixture
+def build(encoders, schedule):
+    """build_store with the miniature and small defaults."""
+
+    def run(images, output, *, resolution=64, center=True, encoders=encoders, schedule=schedule, **keywords):
+        keywords = {"t_n": 500, "say": lambda message: None, **keywords}
+        return build_store(images, output, encoders, schedule, Geometry(resolution, center), **keywords)
+
+    return run
 
 
 @pytest.fixture(scope="session")
