@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,26 +28,16 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from benchmarks.record import ROOT, target, write_record
+from benchmarks.sdxl import sdxl, sdxl_schedule
 from sdxl_ambient.chain import restore
 from sdxl_ambient.models import Conditioning, Denoiser, add_lora, load_encoders, load_unet, trainable_to_float32
-from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
 from sdxl_ambient.randomness import Randomness
 
-SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 T_N = 500
 KINDS = ("plain", "ambient", "consistency", "official", "encode_every_time", "restore")
-SDXL_UNET = dict(
-    sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
 
 
 # -- models ----------------------------------------------------------------------
@@ -78,7 +68,7 @@ class Setup:
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
-        self.schedule = NoiseSchedule.from_scheduler(DDPMScheduler(**SDXL))
+        self.schedule = sdxl_schedule()
         generator = torch.Generator().manual_seed(0)
         self.x_0 = torch.randn(batch, 4, side, side, generator=generator).to(device)
         self.t_n = torch.full((batch,), T_N)
@@ -105,33 +95,6 @@ def mini(dtype):
     encoders = load_encoders(str(folder))
     width = unet.config.cross_attention_dim
     return unet, encoders, unet.config.sample_size, width, encoders.text_encoders[1].config.projection_dim
-
-
-def sdxl(dtype):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from sdxl_ambient.models import Encoders
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # 2.6 billion weights once, in the precision they are used in
-    unet = UNet2DConditionModel(**SDXL_UNET)
-    first = CLIPTextModel(
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    )
-    second = CLIPTextModelWithProjection(
-        CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-                       projection_dim=1280, hidden_act="gelu")
-    )  # fmt: skip
-    torch.set_default_dtype(torch.float32)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    torch.set_default_dtype(before)
-    encoders = Encoders(vae, (), (first, second))
-    for module in (vae, first, second):
-        module.requires_grad_(False).eval()
-    return unet, encoders, 128, 2048, 1280
 
 
 # -- steps ----------------------------------------------------------------------
@@ -242,14 +205,20 @@ def peak_in_process(args, finetune: str, kind: str) -> int:
 
 
 def print_peak(args) -> None:
-    """In a process of its own: growth of the peak resident size over two steps, beyond one forward pass without graph."""
+    """In a process of its own: growth of the peak resident size over two steps, beyond what is resident before them."""
     s = Setup(args.model, args.finetune[0], args.batch_size, "cpu", args.precision, False)
-    with torch.no_grad():
-        Denoiser(s.unet, s.conditioning.rows(slice(1)), s.dtype)(s.x_0[:1], s.t_n[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading left to reuse would hide what a step needs
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
     for _ in range(2):
         step(s, args.peak_of)
-    print(json.dumps({"peak": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}))
+    print(json.dumps({"peak": resident("VmHWM") - before}))
+
+
+def resident(field: str) -> int:
+    """Bytes of this process that are resident (VmRSS), or were at most (VmHWM); Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(args, finetune: str, device: str) -> dict:

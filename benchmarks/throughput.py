@@ -14,7 +14,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from transformers import AutoTokenizer
 
 from benchmarks.record import ROOT, write_record
-from benchmarks.step_time import sdxl
+from benchmarks.sdxl import sdxl
 from sdxl_ambient.latents import encode_image
 from sdxl_ambient.pipeline import sample
 

@@ -22,16 +22,15 @@ checkpoint.
 """
 
 import argparse
-import json
-import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import miniature_data, miniature_models
+from benchmarks.miniature_training import Log, batch_indices, learning_rate, load_state, save_state, step_generator
+from benchmarks.miniature_vae import encode, train_vae, trained_vae
 
 STAGES = ("data", "vae", "unet", "assemble", "grid")
 
@@ -76,143 +75,6 @@ def make_data(args):
     parts = miniature_data.split(miniature_data.read_archive(args.archive))
     miniature_data.write_imagefolders(parts, args.output_dir / "data")
     print({name: len(members) for name, members in parts.items()})
-
-
-# ------------------------------------------------------------------------------------------- shared by both trainings
-
-
-def step_generator(seed, step):
-    """The generator of every draw in one training step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def batch_indices(count, batch_size, step, seed):
-    """int64 tensor (batch_size,): this step's share of a permutation drawn once per epoch."""
-    epoch, batch = divmod(step, count // batch_size)
-    order = torch.randperm(count, generator=step_generator(seed + 1, epoch))
-    return order[batch * batch_size : (batch + 1) * batch_size]
-
-
-def learning_rate(peak, step, steps, warmup):
-    """Linear warm-up, then half a cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def save_state(state, path):
-    """Write a training state so that an interruption leaves either the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
-def load_state(path):
-    """A training state that save_state wrote, on the CPU, or None."""
-    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-
-
-class Log:
-    """JSON lines in work_dir/{stage}_log.jsonl; lines of steps that a resumed run will repeat are dropped."""
-
-    def __init__(self, path, first_step):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
-
-    def __call__(self, **record):
-        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()})
-        print(line, flush=True)
-        with self.path.open("a") as file:
-            file.write(line + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------- VAE
-
-
-def gradient_l1(a, b):
-    """L1 distance of the horizontal and vertical differences of two image batches (n, c, h, w): keeps edges sharp."""
-    d = a - b
-    return d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-
-
-def to_unit(pixels):
-    """uint8 pixels (n, 3, h, w) => float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
-@torch.no_grad()
-def encode(vae, pixels):
-    """uint8 pixels (n, 3, 64, 64) => mean latents (n, 4, 16, 16), not yet scaled."""
-    batches = (to_unit(batch.to(vae.device)) for batch in pixels.split(64))
-    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
-
-
-@torch.no_grad()
-def psnr(vae, pixels):
-    """Mean peak signal-to-noise ratio, in dB, of the reconstructions of uint8 pixels (n, 3, 64, 64)."""
-    restored = torch.cat([vae.decode(z).sample for z in encode(vae, pixels).split(64)]).clamp(-1, 1)
-    error = ((restored.cpu() - to_unit(pixels)) / 2).square().mean((1, 2, 3))
-    return (-10 * error.log10()).mean().item()
-
-
-def train_vae(args):
-    _, pixels = miniature_data.read_imagefolder(args.output_dir / "data" / "pretrain")
-    _, heldout = miniature_data.read_imagefolder(args.output_dir / "data" / "heldout")
-    torch.manual_seed(args.seed)
-    vae = miniature_models.build_vae().to(args.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    path, first = args.work_dir / "vae.pt", 0
-    if state := load_state(path):
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    log, losses, start = Log(args.work_dir / "vae_log.jsonl", first), [], time.perf_counter()
-
-    for step in range(first, args.vae_steps):
-        generator = step_generator(args.seed, step)
-        x = to_unit(pixels[batch_indices(len(pixels), args.vae_batch_size, step, args.seed)])
-        flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-        x = torch.where(flip, x.flip(-1), x).to(args.device)
-        noise = torch.randn(len(x), 4, 16, 16, generator=generator).to(args.device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.vae_learning_rate, step, args.vae_steps, warmup=50)
-        with torch.autocast(args.device, torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        loss = F.l1_loss(restored, x) + gradient_l1(restored, x) + 1e-6 * posterior.kl().float().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if (step + 1) % args.logging_steps == 0 or step + 1 == args.vae_steps:
-            record = dict(stage="vae", step=step + 1, loss=torch.stack(losses).mean().item())
-            if (step + 1) % (4 * args.logging_steps) == 0 or step + 1 == args.vae_steps:
-                record["heldout_psnr"] = psnr(vae, heldout)
-            log(**record, steps_per_second=(step + 1 - first) / (time.perf_counter() - start))
-            losses = []
-        if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.vae_steps:
-            scaling_factor = 1 / encode(vae, pixels).std().item()
-            save_state(
-                dict(
-                    vae=vae.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    step=step + 1,
-                    scaling_factor=scaling_factor,
-                ),
-                path,
-            )
-
-
-def trained_vae(args):
-    """The VAE as far as it is trained, with its scaling factor in its configuration."""
-    vae = miniature_models.build_vae()
-    if state := load_state(args.work_dir / "vae.pt"):
-        vae.load_state_dict(state["vae"])
-        vae.register_to_config(scaling_factor=round(state["scaling_factor"], 5))
-    return vae.to(args.device).eval()
 
 
 # --------------------------------------------------------------------------------------------- UNet and text encoders

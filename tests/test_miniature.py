@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from benchmarks import miniature_data, miniature_models, train_miniature
+from benchmarks import miniature_data, miniature_models, miniature_training, miniature_vae, train_miniature
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 PIPELINE = MINIATURE / "pipeline"
@@ -139,9 +139,9 @@ def test_encode_prompts_is_what_the_pipeline_computes(pipeline):
 
 def test_autoencoder_restores_pictures_it_never_saw(pipeline):
     _, pixels = miniature_data.read_imagefolder(MINIATURE / "data" / "heldout")
-    assert train_miniature.psnr(pipeline.vae, pixels[:64]) > 26
+    assert miniature_vae.psnr(pipeline.vae, pixels[:64]) > 26
     _, pixels = miniature_data.read_imagefolder(MINIATURE / "data" / "pretrain")
-    latents = train_miniature.encode(pipeline.vae, pixels[:128]) * pipeline.vae.config.scaling_factor
+    latents = miniature_vae.encode(pipeline.vae, pixels[:128]) * pipeline.vae.config.scaling_factor
     assert latents.std().item() == pytest.approx(1, abs=0.1)
 
 
@@ -149,7 +149,7 @@ def test_autoencoder_restores_pictures_it_never_saw(pipeline):
 def test_denoiser_is_trained_and_heeds_the_caption(pipeline):
     captions, pixels = miniature_data.read_imagefolder(MINIATURE / "data" / "pretrain")
     captions, pixels = captions[::25], pixels[::25]
-    latents = train_miniature.encode(pipeline.vae, pixels) * pipeline.vae.config.scaling_factor
+    latents = miniature_vae.encode(pipeline.vae, pixels) * pipeline.vae.config.scaling_factor
     states, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator)
@@ -181,7 +181,7 @@ def test_draws_with_the_stock_pipeline(pipeline):
 def test_each_epoch_visits_each_picture_once():
     for epoch in range(2):
         steps = range(5 * epoch, 5 * epoch + 5)
-        seen = torch.cat([train_miniature.batch_indices(23, 4, step, seed=0) for step in steps])
+        seen = torch.cat([miniature_training.batch_indices(23, 4, step, seed=0) for step in steps])
         assert len(set(seen.tolist())) == 20
 
 
