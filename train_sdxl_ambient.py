@@ -385,9 +385,10 @@ def objective_options(options: TrainOptions) -> ObjectiveOptions:
     given = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions) if hasattr(options, f.name)}
     if options.consistency_weight is None:
         given["consistency_weight"] = 1.0 if options.low_noise == "consistency" else 0.0
-    min_snr = "none" if options.snr_gamma is None else "min_snr"
-    given["weighting"] = "debiased" if options.debiased_estimation_loss else min_snr
+    asked = {"min_snr": options.snr_gamma, "balanced": options.balance_cap, "debiased": options.debiased_estimation_loss}
+    given["weighting"] = next((name for name, value in asked.items() if value), "none")
     given["snr_gamma"] = options.snr_gamma or ObjectiveOptions.snr_gamma
+    given["balance_cap"] = options.balance_cap or ObjectiveOptions.balance_cap
     return ObjectiveOptions(**given)
 
 

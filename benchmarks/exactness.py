@@ -95,8 +95,9 @@ class Network(torch.nn.Module):
         """``denoise(x, t)`` over rows that hold, one after the other, groups of (seeds × size) rows each."""
 
         def denoise(x, t):
-            # A call with fewer rows than the groups make up is one group.
-            sizes = groups if sum(groups) * self.seeds == len(x) else (len(x) // self.seeds,)
+            # A call with fewer rows than the groups make up is one group; with twice as many, the groups twice.
+            whole = sum(groups) * self.seeds
+            sizes = groups * (len(x) // whole) if whole and len(x) % whole == 0 else (len(x) // self.seeds,)
             rows = [n * self.seeds for n in sizes]
             xs = [p.reshape(self.seeds, n, 2) for p, n in zip(x.split(rows), sizes, strict=True)]
             ts = [p.reshape(self.seeds, n) for p, n in zip(t.split(rows), sizes, strict=True)]
@@ -122,6 +123,7 @@ class Method:
     steps: int = 10
     start: float = 0.2  # share of the evaluations before restoring begins
     levels: str = "low"
+    batch: int = BATCH
 
 
 OFFICIAL = dict(consistency_estimator="both", consistency_stop_anchor=True)
@@ -187,10 +189,10 @@ def train(method: Method, t_n: int, budget: int, seeds: int, learning_rate: floa
         progress = used / budget
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
-        restored, groups = None, [BATCH]
+        restored, groups = None, [method.batch]
         if buffer and progress >= method.start:
             restored = buffer.restored(average, generator)
-            groups = [0, method.restore] if method.levels == "all" else [BATCH, method.restore]
+            groups = [0, method.restore] if method.levels == "all" else [method.batch, method.restore]
         rows = torch.randint(POINTS, (groups[0],), generator=generator)
         batch = x_n[:, rows].reshape(-1, 2)
         t_given = torch.full((len(batch),), given)
@@ -201,7 +203,7 @@ def train(method: Method, t_n: int, budget: int, seeds: int, learning_rate: floa
         decay = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
         step += 1
-        extra = step * BATCH * seeds if method.repeats_forward else 0
+        extra = step * method.batch * seeds if method.repeats_forward else 0
         used = (network.evaluations + average.evaluations + extra) / seeds
     return average, dict(steps=step, evaluations=used, seconds=time.perf_counter() - started)
 

@@ -284,8 +284,20 @@ class Denoiser:
         return Denoiser(self.unet, self.conditioning.rows(index), self.dtype)
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t (n, 4, h, w), t (n,) → the network's raw output, like x_t. Fewer rows than the batch's are its first ones."""
-        shown = self.conditioning.rows(slice(len(x_t)))
+        """x_t (n, 4, h, w), t (n,) → the network's raw output, like x_t.
+
+        Fewer rows than the batch's are its first ones; twice as many are the batch twice.
+
+        Raises:
+            ValueError: any other number of rows.
+        """
+        shown, batch = self.conditioning, len(self.conditioning.prompt_embeds)
+        if len(x_t) == 2 * batch:
+            shown = shown.followed_by(shown)
+        elif len(x_t) <= batch:
+            shown = shown.rows(slice(len(x_t)))
+        else:
+            raise ValueError(f"{len(x_t)} rows with conditioning for {batch}")
         return self.unet(
             x_t.to(self.dtype),
             t,

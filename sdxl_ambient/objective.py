@@ -1,7 +1,7 @@
 """The objective, one value per sample: ambient denoising score matching, consistency, and restored samples.
 
 ``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers. Where it is called
-with fewer rows than the batch has, they are the batch's first ones.
+with fewer rows than the batch has, they are the batch's first ones; with twice as many (``antithetic``), the batch twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdxl_ambient.randomness import Generators, Randomness
 
 CHOICES = {
     "loss_space": ("epsilon", "x_n"),
-    "weighting": ("none", "min_snr", "debiased"),
+    "weighting": ("none", "min_snr", "debiased", "balanced"),
     "t_sampling": ("uniform", "near"),
     "consistency_anchor": ("ambient", "boundary", "chain"),
     "consistency_space": ("x_0", "snr"),
@@ -29,7 +29,9 @@ class ObjectiveOptions:
     """What to minimise.
 
     loss_space: "epsilon" weighs every t alike in ε; "x_n" is the error of E[x_n|x_t].
-    weighting, snr_gamma: see :func:`snr_weight`. t_sampling: "near" draws half of the times close above t_n.
+    weighting, snr_gamma, balance_cap: see :func:`snr_weight`. t_sampling: "near" draws half of the times close above t_n.
+    antithetic: every sample stands in the forward pass twice, with noise ξ and −ξ; its loss is the mean of the two. What
+    the target's noise adds to the gradient is odd in ξ to first order in ν, so just above t_n nearly all of it cancels.
     consistency_weight: 0 turns it off. For the rest of its options see :func:`consistency_loss`.
     restore_weight: of the loss on restored samples, beside the ambient one's 1.
     """
@@ -37,7 +39,9 @@ class ObjectiveOptions:
     loss_space: str = "epsilon"
     weighting: str = "none"
     snr_gamma: float = 5.0
+    balance_cap: float = 25.0
     t_sampling: str = "uniform"
+    antithetic: bool = False
     consistency_weight: float = 0.0
     consistency_anchor: str = "ambient"
     consistency_steps: int = 4
@@ -55,6 +59,8 @@ class ObjectiveOptions:
         for name in ("consistency_steps", "consistency_max_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not at least 1")
+        if self.balance_cap < 1:
+            raise ValueError(f"balance_cap: {self.balance_cap} is not at least 1")
 
 
 @dataclass
@@ -93,16 +99,22 @@ class Losses:
 
 
 def snr_weight(
-    schedule: NoiseSchedule, t_n: torch.Tensor, t: torch.Tensor, weighting: str, gamma: float = 5.0
+    schedule: NoiseSchedule, t_n: torch.Tensor, t: torch.Tensor, weighting: str, gamma: float = 5.0, cap: float = 25.0
 ) -> torch.Tensor:
-    """Weight (batch,) of the ambient loss, float64: 1, min-SNR-γ, or debiased.
+    """Weight (batch,) of the ambient loss, float64: 1, min-SNR-γ, debiased, or balanced.
 
-    Both published weights come from the signal-to-noise ratio of what the network is asked to find in x_t. In the ambient
+    The two published weights come from the signal-to-noise ratio of what the network is asked to find in x_t. In the ambient
     loss that is x_n, and x_t = r x_n + ν ξ, so the ratio is r²/ν² and the loss in ξ is r²/ν² times the squared error of
     E[x_n|x_t]. Capping the latter's weight at γ (Hang et al. 2023, arXiv 2303.09556, eq. 7) gives min(r²/ν², γ)/(r²/ν²);
     debiasing (Yu et al. 2024, arXiv 2310.08442) gives 1/√(r²/ν²) = ν/r. For clean data both are the published ones for ε
     prediction; whatever the network predicts, the loss is taken in ξ, so they hold for all of them. Zero at t = t_n.
+
+    "balanced" is ours: the ambient loss weighs an error of ε̂ by (ν/σ_t)², next to nothing just above t_n, and everything
+    below rests on those levels. min((σ_t/ν)², cap) undoes that as far as ``cap``. The target's noise grows with the weight;
+    ``antithetic`` takes most of it away again. 1 for clean data; ``cap`` at t = t_n.
     """
+    if weighting == "balanced":
+        return schedule.ambient_scale(t_n, t).square().clamp(min=1 / cap).reciprocal()
     r, nu = schedule.transition(t_n, t)
     if weighting == "min_snr":
         # min(r²/ν², γ)/(r²/ν²) without dividing by ν, which is tiny next to t_n.
@@ -265,10 +277,16 @@ def ambient_objective(
     randomness = Randomness(generator, len(x))
     u, xi = randomness.uniform(), randomness.normal(x)
     t = draw_times(schedule, levels, u, options.t_sampling, t_max)
-    per_sample, x_t, output = _ambient(denoise, schedule, x, levels, t, xi, options.loss_space)
+    if options.antithetic:
+        twice = [torch.cat([v, v]) for v in (x, levels, t)]
+        both, x_t, output = _ambient(denoise, schedule, *twice, torch.cat([xi, -xi]), options.loss_space)
+        per_sample = both.reshape(2, -1).mean(0)
+    else:
+        per_sample, x_t, output = _ambient(denoise, schedule, x, levels, t, xi, options.loss_space)
     weighted = per_sample
     if options.weighting != "none":
-        weighted = per_sample * snr_weight(schedule, levels, t, options.weighting, options.snr_gamma).to(per_sample)
+        weight = snr_weight(schedule, levels, t, options.weighting, options.snr_gamma, options.balance_cap)
+        weighted = per_sample * weight.to(per_sample)
     losses = Losses(ambient=per_sample[:count], t=t[:count], total=weighted[:count].sum() / max(1, count))
     if restored is not None:
         losses.restored = per_sample[count:]

@@ -112,6 +112,14 @@ class TrainOptions(DataOptions):
     loss_space: str = option("epsilon", "space of the loss", choices=("epsilon", "x_n"))
     snr_gamma: float | None = option(None, "min-SNR-γ weighting of the loss, usually 5.0 [default: none]", above=0)
     debiased_estimation_loss: bool = option(False, "debiased weighting of the loss, 1/sqrt(SNR)")
+    balance_cap: float | None = option(
+        None,
+        "weigh levels just above t_n like the others, as far as this factor; usually 25, with --antithetic [default: none]",
+        minimum=1,
+    )
+    antithetic: bool = option(
+        False, "every sample twice in a forward pass, with opposite noise: twice its cost, less noise in the gradient"
+    )
     t_sampling: str = option(
         "uniform", "how times above t_n are drawn; near draws half of them close above it", choices=("uniform", "near")
     )
@@ -234,6 +242,9 @@ class TrainOptions(DataOptions):
             raise OptionError("--consistency_weight: 0 leaves --low_noise consistency nothing to train; allowed is above 0")
         if self.snr_gamma is not None and self.debiased_estimation_loss:
             raise OptionError("--debiased_estimation_loss: true excludes --snr_gamma; allowed is one of them")
+        if self.balance_cap is not None and (self.snr_gamma is not None or self.debiased_estimation_loss):
+            other = "--debiased_estimation_loss" if self.debiased_estimation_loss else "--snr_gamma"
+            raise OptionError(f"--balance_cap: {self.balance_cap:g} excludes {other}; allowed is one of them")
         size = self.restored_per_batch
         if self.restore_refresh is not None and self.restore_refresh > size:
             raise OptionError(

@@ -208,6 +208,76 @@ def test_snr_weights_are_the_published_ones_on_clean_data_and_those_of_the_trans
     assert not snr_weight(schedule, t, t, "min_snr").any() and not snr_weight(schedule, t, t, "debiased").any()
 
 
+def test_balanced_weights_undo_the_ambient_scale_up_to_the_cap():
+    schedule, t_n, t = sdxl(), times(100, 100, 100, CLEAN, CLEAN), times(100, 101, 800, 0, 800)
+    weight = snr_weight(schedule, t_n, t, "balanced", cap=25.0)
+    assert weight[:2].tolist() == [25, 25] and weight[3:].tolist() == [1, 1]
+    torch.testing.assert_close(weight[2] * schedule.ambient_scale(t_n, t)[2] ** 2, torch.tensor(1.0, dtype=torch.float64))
+    # With it an error of ε̂ weighs the same at every level where the cap isn't reached.
+    far = times(400, 700, 999)
+    level = torch.full_like(far, 100)
+    effect = schedule.ambient_scale(level, far) ** 2 * snr_weight(schedule, level, far, "balanced")
+    torch.testing.assert_close(effect, torch.ones_like(effect))
+
+
+def test_antithetic_pairs_have_opposite_noise_and_the_mean_of_their_losses():
+    schedule, x_n, t_n = sdxl(), torch.randn(3, 4, 8, 8), times(100, 500, CLEAN)
+    x_0, t_max, seen = torch.randn(2, 4, 8, 8), times(500, 30), []
+
+    def denoise(x_t, t):
+        seen.append((x_t, t))
+        return x_t.sin()
+
+    options = ObjectiveOptions(antithetic=True, weighting="balanced", consistency_weight=0.5)
+    restored = Restored(x_0, t_max)
+    losses = ambient_objective(denoise, schedule, x_n, t_n, generators(5), options, restored)
+    (x_t, t), both = seen[0], torch.cat([x_n, x_0])
+    levels = torch.cat([t_n, times(CLEAN, CLEAN)])
+    assert torch.equal(t[:5], t[5:]) and len(seen[1][0]) == 3  # consistency pairs start at the first of the two
+    middle = schedule.renoise(both, levels, t[:5], torch.zeros_like(both))
+    torch.testing.assert_close((x_t[:5] + x_t[5:]) / 2, middle)
+    _, nu = schedule.transition(levels, t[:5])
+    xi = (x_t[:5] - middle) / nu[:, None, None, None].float()
+    each = [ambient_loss(lambda x, t: x.sin(), schedule, both, levels, t[:5], sign * xi) for sign in (1, -1)]
+    want = (each[0] + each[1]) / 2
+    torch.testing.assert_close(torch.cat([losses.ambient, losses.restored]), want, rtol=1e-4, atol=1e-5)
+    weighted = want * snr_weight(schedule, levels, t[:5], "balanced").float()
+    total = weighted[:3].mean() + weighted[3:].mean() + 0.5 * losses.consistency.mean()
+    torch.testing.assert_close(losses.total, total, rtol=1e-4, atol=1e-5)
+
+
+def test_antithetic_pairs_keep_the_gradient_and_lose_its_noise_next_to_t_n():
+    """For ε̂ = W x the pair's gradient is, in closed form, 2 c (c W (r² x_n x_nᵀ + ν² ξ ξᵀ) − ν ξ ξᵀ) / d, c = ν/σ_t: the
+    terms ξ x_nᵀ, of size one as ν → 0 beside c → 0, are gone."""
+    schedule, generator = sdxl(), torch.Generator().manual_seed(0)
+    x_n = torch.randn(500, 2, dtype=torch.float64, generator=generator) + 1
+    t_n = torch.full((500,), 100)
+    spread = {}
+    for antithetic in (False, True):
+        W = torch.tensor([[0.5, -0.2], [0.1, 0.7]], dtype=torch.float64, requires_grad=True)
+        seen, rows = [], []
+
+        def denoise(x_t, t, W=W, seen=seen):
+            seen.append((x_t, t))
+            return x_t @ W.T
+
+        for i in range(500):
+            one = ambient_objective(denoise, schedule, x_n[i : i + 1], t_n[:1], generators(1, i),
+                                    ObjectiveOptions(antithetic=antithetic, t_sampling="near"))  # fmt: skip
+            if not 101 <= int(one.t) <= 104:
+                continue
+            rows.append(torch.autograd.grad(one.total, W)[0])
+            if antithetic:
+                r, nu = schedule.transition(t_n[:1], one.t)
+                c, x = nu / schedule.sigma(one.t), x_n[i]
+                xi = (seen[-1][0][0] - r * x) / nu
+                outer = nu**2 * torch.outer(xi, xi)
+                want = c * (c * W @ (r**2 * torch.outer(x, x) + outer) - outer / nu)
+                torch.testing.assert_close(rows[-1], want.detach(), rtol=1e-9, atol=1e-12)
+        spread[antithetic] = torch.stack(rows).std(0).mean()
+    assert len(rows) > 30 and spread[True] < 0.2 * spread[False]
+
+
 def test_near_sampling_draws_half_of_the_times_close_above_t_n():
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     t_n = torch.full((100_000,), 100)
@@ -273,6 +343,7 @@ def test_walks_have_the_given_times_and_steps_of_no_length_change_nothing():
 
 
 def test_wrong_options_are_named():
-    for name, value in (("weighting", "snr"), ("consistency_anchor", "x"), ("consistency_max_step", 0)):
+    wrong = dict(weighting="snr", consistency_anchor="x", consistency_max_step=0, balance_cap=0.5)
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"{name}: '?{value}'? is not"):
             ObjectiveOptions(**{name: value})

@@ -173,6 +173,15 @@ def test_every_part_of_the_conditioning_reaches_the_unet(unet, inputs):
     assert (Denoiser(unet, conditioning)(x_t, t.flip(0)) - want).abs().max() > 1e-3
 
 
+def test_twice_the_rows_are_the_batch_twice_and_others_are_refused(unet, inputs):
+    x_t, t, conditioning = inputs
+    denoise = Denoiser(unet, conditioning)
+    twice = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]))
+    torch.testing.assert_close(twice, denoise(x_t, t).repeat(2, 1, 1, 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="rows with conditioning for"):
+        denoise(torch.cat([x_t, x_t, x_t]), torch.cat([t, t, t]))
+
+
 def test_sizes_keep_their_value_in_half_precision(inputs):
     half = inputs[2].to("cpu", torch.bfloat16)
     assert half.prompt_embeds.dtype == half.pooled.dtype == torch.bfloat16

@@ -160,6 +160,7 @@ def emoji(tmp_path_factory):
         dict(low_noise="consistency", consistency_anchor="chain", consistency_every=2, consistency_batch=3),
         dict(low_noise="restore", consistency_weight=0.1, consistency_teacher="ema", snr_gamma=5.0),
         dict(low_noise="restore", restore_levels="all", restore_start=1, finetune="full"),
+        dict(low_noise="restore", consistency_weight=0.1, antithetic="true", balance_cap=25, t_sampling="near"),
     ],
 )
 def test_resumed_equals_uninterrupted(emoji, tmp_path, changes):
@@ -206,6 +207,8 @@ def test_two_processes_each_restore_their_own_share(emoji, tmp_path):
             "--consistency_weight: has no noisy batch to start from",
         ),
         (dict(snr_gamma=5, debiased_estimation_loss="true"), "--debiased_estimation_loss: true excludes --snr_gamma"),
+        (dict(snr_gamma=5, balance_cap=25), "--balance_cap: 25 excludes --snr_gamma; allowed is one of them"),
+        (dict(balance_cap=0.5), "--balance_cap: 0.5 is less than 1"),
         (dict(low_noise="omni"), "--low_noise: 'omni' is not one of skip, consistency, restore"),
     ],
 )
