@@ -219,9 +219,10 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         "seed": options.seed,
         "samples_per_step": samples_per_step,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        **{n: getattr(options, n) for n in ("low_noise", "consistency_teacher", "consistency_every")},
+        **{n: getattr(options, n) for n in ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")},
         **asdict(objective),
-        **({**asdict(restoration.options), "restore_start": options.restore_start} if restoration else {}),
+        **(asdict(restoration.options) if restoration else {}),
+        **({n: getattr(options, n) for n in ("restore_start", "restore_teacher")} if restoration else {}),
         **({"ema_decay": options.ema_decay} if average else {}),
     }
     progress = {"step": 0, "run": run, "heldout": [], "best": None}
@@ -296,16 +297,18 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
                 batch.conditioning = batch.conditioning.followed_by(extra.conditioning)
             denoise = Denoiser(unet, on_device(batch), dtype)
             teacher = Denoiser(average, denoise.conditioning, dtype) if options.consistency_teacher == "ema" else None
-            due = objective if step % options.consistency_every == 0 else replace(objective, consistency_weight=0.0)
+            due = step >= options.consistency_start and step % options.consistency_every == 0
+            asked = objective if due else replace(objective, consistency_weight=0.0)
             x_n = batch.x_n.to(accelerator.device)
-            losses = ambient_objective(denoise, schedule, x_n, batch.t_n, generators, due, restored, teacher)
+            losses = ambient_objective(denoise, schedule, x_n, batch.t_n, generators, asked, restored, teacher)
             accelerator.backward(losses.total)
             if accelerator.sync_gradients and options.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
             optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
-                if average:
+                # Never updated, the average is the weights that training started from.
+                if average and options.restore_teacher == "ema":
                     average.update()
             optimizer.zero_grad()
         for name, value in accelerator.gather(losses.means()).items():

@@ -143,10 +143,17 @@ class TrainOptions(DataOptions):
     consistency_teacher: str = option("none", "weights that reverse steps are drawn with", choices=("none", "ema"))
     consistency_batch: int | None = option(None, "samples of a batch that get that loss [default: all]", minimum=1)
     consistency_every: int = option(1, "optimizer steps from one consistency loss to the next", minimum=1)
+    consistency_start: int = option(0, "optimizer steps with the ambient loss alone before the first of them", minimum=0)
     restore_levels: str = option(
         "low",
         "levels that restored samples train: those at or below t_n, beside the ambient loss, or all, in its place",
         choices=("low", "all"),
+    )
+    restore_teacher: str = option(
+        "ema",
+        "weights that draw restored samples: the averaged ones (expectation-maximisation, round after round), or those that "
+        "training starts from (its first round, which copies less and cannot drift)",
+        choices=("ema", "base"),
     )
     restore_batch_size: int | None = option(
         None, "restored samples in a forward pass [default: half of --train_batch_size; all of it for all levels]", minimum=1
@@ -245,6 +252,8 @@ class TrainOptions(DataOptions):
         if self.balance_cap is not None and (self.snr_gamma is not None or self.debiased_estimation_loss):
             other = "--debiased_estimation_loss" if self.debiased_estimation_loss else "--snr_gamma"
             raise OptionError(f"--balance_cap: {self.balance_cap:g} excludes {other}; allowed is one of them")
+        if self.restore_teacher == "base" and self.consistency_teacher == "ema":
+            raise OptionError("--restore_teacher: 'base' excludes --consistency_teacher ema; allowed is ema")
         size = self.restored_per_batch
         if self.restore_refresh is not None and self.restore_refresh > size:
             raise OptionError(

@@ -1,17 +1,20 @@
 """The options of encoding and training: documented, and checked against each other before anything is loaded."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from sdxl_ambient.config import OptionError, load_options
 from sdxl_ambient.options import LatentsOptions, TrainOptions
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def base(tmp_path, *more):
+    """A valid command line, with the flags in ``more`` added or in place of the usual ones."""
     data = tmp_path / "images"
     data.mkdir(exist_ok=True)
-    """A valid command line, with the flags in ``more`` added or in place of the usual ones."""
     usual = {
         "--pretrained_model_name_or_path": "base", "--train_data_dir": str(data), "--output_dir": str(tmp_path / "out")
     }  # fmt: skip
@@ -20,8 +23,15 @@ def base(tmp_path, *more):
 
 @pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])
 def test_every_option_is_documented(cls):
+    table = (ROOT / "docs/OPTIONS.md").read_text()
     for field in dataclasses.fields(cls):
         assert len(field.metadata["help"]) > 5, field.name
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        shown = ", ".join(default) if isinstance(default, list) else default
+        shown = "none" if shown in (None, "") else str(shown).lower() if isinstance(shown, bool) else shown
+        choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+        if cls is TrainOptions:
+            assert f"| `--{field.name}` | {shown} | {field.metadata['help']}{choices} |" in table, field.name
 
 
 @pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])

@@ -157,9 +157,11 @@ def emoji(tmp_path_factory):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(low_noise="consistency", consistency_anchor="chain", consistency_every=2, consistency_batch=3),
+        dict(low_noise="consistency", consistency_anchor="chain", consistency_every=2, consistency_start=1,
+             consistency_batch=3),  # fmt: skip
         dict(low_noise="restore", consistency_weight=0.1, consistency_teacher="ema", snr_gamma=5.0),
         dict(low_noise="restore", restore_levels="all", restore_start=1, finetune="full"),
+        dict(low_noise="restore", restore_levels="all", restore_teacher="base"),
         dict(low_noise="restore", consistency_weight=0.1, antithetic="true", balance_cap=25, t_sampling="near"),
     ],
 )
@@ -181,6 +183,20 @@ def test_resumed_equals_uninterrupted(emoji, tmp_path, changes):
     for file in (whole / "checkpoint-4").glob("custom_checkpoint_*.pkl"):
         one, two = (torch.load(d / "checkpoint-4" / file.name, weights_only=True) for d in (whole, parts))
         assert_identical(one, two)
+
+
+def test_the_base_restores_alike_whatever_was_learnt(emoji, tmp_path):
+    """Steps of another size change what the averaged weights restore, and not what the base does."""
+    found = {}
+    for teacher in ("base", "ema"):
+        for rate in (1e-4, 1e-2):
+            out = tmp_path / f"{teacher}-{rate}"
+            launch(arguments(emoji, out, low_noise="restore", restore_steps=2, max_train_steps=2, learning_rate=rate,
+                             restore_teacher=teacher, latents_dir=tmp_path / "latents"))  # fmt: skip
+            found[teacher, rate] = load_file(out / "checkpoint-2/restored/rank-00000.safetensors")
+    assert_identical(found["base", 1e-4], found["base", 1e-2])
+    same = [torch.equal(a, found["ema", 1e-2][k]) for k, a in found["ema", 1e-4].items()]
+    assert not all(same)
 
 
 def test_two_processes_each_restore_their_own_share(emoji, tmp_path):
@@ -206,9 +222,13 @@ def test_two_processes_each_restore_their_own_share(emoji, tmp_path):
             dict(low_noise="restore", restore_levels="all", consistency_weight=1.0),
             "--consistency_weight: has no noisy batch to start from",
         ),
+        (
+            dict(low_noise="restore", consistency_weight=1.0, consistency_teacher="ema", restore_teacher="base"),
+            "--restore_teacher: 'base' excludes --consistency_teacher ema; allowed is ema",
+        ),
         (dict(snr_gamma=5, debiased_estimation_loss="true"), "--debiased_estimation_loss: true excludes --snr_gamma"),
         (dict(snr_gamma=5, balance_cap=25), "--balance_cap: 25 excludes --snr_gamma; allowed is one of them"),
-        (dict(balance_cap=0.5), "--balance_cap: 0.5 is less than 1"),
+        (dict(balance_cap=0.5), "--balance_cap: 0.5 is below the smallest allowed value, 1"),
         (dict(low_noise="omni"), "--low_noise: 'omni' is not one of skip, consistency, restore"),
     ],
 )

@@ -1,0 +1,72 @@
+"""README's table of measured claims, from the committed results.
+
+    python -m benchmarks.table            print it
+    python -m benchmarks.table --write    put it into README.md, between its two marks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.record import ROOT, met
+
+RESULTS = ROOT / "benchmarks/results"
+START, END = "<!-- measured: python -m benchmarks.table --write -->", "<!-- /measured -->"
+WHAT = {
+    "excess_below_tn_over_official": "error below t_n beyond the unavoidable, ours / official estimator at its best weight",
+    "swd_full_over_clean_tn100": "sliced Wasserstein distance of samples, ours at t_n = 100 / trained on clean data",
+    "excess_high_t_over_clean": "error beyond the unavoidable at high t, ours − trained on clean data",
+    "naive_over_worst_ambient": "error beyond the unavoidable at t_n, noisy data taken for clean / the worst ambient method",
+    "ambient_over_plain": "seconds per step, ambient / plain denoising",
+    "consistency_over_official": "seconds per step, ambient + consistency / the official step's structure",
+    "consistency_memory_over_official": "peak memory of that step, the same ratio",
+    "ambient_over_encode_every_time": "seconds per step, ambient / encoding VAE and text in every step",
+}
+
+
+def rows(folder: Path = RESULTS) -> list[str]:
+    """Markdown rows: one per target of every result file, in the order of their names."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        where = record["environment"]["gpu"] or "CPU"
+        for one in record["targets"]:
+            sign = {"<=": "≤", ">=": "≥"}[one["sense"]]
+            verdict = "met" if met(one) else "**missed**"
+            value = f"{one['value']:.3g} | {sign} {one['limit']:g} | {verdict}"
+            found.append(f"| {WHAT[one['name']]} | {value} | {where}, `{path.name}` |")
+    return found
+
+
+def table(folder: Path = RESULTS) -> str:
+    head = ["| claim | measured | target | | where |", "|---|---|---|---|---|"]
+    return "\n".join([START, *head, *rows(folder), END])
+
+
+def written(text: str, folder: Path = RESULTS) -> str:
+    """``text`` with the table between the marks put anew.
+
+    Raises:
+        ValueError: the marks are not there, once each.
+    """
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"{START} and {END} must each be there once")
+    before, rest = text.split(START)
+    return before + table(folder) + rest.split(END)[1]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into README.md instead of printing it")
+    if parser.parse_args(argv).write:
+        readme = ROOT / "README.md"
+        readme.write_text(written(readme.read_text()))
+    else:
+        print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
