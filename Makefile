@@ -16,7 +16,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_sdxl_ambient.py --config_file configs/mini_lora.yaml \
-	  --t_n none --output_dir $(DEMO)/lora_clean --resume_from_checkpoint latest
+	  --t_n none --low_noise skip --output_dir $(DEMO)/lora_clean --resume_from_checkpoint latest
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_sdxl_ambient.py --config_file configs/mini_lora.yaml \
 	  --output_dir $(DEMO)/lora_noisy --resume_from_checkpoint latest
 	$(BIN)/python -m eval.memorization --config_file configs/mini_eval.yaml --output_dir $(DEMO)/report

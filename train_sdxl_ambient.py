@@ -387,7 +387,7 @@ def objective_options(options: TrainOptions) -> ObjectiveOptions:
     """The objective's options, which have the flags' names, but for those that depend on another."""
     given = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions) if hasattr(options, f.name)}
     if options.consistency_weight is None:
-        given["consistency_weight"] = 1.0 if options.low_noise == "consistency" else 0.0
+        given["consistency_weight"] = 2.0 if options.low_noise == "consistency" else 0.0
     asked = {"min_snr": options.snr_gamma, "balanced": options.balance_cap, "debiased": options.debiased_estimation_loss}
     given["weighting"] = next((name for name, value in asked.items() if value), "none")
     given["snr_gamma"] = options.snr_gamma or ObjectiveOptions.snr_gamma

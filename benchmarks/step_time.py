@@ -269,7 +269,7 @@ def main(argv=None) -> int:
     parser.add_argument("--finetune", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=21)
+    parser.add_argument("--steps", type=int, default=61)
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--attention", choices=("sdpa", "xformers"), default="sdpa")

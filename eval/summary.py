@@ -130,11 +130,14 @@ def _excess(embeddings: np.ndarray, references: References) -> dict:
     train, heldout = references.train.embeddings, references.heldout.embeddings
     size = min(len(train), len(heldout))
     if references.threshold is None:
-        return {"excess_over_heldout": None, "excess_set_size": size}
+        return {"excess_over_heldout": None, "excess_set_size": size, "share_above_threshold_as_many_heldout": None}
     thinned = [r[np.arange(size) * len(r) // size] for r in (train, heldout)]
     to_train, to_heldout = (nearest(embeddings, r, 1)[0][:, 0] for r in thinned)
-    value = metrics.excess(to_train, to_heldout, references.threshold)
-    return {"excess_over_heldout": value, "excess_set_size": size}
+    return {
+        "excess_over_heldout": metrics.excess(to_train, to_heldout, references.threshold),
+        "excess_set_size": size,
+        "share_above_threshold_as_many_heldout": metrics.share_above(to_heldout, references.threshold),
+    }
 
 
 def _frechet(one: Embedded, other: Embedded) -> float | None:
@@ -181,7 +184,8 @@ def model_figures(samplers: dict[str, dict], about: dict) -> dict:
 def verdict(name: str, model: dict, threshold: dict, base: dict | None) -> dict:
     """One sentence about a model, and a level: above, unclear or within its controls, or unknown without a threshold.
 
-    The controls are the false-alarm rate α and, for a fine-tuned model, the base model's share.
+    The controls are the false-alarm rate α, the share of the same images that are as near to one of as many held-out images,
+    which the model never saw, and, for a fine-tuned model, the base model's share.
     """
     figures = model["samplers"][model["worst_sampler"]]
     if threshold["value"] is None:
@@ -189,7 +193,8 @@ def verdict(name: str, model: dict, threshold: dict, base: dict | None) -> dict:
         text = f"No verdict: {threshold['refusal']}. The median similarity to the nearest training image is {median:.3f}."
         return {"level": "unknown", "text": text}
     alpha, share, (low, high) = threshold["alpha"], figures["share_above_threshold"], figures["interval"]
-    control = max(alpha, base["share_above_threshold"]) if base else alpha
+    unseen = figures["share_above_threshold_as_many_heldout"]
+    control = max(alpha, unseen, base["share_above_threshold"] if base else 0.0)
     level = "above" if low > control else ("unclear" if share > control else "within")
     says = {
         "above": "This is more than its controls reach: it reproduces training images.",
@@ -203,6 +208,7 @@ def verdict(name: str, model: dict, threshold: dict, base: dict | None) -> dict:
     text = (
         f"{figures['count_above_threshold']} of {figures['n_generated']} images ({share:.1%}, {threshold['confidence']:.0%} "
         f"interval {low:.1%} to {high:.1%}) sampled {model['worst_sampler']!r}{', the worst sampler,' if several else ''} "
-        f"are closer to a training image than the threshold, which {against} exceed. {says}"
+        f"are closer to a training image than the threshold, which {against} exceed; {unseen:.1%} are as near to as many "
+        f"held-out images. {says}"
     )
     return {"level": level, "text": text}

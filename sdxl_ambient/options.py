@@ -124,22 +124,22 @@ class TrainOptions(DataOptions):
         "uniform", "how times above t_n are drawn; near draws half of them close above it", choices=("uniform", "near")
     )
     consistency_weight: float | None = option(
-        None, "weight of the consistency loss [default: 1 with --low_noise consistency, else 0]", minimum=0
+        None, "weight of the consistency loss [default: 2 with --low_noise consistency, else 0]", minimum=0
     )
     consistency_anchor: str = option(
-        "ambient",
+        "chain",
         "where pairs start: at the ambient loss's own x_t (its forward pass is reused), at the noisy latent, or below t_n, "
         "where a chain from the noisy latent ends",
         choices=("ambient", "boundary", "chain"),
     )
     consistency_steps: int = option(4, "reverse steps of that chain", minimum=1)
-    consistency_max_step: int = option(50, "largest step between the times of a pair, timesteps", minimum=1)
-    consistency_space: str = option("x_0", "space of the consistency loss", choices=("x_0", "snr"))
+    consistency_max_step: int = option(100, "largest step between the times of a pair, timesteps", minimum=1)
+    consistency_space: str = option("snr", "space of the consistency loss", choices=("x_0", "snr"))
     consistency_estimator: str = option(
         "single", "branches of the consistency loss that have a graph; the gradient's mean is the same",
         choices=("single", "both"),
     )  # fmt: skip
-    consistency_stop_anchor: bool = option(False, "hold the earlier time's prediction fixed")
+    consistency_stop_anchor: bool = option(True, "hold the earlier time's prediction fixed")
     consistency_teacher: str = option("none", "weights that reverse steps are drawn with", choices=("none", "ema"))
     consistency_batch: int | None = option(None, "samples of a batch that get that loss [default: all]", minimum=1)
     consistency_every: int = option(1, "optimizer steps from one consistency loss to the next", minimum=1)

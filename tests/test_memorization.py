@@ -203,11 +203,12 @@ def test_a_heldout_set_that_was_trained_on_is_refused(tmp_path, capsys):
     assert "every image of" in capsys.readouterr().err
 
 
-def sampler(share, interval, median=0.5):
+def sampler(share, interval, median=0.5, unseen=0.0):
     similarity = {"mean": median, "quantiles": {"0.5": median}}
     return {
         **{"n_generated": 100, "similarity_to_train": similarity, "similarity_to_heldout": similarity},
         **{"share_above_threshold": share, "count_above_threshold": round(share * 100), "interval": interval},
+        "share_above_threshold_as_many_heldout": unseen,
     }
 
 
@@ -218,9 +219,11 @@ def test_a_model_is_judged_by_its_worst_sampler_against_the_larger_control():
         "above": {"full": sampler(0.1, [0.05, 0.18]), "hybrid": sampler(0.03, [0.0, 0.08])},
         "unclear": {"full": sampler(0.03, [0.0, 0.08]), "hybrid": sampler(0.07, [0.03, 0.14])},
         "within": {"full": sampler(0.04, [0.01, 0.1])},
+        # No nearer to the training set than to as many images that the model never saw.
+        "within ": {"full": sampler(0.1, [0.05, 0.18], unseen=0.1)},
     }
-    worst = {"above": "full", "unclear": "hybrid", "within": "full"}
+    worst = {"above": "full", "unclear": "hybrid", "within": "full", "within ": "full"}
     for level, samplers in cases.items():
         model = model_figures(samplers, {})
         assert model["worst_sampler"] == worst[level]
-        assert verdict("x", model, threshold, base)["level"] == level
+        assert verdict("x", model, threshold, base)["level"] == level.strip()
