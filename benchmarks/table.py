@@ -15,6 +15,8 @@ from benchmarks.record import ROOT, met
 RESULTS = ROOT / "benchmarks/results"
 START, END = "<!-- measured: python -m benchmarks.table --write -->", "<!-- /measured -->"
 WHAT = {
+    "interval_coverage": "how often the interval of the copied share covers the truth, at the worst of four shares",
+    "false_alarm_rate": "how often a generator that copies nothing is accused",
     "excess_below_tn_over_official": "error below t_n beyond the unavoidable, ours / official estimator at its best weight",
     "swd_full_over_clean_tn100": "sliced Wasserstein distance of samples, ours at t_n = 100 / trained on clean data",
     "excess_high_t_over_clean": "error beyond the unavoidable at high t, ours − trained on clean data",
