@@ -222,6 +222,23 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
     return draw
 
 
+def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
+    """The VAE that images are drawn with, and their side in pixels."""
+    from diffusers import AutoencoderKL
+
+    from sdxl_ambient.models import load_part
+
+    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    given = options.pretrained_vae_model_name_or_path
+    how = dict(torch_dtype=torch.float32, use_safetensors=True)
+    if given:
+        vae = load_part(AutoencoderKL, given, "VAE", **how)
+    else:
+        vae = load_part(AutoencoderKL, base, "VAE", subfolder="vae", variant=options.variant, **how)
+    size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.eval().to(resolve_device(options.device)), options.resolution or size
+
+
 def generate_images(
     folder: str | Path,
     settings: dict,

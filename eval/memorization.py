@@ -5,7 +5,8 @@ python -m eval.memorization --pretrained_model_name_or_path BASE --lora [NAME=]D
 python -m eval.memorization --generated_dir [NAME=]DIR … --train_data_dir DIR --heldout_data_dir DIR --output_dir OUT
 
 OUT gets generated/MODEL/SAMPLER/, embeddings/, report.json and index.html.
-Exit codes: 0 done, 2 error, 3 too few held-out images to calibrate (the report then has descriptive figures only).
+Exit codes: 0 within the budget (or none given), 1 over the memorisation budget (--max_excess), 2 error, 3 too few held-out
+images to calibrate (the report then has descriptive figures only).
 """
 
 from __future__ import annotations
@@ -19,17 +20,37 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval.checkpoints import Checkpoint, check_checkpoint, model_errors, resolve_device
+from eval.controls import MOST, TRANSFORMS, planted, vae_round_trip
+from eval.duplicates import drop_near_duplicates, fingerprints
 from eval.embed import Embedded, embed_images
 from eval.embedders import EMBEDDERS, Embedder, check_embedder, load_embedder
-from eval.generate import SAMPLERS, Draw, GenerationOptions, captions_of, generate, plan, read_prompts, sampler_levels
+from eval.generate import (
+    SAMPLERS,
+    Draw,
+    GenerationOptions,
+    captions_of,
+    generate,
+    open_vae,
+    plan,
+    read_prompts,
+    sampler_levels,
+)
 from eval.images import ImageSet, StageError, drop_duplicates, read_folder
 from eval.report import write_html
-from eval.summary import control_figures, make_references, model_figures, sampler_figures, threshold_figures, verdict
+from eval.summary import (
+    control_figures,
+    make_references,
+    model_figures,
+    over_budget,
+    sampler_figures,
+    threshold_figures,
+    verdict,
+)
 from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImagesMissing
 from sdxl_ambient.manifest import environment, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BASE = "base"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -49,6 +70,12 @@ class Options(GenerationOptions):
     embedding_batch_size: int = option(32, "images embedded at once", minimum=1)
     alpha: float = option(0.02, "share of unrelated images that may exceed the threshold", above=0.0, maximum=0.5)
     confidence: float = option(0.95, "of the intervals", minimum=0.5, maximum=0.9999)
+    max_excess: float | None = option(
+        None, "budget: exit with 1 where a model's copied share, whole interval, lies above this", minimum=0, maximum=1
+    )
+    near_duplicates: str = option(
+        "drop", "held-out and training images that show the same picture as a training image", choices=("drop", "keep")
+    )
     output_dir: str | None = option(None, "folder to write to", metavar="DIR")
 
     def validate(self) -> None:
@@ -165,12 +192,27 @@ def embed(images: ImageSet, embedder: Embedder, options: Options) -> Embedded:
 
 
 def read_data(options: Options) -> tuple[ImageSet, ImageSet]:
-    """The fine-tuning and the held-out set, without exact duplicates within or across."""
+    """The fine-tuning and the held-out set, without duplicates within or across: equal files, then near-duplicates."""
     train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
     heldout = drop_duplicates(drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column)), train)
+    if options.near_duplicates == "drop":
+        with tqdm(total=len(train) + len(heldout), unit="image", desc="near-duplicates", delay=2) as bar:
+            prints = fingerprints(train, bar.update)
+            heldout = drop_near_duplicates(heldout, fingerprints(heldout, bar.update), train, prints)
+            train = drop_near_duplicates(train, prints)
     if not len(heldout):
         raise StageError(f"--heldout_data_dir: every image of {options.heldout_data_dir!r} is in the training set too")
     return train, heldout
+
+
+def plant(options: Options, train: Embedded, embedder: Embedder) -> dict:
+    """Similarities of known copies of training images; through the model's VAE too, where there is a model."""
+    transforms = dict(TRANSFORMS)
+    if options.pretrained_model_name_or_path is not None:
+        vae, resolution = open_vae(options)
+        transforms["vae"] = vae_round_trip(vae, resolution)
+    with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
+        return planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
 
 
 def evaluate(options: Options) -> dict:
@@ -188,6 +230,7 @@ def evaluate(options: Options) -> dict:
         embed(heldout_images, pooled, options),
         options.alpha,
         options.confidence,
+        plant(options, train, embedder),
     )
     entries = {}
     for name, (about, folders) in models.items():
@@ -223,6 +266,8 @@ def _settings(options: Options) -> dict:
         "lora_scale",
         "samplers",
         "prompts_file",
+        "near_duplicates",
+        "max_excess",
     )
     return {name: getattr(options, name) for name in names}
 
@@ -250,7 +295,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, model in report["models"].items():
         print(f"{name}: {model['verdict']['text']}")
     print(page)
-    return 0 if report["threshold"]["value"] is not None else 3
+    if report["threshold"]["value"] is None:
+        return 3
+    over = [n for n, m in report["models"].items() if options.max_excess is not None and over_budget(m, options.max_excess)]
+    if over:
+        print(f"Over the budget of {options.max_excess:.1%} copies: {', '.join(over)}")
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

@@ -1,112 +1,360 @@
-"""Embeddings → nearest reference images: exact, in bounded memory, the same answer whatever the chunk sizes."""
+"""Embeddings → nearest reference images, in bounded memory, the same answer whatever the chunk sizes.
+
+``nearest`` is exact. ``search`` is too, except for a large number of products, where FAISS draws up a shortlist for each
+query; the shortlist is ranked as the exact search ranks, and how much it missed is measured and said.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-# Candidates kept beyond k, so that the float64 ranking below decides and not the rounding of one matrix product.
-_MARGIN = 8
-# Two float32 cosines closer than this are ranked again; rounding of a product of unit vectors stays well below it.
-_ROUNDING = 1e-5
+METHODS = ("auto", "exact", "faiss")
+# Queries × references above which method "auto" asks FAISS: 20,000 queries against a million references. Of width 1024,
+# these take the exact search some minutes on two cores, which is well above what it takes to build an index.
+FAISS_ABOVE = 2 * 10**10
+# Queries on which a shortlist's recall is measured.
+SAMPLE = 200
+
+_CHUNK = (1024, 16384)
+# The products of a query with this many references are compared with its bound through their maximum.
+_GROUP = 64
+# Values that the ranking in float64 holds at once.
+_VALUES = 1 << 22
+# Candidates that a shortlist holds beyond k, since it is drawn up from vectors rounded to 8 bits.
+_SPARE = 64
+# FAISS: training vectors per list of the index.
+_TRAINING = 64
 
 
-def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chunk: tuple[int, int] = (1024, 16384)):
+@dataclass(frozen=True)
+class Search:
+    """What ``search`` found, and how.
+
+    Attributes:
+        similarities, indices: as ``nearest`` gives them.
+        method: "exact" or "faiss", whichever ran.
+        recall: share of the k nearest that were found, in the queries sampled; 1 for an exact search.
+        sampled: number of queries that ``recall`` is from; 0 for an exact search.
+    """
+
+    similarities: np.ndarray | torch.Tensor
+    indices: np.ndarray | torch.Tensor
+    method: str
+    recall: float
+    sampled: int
+
+
+def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chunk: tuple[int, int] = _CHUNK):
     """The k references with the largest inner product to each query, found exactly.
 
-    Products of a chunk of queries with a chunk of references give candidates; those are computed again in float64,
-    so that equal images have equal similarities wherever they stand, and ties go to the lowest index. Memory is
-    bounded by the chunk sizes, not by the number of rows.
+    Products of a chunk of queries with a chunk of references tell which may be among the k; those are computed again in
+    float64, so that equal images have equal similarities wherever they stand, and ties go to the lowest index. Memory
+    is bounded by the chunk sizes, not by the number of rows, and references are read once, chunk by chunk: a memmap is
+    never copied as a whole, nor is a float16 array ever float32 as a whole.
 
     Args:
-        queries: array or tensor of shape (n_queries, d), usually L2-normalised, so that the product is the cosine.
-        references: array or tensor of shape (n_references, d), on the same device.
+        queries: array, memmap or tensor of shape (n_queries, d), usually L2-normalised, so that the product is the
+            cosine.
+        references: array, memmap or tensor of shape (n_references, d); its chunks are moved to the queries' device.
         k: neighbours wanted. With fewer references, all of them come back: the result's width is min(k, available).
         leave_one_out: queries and references are the same set; row i is not its own neighbour.
         chunk: rows of queries and of references handled at once.
 
     Returns:
-        similarities of shape (n_queries, min(k, available)) in descending order and in the inputs' type (float32 or
-        float64), and int64 indices into ``references`` of the same shape; tensors if queries were one, else arrays.
+        similarities of shape (n_queries, min(k, available)) in descending order, float64 if queries or references are
+        and float32 otherwise, and int64 indices into ``references`` of the same shape; tensors if queries were one,
+        else arrays.
 
     Raises:
         ValueError: shapes that don't fit, values that aren't finite, nothing to search in, or k < 1.
     """
-    as_tensor = isinstance(queries, torch.Tensor)
-    q, r = _matrix(queries, "queries"), _matrix(references, "references")
+    q, r, k = _checked(queries, references, k, leave_one_out)
+    return _as_given(q, *_exact(q, r, k, _own(q, leave_one_out), chunk))
+
+
+def search(
+    queries, references, k: int = 1, *, leave_one_out: bool = False, method: str = "auto", probes: int | None = None,
+    sample: int = SAMPLE, seed: int = 0, chunk: tuple[int, int] = _CHUNK,
+) -> Search:  # fmt: skip
+    """The k nearest references, exactly or through a shortlist of FAISS.
+
+    A shortlist's candidates are ranked with the arithmetic of ``nearest``: what it finds has the right similarity, but
+    it may miss a neighbour. A query whose shortlist holds fewer than k is searched exactly.
+
+    Args:
+        queries, references, k, leave_one_out, chunk: as for ``nearest``.
+        method: "exact"; "faiss"; or "auto", which is FAISS above ``FAISS_ABOVE`` products (queries × references) where
+            it is installed, and exact otherwise.
+        probes: lists of the index that are searched per query; more find more. See ``shortlist``.
+        sample: queries on which recall is measured against the exact search, drawn with ``seed``.
+        seed: for the sample and for the index's training vectors.
+
+    Raises:
+        ValueError: as ``nearest``, an unknown method, or sample < 1.
+        ModuleNotFoundError: method "faiss" without the package.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if sample < 1:
+        raise ValueError(f"sample: recall needs at least one query, got {sample}")
+    q, r, k = _checked(queries, references, k, leave_one_out)
+    own = _own(q, leave_one_out)
+    if method == "faiss" or (method == "auto" and len(q) * len(r) > FAISS_ABOVE and _installed()):
+        found = _through_shortlist(q, r, k, own, chunk, probes, seed)
+        recall, sampled = _recall(q, r, own, chunk, found[0], sample, seed)
+        return Search(*_as_given(q, *found), "faiss", recall, sampled)
+    return Search(*_as_given(q, *_exact(q, r, k, own, chunk)), "exact", 1.0, 0)
+
+
+def shortlist(queries, references, width: int, *, probes: int | None = None, seed: int = 0) -> np.ndarray:
+    """Candidates for the nearest references of each query, from FAISS: fast and near, not exact.
+
+    An inverted file of about √n lists, its vectors rounded to 8 bits per value, so that the index of a million vectors
+    of width 1024 takes 1 GB beside them.
+
+    Args:
+        queries, references: as for ``nearest``.
+        width: candidates wanted per query.
+        probes: lists searched per query; None: a 32nd of them, at least 16.
+        seed: for drawing the training vectors.
+
+    Returns:
+        int64 indices into ``references`` of shape (n_queries, min(width, n_references)), best first, −1 where the lists
+        searched held fewer.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    faiss = _faiss()
+    q, r, width = _checked(queries, references, width, False)
+    lists = max(1, min(round(len(r) ** 0.5), len(r) // 39))  # FAISS wants 39 training vectors per list
+    index = faiss.index_factory(r.width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    training = np.random.default_rng(seed).choice(len(r), min(len(r), _TRAINING * lists), replace=False)
+    index.train(_for_faiss(r[torch.from_numpy(np.sort(training))]))
+    for part in _parts(len(r), _CHUNK[1]):
+        vectors = r[part]
+        r.lengths(vectors)
+        index.add(_for_faiss(vectors))
+    index.nprobe = min(lists, max(16, lists // 32) if probes is None else probes)
+    candidates = np.empty((len(q), width), np.int64)
+    for part in _parts(len(q), _CHUNK[1]):
+        vectors = q[part]
+        q.lengths(vectors)
+        candidates[part] = index.search(_for_faiss(vectors), width)[1]
+    return candidates
+
+
+# -- rows ----------------------------------------------------------------------
+
+
+class _Rows:
+    """The rows of an array, a memmap or a tensor, read a part at a time as float32, or float64 if they are that."""
+
+    def __init__(self, values, name: str):
+        self.name, self.is_tensor = name, isinstance(values, torch.Tensor)
+        self.values = values.detach() if self.is_tensor else np.asarray(values)
+        if self.values.ndim != 2:
+            raise ValueError(f"{name}: a matrix (n, d) is needed, got shape {tuple(self.values.shape)}")
+        self.width = self.values.shape[1]
+        self.device = self.values.device if self.is_tensor else torch.device("cpu")
+        double = self.values.dtype in (torch.float64, np.float64)
+        self.dtype = torch.float64 if double else torch.float32
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        """Rows by a slice or by a tensor of indices: a view if they need no conversion and may be written to."""
+        if self.is_tensor:
+            return self.values[index.to(self.device) if isinstance(index, torch.Tensor) else index].to(self.dtype)
+        values = self.values[index.numpy(force=True) if isinstance(index, torch.Tensor) else index]
+        kind = np.float64 if self.dtype == torch.float64 else np.float32
+        return torch.from_numpy(np.require(values, kind, ["C", "W"]))
+
+    def lengths(self, part: torch.Tensor) -> torch.Tensor:
+        """The length of each row of a part.
+
+        Raises:
+            ValueError: one isn't finite.
+        """
+        found = torch.linalg.vector_norm(part, dim=1)
+        if not torch.isfinite(found).all():
+            raise ValueError(f"{self.name}: every value must be finite, and no row longer than its type can tell")
+        return found
+
+
+def _parts(count: int, size: int):
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _checked(queries, references, k: int, leave_one_out: bool) -> tuple[_Rows, _Rows, int]:
+    """The rows, of one type, and how many neighbours each query has."""
+    q, r = _Rows(queries, "queries"), _Rows(references, "references")
     available = len(r) - 1 if leave_one_out else len(r)
-    if q.shape[1] != r.shape[1]:
-        raise ValueError(f"queries of width {q.shape[1]} and references of width {r.shape[1]} can not be compared")
+    if q.width != r.width:
+        raise ValueError(f"queries of width {q.width} and references of width {r.width} can not be compared")
     if leave_one_out and len(q) != len(r):
         raise ValueError(f"leave_one_out needs one set against itself, got {len(q)} queries and {len(r)} references")
     if k < 1 or available < 1:
         raise ValueError(f"k ≥ 1 and at least one reference are needed, got k = {k} and {available} references")
-    k = min(k, available)
-    rows = [_nearest_rows(q, r, k, start, chunk, leave_one_out) for start in range(0, len(q), chunk[0])]
-    similarities = torch.cat([s for s, _ in rows]) if rows else q.new_zeros(0, k)
-    indices = torch.cat([i for _, i in rows]) if rows else torch.zeros(0, k, dtype=torch.int64)
-    return (similarities, indices) if as_tensor else (similarities.numpy(), indices.numpy())
+    q.dtype = r.dtype = torch.promote_types(q.dtype, r.dtype)
+    return q, r, min(k, available)
 
 
-def _matrix(values, name: str) -> torch.Tensor:
-    matrix = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
-    if matrix.ndim != 2:
-        raise ValueError(f"{name}: a matrix (n, d) is needed, got shape {tuple(matrix.shape)}")
-    matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    # The sum is finite exactly when nothing is NaN or infinite, embeddings being of moderate size; no mask is
-    # allocated.
-    if not torch.isfinite(matrix.sum()):
-        raise ValueError(f"{name}: every value must be finite")
-    return matrix.detach()
+def _own(q: _Rows, leave_one_out: bool) -> torch.Tensor | None:
+    """For each query, the reference that is the query itself."""
+    return torch.arange(len(q), device=q.device) if leave_one_out else None
 
 
-def _nearest_rows(q, r, k: int, start: int, chunk: tuple[int, int], leave_one_out: bool):
-    """Neighbours of the queries start … start + chunk[0]: the best of each reference chunk, merged as they come."""
-    rows = q[start : start + chunk[0]]
-    best = rows.new_zeros(len(rows), 0, dtype=torch.float64)
-    found = torch.zeros(len(rows), 0, dtype=torch.int64, device=rows.device)
-    for offset in range(0, len(r), chunk[1]):
-        block = r[offset : offset + chunk[1]]
-        products = rows @ block.T
-        if leave_one_out:
-            own = torch.arange(start, start + len(rows), device=rows.device)
-            here = (own >= offset) & (own < offset + len(block))
-            products[here.nonzero()[:, 0], own[here] - offset] = -torch.inf
-        similarities, indices = _best_of_block(rows, block, products, k)
-        best, found = _ranked(torch.cat([best, similarities], 1), torch.cat([found, indices + offset], 1), k)
-    return best.to(q.dtype), found
+def _as_given(q: _Rows, similarities: torch.Tensor, indices: torch.Tensor):
+    similarities = similarities.to(q.dtype)
+    return (similarities, indices) if q.is_tensor else (similarities.numpy(), indices.numpy())
 
 
-def _best_of_block(rows, block, products, k: int):
-    """Exactly the k best of one block, as float64 similarities (−inf where a row has fewer) and indices into the
-    block.
+# -- exact ----------------------------------------------------------------------
+
+
+def _exact(q: _Rows, r: _Rows, k: int, own, chunk: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 similarities and indices of the k best: those of each reference chunk, merged as they come."""
+    best, found = _nothing_yet(q, r, k)
+    lengths = torch.empty(len(q), dtype=q.dtype, device=q.device)
+    for some in _parts(len(q), chunk[0]):
+        lengths[some] = q.lengths(q[some])
+    columns = -(-min(chunk[1], len(r)) // _GROUP) * _GROUP
+    buffer = torch.empty(min(chunk[0], len(q)) * columns, dtype=q.dtype, device=q.device)
+    for part in _parts(len(r), chunk[1]):
+        block = r[part].to(q.device)
+        # A product of rows a and b is off by at most d · eps/2 · |a| |b|. Four such errors: of two products that are
+        # compared, and of the same two computed again.
+        slack = 2 * torch.finfo(q.dtype).eps * (q.width + 8) * lengths * r.lengths(block).max()
+        for some in _parts(len(q), chunk[0]):
+            rows = q[some]
+            products = _products(rows, block, buffer)
+            if own is not None:
+                here = (own[some] >= part.start) & (own[some] < part.stop)
+                products[here.nonzero()[:, 0], own[some][here] - part.start] = -torch.inf
+            _merge_block(best[some], found[some], rows, block, products, slack[some], part.start)
+    return best, found
+
+
+def _nothing_yet(q: _Rows, r: _Rows, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    best = torch.full((len(q), k), -torch.inf, dtype=torch.float64, device=q.device)
+    return best, torch.full((len(q), k), len(r), dtype=torch.int64, device=q.device)
+
+
+def _products(rows: torch.Tensor, block: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """``rows @ block.T`` in the buffer, filled up with −inf to a multiple of _GROUP columns."""
+    columns = -(-len(block) // _GROUP) * _GROUP
+    products = buffer[: len(rows) * columns].view(len(rows), columns)
+    products[:, len(block) :] = -torch.inf
+    if products.is_cpu:  # NumPy's OpenBLAS needs a sixth less time for it than torch's MKL on an AMD processor
+        np.matmul(rows.numpy(), block.numpy().T, out=products[:, : len(block)].numpy())
+    else:
+        torch.mm(rows, block.T, out=products[:, : len(block)])
+    return products
+
+
+def _merge_block(best, found, rows, block, products, slack, offset: int) -> None:
+    """Put what the block has into the k best so far. Most products are never looked at: a group whose largest one stays
+    below what k others surpass, by more than rounding can tell, is skipped.
     """
-    width = min(k + _MARGIN, len(block))
-    values, candidates = products.topk(width, dim=1)
-    k = min(k, len(block))
-    similarities, indices = _ranked(*_again(rows, block, values, candidates), k)
-    if width < len(block):
-        # So many near-equal candidates that the margin may have cut one off: rank every near-equal one, row by row.
-        for row in (values[:, -1] >= values[:, k - 1] - _ROUNDING).nonzero()[:, 0].tolist():
-            near = (products[row] >= values[row, k - 1] - _ROUNDING).nonzero()[:, 0][None]
-            one = _again(rows[row : row + 1], block, products[row][near], near)
-            similarities[row], indices[row] = (x[0] for x in _ranked(*one, k))
-    return similarities, indices
+    k = best.shape[1]
+    groups = products.view(len(rows), -1, _GROUP)
+    largest = groups.amax(2)
+    bound = best[:, -1].to(products.dtype)
+    if k <= products.shape[1]:
+        # k groups with a maximum of at least x hold k products of at least x.
+        these = largest if k <= largest.shape[1] else products
+        bound = torch.maximum(bound, these.topk(k, dim=1).values[:, -1])
+    bound = bound - slack
+    row, group = ((largest >= bound[:, None]) & (largest > -torch.inf)).nonzero(as_tuple=True)
+    for part in _parts(len(row), _VALUES // _GROUP):
+        near = groups[row[part], group[part]]
+        which, column = ((near >= bound[row[part], None]) & (near > -torch.inf)).nonzero(as_tuple=True)
+        column = group[part][which] * _GROUP + column
+        which = row[part][which]
+        _merge(best, found, which, _again(rows, which, block, column), column + offset)
 
 
-def _again(rows, block, values, candidates):
-    """The candidates' products in float64, a few rows at a time; a banned one (−inf) stays banned."""
-    exact = torch.empty(candidates.shape, dtype=torch.float64, device=rows.device)
-    step = max(1, (1 << 22) // max(1, candidates.shape[1] * rows.shape[1]))
-    for i in range(0, len(rows), step):
-        one = rows[i : i + step, None].double() * block[candidates[i : i + step]].double()
-        exact[i : i + step] = one.sum(-1)
-    return exact.masked_fill_(values == -torch.inf, -torch.inf), candidates
+def _again(rows, row: torch.Tensor, references, column: torch.Tensor) -> torch.Tensor:
+    """The products of pairs of rows in float64, a few at a time; equal pairs give equal products."""
+    exact = torch.empty(len(row), dtype=torch.float64, device=row.device)
+    for part in _parts(len(row), max(1, _VALUES // max(1, rows.shape[1]))):
+        one, other = rows[row[part]], references[column[part]].to(row.device)
+        exact[part] = (one.double() * other.double()).sum(1)
+    return exact
 
 
-def _ranked(similarities, indices, k: int):
-    """The k first by descending similarity, then ascending index."""
-    order = indices.argsort(dim=1, stable=True)
-    similarities, indices = similarities.gather(1, order), indices.gather(1, order)
-    order = similarities.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return similarities.gather(1, order), indices.gather(1, order)
+def _merge(best, found, row, similarities, indices) -> None:
+    """Put neighbours of rows into the k best of each row: descending by similarity, then ascending by index."""
+    k = best.shape[1]
+    touched = row.unique()
+    row = torch.cat([touched.repeat_interleave(k), row])
+    similarities = torch.cat([best[touched].flatten(), similarities])
+    indices = torch.cat([found[touched].flatten(), indices])
+    order = indices.argsort(stable=True)
+    order = order[similarities[order].argsort(descending=True, stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    first = torch.searchsorted(row[order], touched)
+    kept = order[first[:, None] + torch.arange(k, device=row.device)]
+    best[touched], found[touched] = similarities[kept], indices[kept]
+
+
+# -- FAISS ----------------------------------------------------------------------
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError:
+        message = 'method "faiss" needs the package faiss-cpu, which is not installed (pip install faiss-cpu)'
+        raise ModuleNotFoundError(message, name="faiss")
+    return faiss
+
+
+def _installed() -> bool:
+    try:
+        _faiss()
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def _for_faiss(part: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(part.numpy(force=True), dtype=np.float32)
+
+
+def _through_shortlist(q: _Rows, r: _Rows, k: int, own, chunk, probes, seed) -> tuple[torch.Tensor, torch.Tensor]:
+    best, found = _nothing_yet(q, r, k)
+    width = 2 * k + _SPARE
+    candidates = torch.from_numpy(shortlist(q.values, r.values, width, probes=probes, seed=seed)).to(q.device)
+    for some in _parts(len(q), chunk[0]):
+        near, rows = candidates[some], q[some]
+        kept = near >= 0
+        if own is not None:
+            kept &= near != own[some, None]
+        row, column = kept.nonzero(as_tuple=True)
+        column = near[row, column]
+        _merge(best[some], found[some], row, _again(rows, row, r, column), column)
+    short = (found[:, -1] == len(r)).nonzero()[:, 0]
+    if len(short):
+        best[short], found[short] = _exact(_some(q, short), r, k, None if own is None else own[short], chunk)
+    return best, found
+
+
+def _some(q: _Rows, index: torch.Tensor) -> _Rows:
+    return _Rows(q[index], q.name)
+
+
+def _recall(q: _Rows, r: _Rows, own, chunk, best: torch.Tensor, sample: int, seed: int) -> tuple[float, int]:
+    """Share of the k nearest that were found, over a sample of queries. One as near as the k-th counts as found."""
+    count = min(sample, len(q))
+    if not count:
+        return 1.0, 0
+    picked = np.sort(np.random.default_rng(seed).choice(len(q), count, replace=False))
+    index = torch.from_numpy(picked).to(q.device)
+    exact = _exact(_some(q, index), r, best.shape[1], None if own is None else own[index], chunk)[0]
+    return (best[index] >= exact[:, -1:]).double().mean().item(), count

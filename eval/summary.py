@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from eval import metrics
-from eval.calibrate import InsufficientData, clopper_pearson, smallest_null, threshold
+from eval.calibrate import (
+    InsufficientData,
+    benjamini_hochberg,
+    clopper_pearson,
+    conformal_p_values,
+    copied_share,
+    effective_count,
+    smallest_null,
+    threshold,
+)
 from eval.embed import Embedded
 from eval.neighbours import nearest
 
@@ -22,6 +31,8 @@ class References:
         train, heldout: in the report's embedder; train_pooled and heldout_pooled: the same images as pooled pixels.
         heldout_to_train: each held-out image's similarity to its nearest training image, shape (n_H,): the null.
         threshold: τ_α, or None with ``refusal`` saying why.
+        planted: similarities of known copies by what was done to them; ``recall_control`` names those whose recall the
+            copied share is corrected by.
     """
 
     train: Embedded
@@ -33,9 +44,17 @@ class References:
     heldout_to_train: np.ndarray
     threshold: float | None
     refusal: str | None
+    planted: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def recall_control(self) -> str | None:
+        """The control that is most like what a generated copy went through: the model's VAE, else JPEG."""
+        return next((name for name in ("vae", "jpeg") if name in self.planted), None)
 
 
-def make_references(train, heldout, train_pooled, heldout_pooled, alpha: float, confidence: float) -> References:
+def make_references(
+    train, heldout, train_pooled, heldout_pooled, alpha: float, confidence: float, planted: dict | None = None
+) -> References:
     """Compare the held-out with the training set and calibrate, or note why that is refused."""
     null = nearest(heldout.embeddings, train.embeddings, 1)[0][:, 0]
     value, refusal = None, None
@@ -43,7 +62,7 @@ def make_references(train, heldout, train_pooled, heldout_pooled, alpha: float, 
         value = threshold(null, alpha)
     except InsufficientData as error:
         refusal = str(error)
-    return References(train, heldout, train_pooled, heldout_pooled, alpha, confidence, null, value, refusal)
+    return References(train, heldout, train_pooled, heldout_pooled, alpha, confidence, null, value, refusal, planted or {})
 
 
 def _similarities(values: np.ndarray) -> dict:
@@ -62,6 +81,47 @@ def _share(values: np.ndarray, references: References) -> dict:
     }
 
 
+def _copied(values: np.ndarray, prompts: list, references: References) -> dict | None:
+    """The share of images that are copies, corrected for recall and false alarms, with its interval.
+
+    Images of one prompt count for as many as they are worth. None where nothing is calibrated or no copy was planted.
+    """
+    name = references.recall_control
+    if references.threshold is None or name is None:
+        return None
+    flags = values > references.threshold
+    # Without prompts every image stands for itself.
+    count = effective_count(flags, np.array([p or "" for p in prompts])) if any(prompts) else len(flags)
+    recalled = references.planted[name] > references.threshold
+    found = copied_share(
+        float(flags.mean() * count),
+        count,
+        int(recalled.sum()),
+        len(recalled),
+        len(references.heldout_to_train),
+        references.alpha,
+        references.confidence,
+    )
+    return {**asdict(found), "recall_control": name, "effective_images": count}
+
+
+def _discoveries(values: np.ndarray, references: References) -> dict | None:
+    """Images that are too near to be chance, at a false discovery rate of α among those named."""
+    if references.threshold is None:
+        return None
+    p = conformal_p_values(values, references.heldout_to_train)
+    chosen = benjamini_hochberg(p, references.alpha)
+    return {"rate": references.alpha, "count": int(chosen.sum()), "smallest_p": float(p.min())}
+
+
+def _planted_figures(references: References) -> dict:
+    """Per kind of known copy: its similarities to the training set, and how many the threshold finds."""
+    return {
+        name: {"n": len(values), "similarity_to_train": _similarities(values), **_share(values, references)}
+        for name, values in references.planted.items()
+    }
+
+
 def control_figures(references: References) -> dict:
     """What the real images do among themselves: held-out → training (the null), training → training, and their FD."""
     train, null = references.train.embeddings, references.heldout_to_train
@@ -76,6 +136,7 @@ def control_figures(references: References) -> dict:
         "train_to_train": None
         if own is None
         else {"n": len(own), "similarity_to_train": _similarities(own), **_share(own, references)},
+        "planted": _planted_figures(references),
         "fd_pixels": _frechet(references.train_pooled, references.heldout_pooled),
         "fd_embedding": _frechet(references.train, references.heldout),
     }
@@ -108,6 +169,8 @@ def sampler_figures(generated: Embedded, pooled: Embedded, references: Reference
         **_share(to_train[:, 0], references),
         "share_above_threshold_heldout": above_heldout,
         **_excess(embeddings, references),
+        "copied_share": _copied(to_train[:, 0], [r.caption for r in generated.images.records], references),
+        "discoveries": _discoveries(to_train[:, 0], references),
         "mann_whitney_z": metrics.mann_whitney_z(to_train[:, 0], references.heldout_to_train),
         "l2_ratio": {"k": to_train.shape[1], "alpha": 0.5, "quantiles": metrics.nn_quantiles(ratios)},
         "d1_over_d2": _d1_over_d2(to_train),
@@ -181,6 +244,12 @@ def model_figures(samplers: dict[str, dict], about: dict) -> dict:
     return {**about, "worst_sampler": worst, **{k: samplers[worst][k] for k in keys}, "samplers": samplers}
 
 
+def over_budget(model: dict, max_excess: float) -> bool:
+    """Whether some sampler's copied share lies above ``max_excess`` with its whole interval."""
+    shares = [s["copied_share"] for s in model["samplers"].values()]
+    return any(share is not None and share["low"] > max_excess for share in shares)
+
+
 def verdict(name: str, model: dict, threshold: dict, base: dict | None) -> dict:
     """One sentence about a model, and a level: above, unclear or within its controls, or unknown without a threshold.
 
@@ -204,11 +273,17 @@ def verdict(name: str, model: dict, threshold: dict, base: dict | None) -> dict:
     against = f"{alpha:.1%} of images unrelated to the training set"
     if base:
         against += f" and {base['share_above_threshold']:.1%} of the base model's"
-    several = len(model["samplers"]) > 1
+    several, copied = len(model["samplers"]) > 1, figures.get("copied_share")
+    estimate = ""
+    if copied:
+        estimate = (
+            f" Corrected for false alarms and for the copies that the threshold misses, {copied['value']:.1%} "
+            f"({copied['low']:.1%} to {copied['high']:.1%}) are copies."
+        )
     text = (
         f"{figures['count_above_threshold']} of {figures['n_generated']} images ({share:.1%}, {threshold['confidence']:.0%} "
         f"interval {low:.1%} to {high:.1%}) sampled {model['worst_sampler']!r}{', the worst sampler,' if several else ''} "
         f"are closer to a training image than the threshold, which {against} exceed; {unseen:.1%} are as near to as many "
-        f"held-out images. {says}"
+        f"held-out images.{estimate} {says}"
     )
     return {"level": level, "text": text}

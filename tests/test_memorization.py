@@ -50,7 +50,9 @@ def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp
         for key in ("n_generated", "similarity_to_train", "similarity_to_heldout", "share_above_threshold"):
             assert model[key] == worst[key]
         assert model["n_generated"] == 2
+    assert list(report["controls"]["planted"]) == ["copy", "jpeg", "flip", "crop", "vae"]
     noisy = report["models"]["noisy"]
+    assert noisy["samplers"]["full"]["copied_share"]["recall_control"] == "vae"
     assert list(noisy["samplers"]) == ["full", "hybrid"]
     assert (noisy["trained_t_n"], noisy["samplers"]["hybrid"]["t_n"], noisy["samplers"]["full"]["t_n"]) == (500, 500, None)
     assert sorted(p.name for p in (out / "generated" / "noisy").iterdir()) == ["full", "hybrid"]
@@ -90,10 +92,34 @@ def test_planted_copies_are_found_and_unrelated_images_are_not(tmp_path):
     figures = model["samplers"]["given"]
     low, high = figures["interval"]
     assert low < model["share_above_threshold"] < high
+    # Every copy is found and few others are: the corrected share is the true one, and a budget is kept or it isn't.
+    assert figures["copied_share"]["low"] < 0.5 < figures["copied_share"]["high"]
+    assert figures["copied_share"]["recall_control"] == "jpeg" and figures["copied_share"]["effective_images"] == 40
+    assert 18 <= figures["discoveries"]["count"] <= 22
+    planted = read_json(tmp_path / "out" / "report.json")["controls"]["planted"]
+    assert planted["copy"]["share_above_threshold"] == 1 and planted["flip"]["share_above_threshold"] < 0.9
+    assert main(given(tmp_path, folder, "--max_excess", "0.2")) == 1
+    assert main(given(tmp_path, folder, "--max_excess", "0.6")) == 0
     assert figures["excess_over_heldout"] > 0.4 > 0.1 > figures["share_above_threshold_heldout"]
     for row in figures["images"]:
         if not row["file"].startswith("other_"):
             assert row["nearest_train"] == row["file"]
+
+
+def test_heldout_images_that_show_a_training_image_are_left_out_and_listed(tmp_path):
+    """A mirrored, recompressed training image among the held-out ones, which would raise the threshold, is named."""
+    train, heldout = (copy_emoji(tmp_path / name, 60, name) for name in ("finetune", "heldout"))
+    asymmetric = sorted(train.glob("*.png"))[1]
+    flags = ["--generated_dir", f"x={copy_emoji(tmp_path / 'g', 3)}", "--train_data_dir", str(train)]
+    flags += ["--heldout_data_dir", str(heldout), "--output_dir", str(tmp_path / "out")]
+    picture = Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), Image.open(asymmetric).convert("RGBA"))
+    picture.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(heldout / "copy.jpg", quality=80)
+    assert main(flags) == 0
+    rows = read_json(tmp_path / "out/report.json")["data"]["heldout"]["excluded"]
+    (row,) = [row for row in rows if row["file"] == "copy.jpg"]
+    assert row["reason"].startswith(f"near-duplicate of {asymmetric.name}") and "(mirrored)" in row["reason"]
+    assert main([*flags, "--near_duplicates", "keep"]) == 0
+    assert not read_json(tmp_path / "out/report.json")["data"]["heldout"]["excluded"]
 
 
 def test_report_is_standard_json_without_nan(tmp_path):
@@ -104,7 +130,7 @@ def test_report_is_standard_json_without_nan(tmp_path):
         raise AssertionError(constant)
 
     report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["models"]["model"]["samplers"]["given"]["fd_pixels"] is None
 
 

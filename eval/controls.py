@@ -1,0 +1,83 @@
+"""Positive controls: training images put through what a copy goes through, to see how many the threshold finds.
+
+``copy``  the image itself                      ``jpeg``  JPEG at quality 75
+``flip``  mirrored                              ``crop``  the middle nine tenths of each side
+``vae``   encoded and decoded by the model's own VAE: the ceiling for anything that the model draws
+
+A threshold that does not find these proves nothing by finding nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from eval.embed import Embedded, normalised
+from eval.embedders import Embedder
+from eval.neighbours import nearest
+from sdxl_ambient.images import load_rgb
+
+MOST = 256  # training images that the controls are made of, at most
+
+
+def jpeg(image: Image.Image, quality: int = 75) -> Image.Image:
+    """Through JPEG and back."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def centre_crop(image: Image.Image, share: float = 0.9) -> Image.Image:
+    """The middle ``share`` of each side."""
+    width, height = (max(1, round(side * share)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "copy": lambda image: image,
+    "jpeg": jpeg,
+    "flip": ImageOps.mirror,
+    "crop": centre_crop,
+}
+
+
+def vae_round_trip(vae, resolution: int) -> Callable[[Image.Image], Image.Image]:
+    """A function that resizes and crops an image to a square of ``resolution`` pixels, encodes and decodes it."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    processor = VaeImageProcessor()
+
+    @torch.no_grad()
+    def through(image: Image.Image) -> Image.Image:
+        square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+        pixels = processor.preprocess(square).to(vae.device, vae.dtype)
+        return processor.postprocess(vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float())[0]
+
+    return through
+
+
+def planted(
+    train: Embedded, embedder: Embedder, transforms: dict[str, Callable], batch_size: int = 32, progress=None
+) -> dict[str, np.ndarray]:
+    """For each transform, every changed training image's similarity to its nearest training image: (n,) float32.
+
+    The images are taken evenly from the set, at most :data:`MOST` of them.
+    """
+    count = min(len(train), MOST)
+    chosen = np.arange(count) * len(train) // count
+    references = train.embeddings
+    found = {name: [] for name in transforms}
+    for start in range(0, count, batch_size):
+        pictures = [load_rgb(train.images.records[i].path) for i in chosen[start : start + batch_size]]
+        for name, change in transforms.items():
+            batch = torch.stack([embedder.prepare(change(picture)) for picture in pictures])
+            queries = normalised(embedder.encode(batch).numpy())
+            found[name].append(nearest(queries, references, 1)[0][:, 0])
+        if progress:
+            progress(len(pictures))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
