@@ -25,6 +25,8 @@ WHAT = {
     "consistency_over_official": "seconds per step, ambient + consistency / the official step's structure",
     "consistency_memory_over_official": "peak memory of that step, the same ratio",
     "ambient_over_encode_every_time": "seconds per step, ambient / encoding VAE and text in every step",
+    "exact_over_faiss_flat": "seconds, exact nearest neighbours / FAISS's flat index, 5,000 × 100,000 × 1024",
+    "peak_gib_1m": "peak memory in GiB of a search in a million × 1024 embeddings, exact or with a FAISS shortlist",
 }
 
 

@@ -4,7 +4,7 @@ python -m eval.memorization --pretrained_model_name_or_path BASE --lora [NAME=]D
     --heldout_data_dir DIR --output_dir OUT [--samplers full hybrid] [--sampler_t_n 500]
 python -m eval.memorization --generated_dir [NAME=]DIR … --train_data_dir DIR --heldout_data_dir DIR --output_dir OUT
 
-OUT gets generated/MODEL/SAMPLER/, embeddings/, report.json and index.html.
+OUT gets generated/MODEL/SAMPLER/, embeddings/, attacks/, report.json and index.html.
 Exit codes: 0 within the budget (or none given), 1 over the memorisation budget (--max_excess), 2 error, 3 too few held-out
 images to calibrate (the report then has descriptive figures only).
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eval.attack import AttackOptions, attack
 from eval.checkpoints import Checkpoint, check_checkpoint, model_errors, resolve_device
 from eval.controls import MOST, TRANSFORMS, planted, vae_round_trip
 from eval.duplicates import drop_near_duplicates, fingerprints
@@ -27,7 +28,6 @@ from eval.embedders import EMBEDDERS, Embedder, check_embedder, load_embedder
 from eval.generate import (
     SAMPLERS,
     Draw,
-    GenerationOptions,
     captions_of,
     generate,
     open_vae,
@@ -56,11 +56,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass
-class Options(GenerationOptions):
+class Options(AttackOptions):
     lora: list[str] = option([], "LoRAs to evaluate, each [NAME=]PATH", metavar="[NAME=]PATH")
     unet: list[str] = option([], "fully fine-tuned UNets to evaluate, each [NAME=]DIR", metavar="[NAME=]DIR")
     generated_dir: list[str] = option([], "folders of images made elsewhere, each [NAME=]DIR", metavar="[NAME=]DIR")
     samplers: list[str] = option(["full"], "how to sample each LoRA and UNet", choices=SAMPLERS)
+    skip_attacks: bool = option(False, "leave out the attacks on the weights")
     skip_base: bool = option(False, "leave out the base model, which is a control")
     train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")
     heldout_data_dir: str | None = option(None, "images of the same source that were not trained on", metavar="DIR")
@@ -205,6 +206,14 @@ def read_data(options: Options) -> tuple[ImageSet, ImageSet]:
     return train, heldout
 
 
+def attack_all(options: Options, train: ImageSet, heldout: ImageSet, embedder: Embedder) -> dict[str, dict]:
+    """Each model's answers to the attacks; none for folders of images."""
+    if options.skip_attacks:
+        return {}
+    folder = Path(options.output_dir) / "attacks"
+    return {c.name: attack(options, c, train, heldout, embedder, folder / c.name) for c in options.checkpoints()}
+
+
 def plant(options: Options, train: Embedded, embedder: Embedder) -> dict:
     """Similarities of known copies of training images; through the model's VAE too, where there is a model."""
     transforms = dict(TRANSFORMS)
@@ -240,8 +249,10 @@ def evaluate(options: Options) -> dict:
             figures = sampler_figures(embed(images, embedder, options), embed(images, pooled, options), references)
             samplers[sampler] = {"folder": _relative(folder, options.output_dir), "t_n": t_n, **figures}
         entries[name] = model_figures(samplers, about)
+    attacks = attack_all(options, train.images, heldout.images, embedder)
     thresholds = threshold_figures(references)
     for name, model in entries.items():
+        model["attacks"] = attacks.get(name)
         model["verdict"] = verdict(name, model, thresholds, entries.get(BASE) if name != BASE else None)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -268,6 +279,8 @@ def _settings(options: Options) -> dict:
         "prompts_file",
         "near_duplicates",
         "max_excess",
+        "attack_prompts",
+        "attack_steps",
     )
     return {name: getattr(options, name) for name in names}
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import stats
+from scipy.cluster.vq import kmeans2
+
+from eval.quality import clip_score, finite_array, frechet_distance, kid, nearest_distances, prdc, vendi_score  # noqa: F401
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-
-
-def _values(array, name: str, dimensions: int = 1) -> np.ndarray:
-    values = np.asarray(array, dtype=np.float64)
-    if values.ndim != dimensions or values.size == 0:
-        raise ValueError(f"{name}: a non-empty array of {dimensions} dimension(s) is needed, got shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: every value must be finite")
-    return values
+# What earlier work calls a copy: DINO's from Daras et al. 2024 (arXiv 2404.10177), SSCD's .5 from Somepalli et al. 2023
+# (arXiv 2212.03860) and .75 (precision .9 on DISC2021) from Pizzi et al. 2022 (arXiv 2202.10261). Uncalibrated: see
+# :func:`eval.calibrate.threshold`.
+LEGACY_THRESHOLDS = {"dinov2": (0.9, 0.95), "sscd": (0.5, 0.75)}
+# A false-positive rate times a number of images is often meant to be whole (.29 · 100) and comes out just below it.
+_ROUNDING = 1e-9
 
 
 def distance_of(similarities) -> np.ndarray:
@@ -28,7 +28,7 @@ def distance_of(similarities) -> np.ndarray:
 
 def nn_quantiles(similarities, quantiles=QUANTILES) -> dict[str, float]:
     """Quantiles of nearest-neighbour similarities of shape (n,), linearly interpolated, keyed ``"0.5"`` and so on."""
-    values = _values(similarities, "similarities")
+    values = finite_array(similarities, "similarities")
     return {f"{q:g}": float(v) for q, v in zip(quantiles, np.quantile(values, quantiles), strict=True)}
 
 
@@ -37,7 +37,40 @@ def share_above(similarities, threshold: float) -> float:
 
     Strictly, because the threshold is itself one of the null similarities (:func:`eval.calibrate.threshold`).
     """
-    return float(np.mean(_values(similarities, "similarities") > threshold))
+    return float(np.mean(finite_array(similarities, "similarities") > threshold))
+
+
+def legacy_shares(similarities, thresholds) -> dict[str, float]:
+    """Share of n nearest-neighbour similarities strictly above each threshold, keyed ``"0.9"`` and so on.
+
+    For comparison with published figures, at ``LEGACY_THRESHOLDS[embedder]``.
+
+    Raises:
+        ValueError: similarities that are not (n,), empty or not finite.
+    """
+    return {f"{threshold:g}": share_above(similarities, threshold) for threshold in thresholds}
+
+
+def score_normalization(similarities, to_background, k: int = 2) -> np.ndarray:
+    """s(q, r) − mean of the k largest s(q, b) over background images b: how far a match stands out for this query.
+
+    Pizzi et al. 2022, *A Self-Supervised Descriptor for Image Copy Detection* (arXiv 2202.10261), eq. 8 with β = 1.
+
+    Args:
+        similarities: array of shape (n,), each query's similarity to its match.
+        to_background: array of shape (n, ≥ k), the query's similarities to the background set, or only its largest
+            (as :func:`eval.neighbours.nearest` gives them).
+
+    Returns:
+        array of shape (n,).
+
+    Raises:
+        ValueError: shapes that don't fit, empty arrays, values that aren't finite, or k < 1.
+    """
+    values, background = finite_array(similarities, "similarities"), finite_array(to_background, "to_background", 2)
+    if not 1 <= k <= background.shape[1] or len(background) != len(values):
+        raise ValueError(f"to_background: shape ({len(values)}, at least k = {k} ≥ 1) is needed, got {background.shape}")
+    return values - np.sort(background, axis=1)[:, -k:].mean(axis=1)
 
 
 def l2_ratio(distances, alpha: float = 0.5) -> np.ndarray:
@@ -53,7 +86,7 @@ def l2_ratio(distances, alpha: float = 0.5) -> np.ndarray:
     Returns:
         array of shape (n,). A row of zeros, an image equal to all k neighbours, gives 0.
     """
-    values = np.sort(_values(distances, "distances", 2), axis=1)
+    values = np.sort(finite_array(distances, "distances", 2), axis=1)
     scale = alpha * values.mean(axis=1)
     return np.divide(values[:, 0], scale, out=np.zeros(len(values)), where=scale > 0)
 
@@ -69,7 +102,7 @@ def d1_over_d2(distances) -> np.ndarray:
     Returns:
         array of shape (n,). 0/0, two training images equal to the generated one, gives 0.
     """
-    values = _values(distances, "distances", 2)
+    values = finite_array(distances, "distances", 2)
     if values.shape[1] < 2:
         raise ValueError("distances: two neighbours are needed for d1/d2")
     nearest = np.sort(values, axis=1)[:, :2]
@@ -85,31 +118,122 @@ def excess(to_train, to_heldout, threshold: float) -> float:
     return share_above(to_train, threshold) - share_above(to_heldout, threshold)
 
 
-def frechet_distance(features_a, features_b) -> float:
-    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), the squared 2-Wasserstein distance of two fitted Gaussians.
+def authpct(generated, train) -> float:
+    """Share of generated x̂ with d(x̂, t*) > d(t*, nearest other training image), t* the training image nearest to x̂.
 
-    Dowson & Landau 1982; as an image-quality measure Heusel et al. 2017 (arXiv 1706.08500), eq. 6. In float64, from the
-    centred features A, B themselves: tr (Σ_a Σ_b)^½ is the nuclear norm of A Bᵀ / √((n_a − 1)(n_b − 1)), which needs
-    no matrix square root and stays exact when n is smaller than the dimension.
-
-    It is biased upwards by about 1/n: compare only figures of equal n, beside the figure of two real sets of that size.
+    Authenticity of Alaa et al. 2022, *How Faithful is your Synthetic Data?* (arXiv 2102.08921), called AuthPct by Stein
+    et al. 2023 (arXiv 2306.04675), who multiply by 100. Low means copied. A t* with a duplicate in the training set
+    makes all but its exact copies authentic: deduplicate first.
 
     Args:
-        features_a, features_b: arrays of shape (n_a, d) and (n_b, d), not normalised, n ≥ 2.
+        generated, train: arrays of shape (n, d) and (m ≥ 2, d), compared by Euclidean distance.
+
+    Raises:
+        ValueError: shapes that don't fit, empty arrays, or values that aren't finite.
     """
-    a, b = _values(features_a, "features_a", 2), _values(features_b, "features_b", 2)
+    generated, train = finite_array(generated, "generated", 2), finite_array(train, "train", 2)
+    if len(train) < 2:
+        raise ValueError("train: at least 2 training images are needed")
+    distances, nearest = nearest_distances(generated, train)
+    wanted, which = np.unique(nearest[:, 0], return_inverse=True)
+    # Of the two training images nearest to t*, one is t* itself or, just as far, a duplicate.
+    nearest_other = nearest_distances(train[wanted], train, 2)[0].max(axis=1)
+    return float(np.mean(distances[:, 0] > nearest_other[which]))
+
+
+def c_t(generated, heldout, train, *, cells: int = 10, min_generated: int = 20, seed: int = 0) -> float:
+    """C_T = Σ_π P(π) Z_π / Σ_π P(π): are generated images nearer to the training set than held-out ones? Negative: copied.
+
+    The space is cut into cells π by k-means on the training set. Z_π is :func:`mann_whitney_z` of the distances to the
+    nearest training image, generated against held-out images of the cell, about N(0, 1) where nothing is copied; P(π) is
+    the share of held-out images in the cell. Sums run over the cells with at least ``min_generated`` generated images
+    and a held-out one (Meehan, Chaudhuri & Dasgupta 2020, *A Non-Parametric Test to Detect Data-Copying in Generative
+    Models*, arXiv 2004.05675, §3.2; τ = 20/m as in their experiments).
+
+    Args:
+        generated, heldout, train: arrays of shape (m, d), (n, d) and (l, d), l ≥ cells, compared by Euclidean distance.
+        cells: cells of the partition; 1 is the paper's global test, Z_U.
+        seed: of k-means.
+
+    Raises:
+        ValueError: shapes that don't fit, empty arrays, values that aren't finite, more cells than distinct training images,
+            or no cell with enough images.
+    """
+    arrays = {"generated": generated, "heldout": heldout, "train": train}
+    generated, heldout, train = (finite_array(array, name, 2) for name, array in arrays.items())
+    distinct = len(np.unique(train, axis=0))
+    if not 1 <= cells <= distinct:
+        raise ValueError(f"cells: between 1 and the {distinct} distinct training images are needed, got {cells}")
+    to_train = [nearest_distances(images, train)[0][:, 0] for images in (generated, heldout)]
+    centres, _ = kmeans2(train, cells, iter=50, minit="++", seed=seed)
+    in_cell = [nearest_distances(images, centres)[1][:, 0] for images in (generated, heldout)]
+    counts = [np.bincount(cell, minlength=cells) for cell in in_cell]
+    kept = np.flatnonzero((counts[0] >= max(1, min_generated)) & (counts[1] > 0))
+    if not kept.size:
+        raise ValueError(f"no cell has {min_generated} generated images and a held-out one: fewer cells or more images")
+    z = [mann_whitney_z(*(d[cell == i] for d, cell in zip(to_train, in_cell, strict=True))) for i in kept]
+    return float(np.average(z, weights=counts[1][kept]))
+
+
+def denoising_gap(train_errors, heldout_errors) -> tuple[np.ndarray, np.ndarray]:
+    """MSE(t) on training images minus MSE(t) on held-out ones, and its standard error √(s²/n + s′²/n′) per t.
+
+    Negative: training images are denoised better than new ones, the signal of the loss-threshold membership attack (Yeom
+    et al. 2018, arXiv 1709.01604; on diffusion models Matsumoto et al. 2023, arXiv 2302.03262). Standard error of a
+    difference of means with unequal variances: Welch 1938, *Biometrika* 29.
+
+    Args:
+        train_errors, heldout_errors: arrays of shape (n ≥ 2, steps) and (n′ ≥ 2, steps), one row per image, one column
+            per t.
+
+    Returns:
+        gap and standard error, arrays of shape (steps,).
+
+    Raises:
+        ValueError: shapes that don't fit, empty arrays, fewer than 2 images, or values that aren't finite.
+    """
+    a, b = finite_array(train_errors, "train_errors", 2), finite_array(heldout_errors, "heldout_errors", 2)
     if len(a) < 2 or len(b) < 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"two sets of at least 2 features of one width are needed, got {a.shape} and {b.shape}")
-    root_a, root_b = _covariance_root(a), _covariance_root(b)
-    mixed = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    means = np.sum((a.mean(0) - b.mean(0)) ** 2)
-    return float(max(means + np.sum(root_a**2) + np.sum(root_b**2) - 2 * mixed, 0.0))
+        raise ValueError(f"errors of at least 2 images each at the same steps are needed, got {a.shape} and {b.shape}")
+    return a.mean(0) - b.mean(0), np.sqrt(a.var(0, ddof=1) / len(a) + b.var(0, ddof=1) / len(b))
 
 
-def _covariance_root(features: np.ndarray) -> np.ndarray:
-    """R with RᵀR = Σ, of shape (min(n, d), d)."""
-    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    return np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
+def roc_auc(members, nonmembers) -> float:
+    """P(member > nonmember) + ½ P(member = nonmember), the area under the ROC curve; larger scores mean member.
+
+    U/(mn) of Mann & Whitney, whose ties are the curve's slanted parts (Bamber 1975, *J. Math. Psychology* 12).
+
+    Args:
+        members, nonmembers: scores of shape (m,) and (n,).
+
+    Raises:
+        ValueError: scores that are of another shape, empty or not finite.
+    """
+    members, nonmembers = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
+    m, n = len(members), len(nonmembers)
+    ranks = stats.rankdata(np.concatenate([members, nonmembers]))
+    return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
+
+
+def tpr_at_fpr(members, nonmembers, fpr: float = 0.01) -> float:
+    """Largest share of members above a threshold that at most a share ``fpr`` of nonmembers exceeds.
+
+    The threshold is the (⌊fpr · n⌋ + 1)-th largest nonmember; only scores strictly above it count, so equal scores fall
+    on one side and nothing is interpolated. With n < 1/fpr no nonmember may exceed it. Carlini et al. 2022, *Membership
+    Inference Attacks From First Principles* (arXiv 2112.03570), whose figure of merit this is.
+
+    Args:
+        members, nonmembers: scores of shape (m,) and (n,), larger means member.
+
+    Raises:
+        ValueError: scores that are of another shape, empty or not finite; fpr outside [0, 1).
+    """
+    members, nonmembers = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
+    if not 0 <= fpr < 1:
+        raise ValueError(f"fpr must lie in [0, 1), got {fpr}")
+    # fpr · n may reach n only by rounding.
+    allowed = min(int(fpr * len(nonmembers) + _ROUNDING), len(nonmembers) - 1)
+    return share_above(members, np.sort(nonmembers)[len(nonmembers) - 1 - allowed])
 
 
 def mann_whitney_z(x, y) -> float:
@@ -118,7 +242,7 @@ def mann_whitney_z(x, y) -> float:
     U = Σ_ij [x_i > y_j] + ½[x_i = y_j], mean mn/2, variance mn/12 · ((N + 1) − Σ(t³ − t)/(N(N − 1))), t the sizes of tied
     groups (Mann & Whitney 1947, *Annals of Mathematical Statistics* 18). Two constant, equal samples give 0.
     """
-    x, y = _values(x, "x"), _values(y, "y")
+    x, y = finite_array(x, "x"), finite_array(y, "y")
     m, n = len(x), len(y)
     ranks = stats.rankdata(np.concatenate([x, y]))
     u = ranks[:m].sum() - m * (m + 1) / 2

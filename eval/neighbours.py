@@ -19,10 +19,12 @@ FAISS_ABOVE = 2 * 10**10
 SAMPLE = 200
 
 _CHUNK = (1024, 16384)
-# The products of a query with this many references are compared with its bound through their maximum.
+# Of this many products of a query, only the largest is compared with what is wanted, unless that one passes.
 _GROUP = 64
-# Values that the ranking in float64 holds at once.
-_VALUES = 1 << 22
+# Products looked at one by one at once.
+_PRODUCTS = 1 << 22
+# Values computed again in float64 at once: few enough to stay in a processor's cache.
+_VALUES = 1 << 17
 # Candidates that a shortlist holds beyond k, since it is drawn up from vectors rounded to 8 bits.
 _SPARE = 64
 # FAISS: training vectors per list of the index.
@@ -262,8 +264,8 @@ def _merge_block(best, found, rows, block, products, slack, offset: int) -> None
     below what k others surpass, by more than rounding can tell, is skipped.
     """
     k = best.shape[1]
-    groups = products.view(len(rows), -1, _GROUP)
-    largest = groups.amax(2)
+    groups = products.view(len(rows), _GROUP, -1)  # a group's columns lie apart, as neighbours in a set are often alike
+    largest = groups.amax(1)
     bound = best[:, -1].to(products.dtype)
     if k <= products.shape[1]:
         # k groups with a maximum of at least x hold k products of at least x.
@@ -271,20 +273,23 @@ def _merge_block(best, found, rows, block, products, slack, offset: int) -> None
         bound = torch.maximum(bound, these.topk(k, dim=1).values[:, -1])
     bound = bound - slack
     row, group = ((largest >= bound[:, None]) & (largest > -torch.inf)).nonzero(as_tuple=True)
-    for part in _parts(len(row), _VALUES // _GROUP):
-        near = groups[row[part], group[part]]
-        which, column = ((near >= bound[row[part], None]) & (near > -torch.inf)).nonzero(as_tuple=True)
-        column = group[part][which] * _GROUP + column
+    for part in _parts(len(row), _PRODUCTS // _GROUP):
+        near = groups[row[part], :, group[part]]
+        which, member = ((near >= bound[row[part], None]) & (near > -torch.inf)).nonzero(as_tuple=True)
+        column = group[part][which] + member * largest.shape[1]
         which = row[part][which]
         _merge(best, found, which, _again(rows, which, block, column), column + offset)
 
 
-def _again(rows, row: torch.Tensor, references, column: torch.Tensor) -> torch.Tensor:
+def _again(rows: torch.Tensor, row: torch.Tensor, references: torch.Tensor | _Rows, column: torch.Tensor) -> torch.Tensor:
     """The products of pairs of rows in float64, a few at a time; equal pairs give equal products."""
     exact = torch.empty(len(row), dtype=torch.float64, device=row.device)
-    for part in _parts(len(row), max(1, _VALUES // max(1, rows.shape[1]))):
-        one, other = rows[row[part]], references[column[part]].to(row.device)
-        exact[part] = (one.double() * other.double()).sum(1)
+    width = rows.shape[1]
+    # torch may share one long sum among threads, several sums it doesn't: one at a time, or never a long one alone.
+    for part in _parts(len(row), _VALUES // max(1, width) if width <= 1 << 14 else 1):
+        products = rows.index_select(0, row[part]).double()
+        other = references[column[part]] if isinstance(references, _Rows) else references.index_select(0, column[part])
+        exact[part] = products.mul_(other.to(rows.device)).sum(1)
     return exact
 
 

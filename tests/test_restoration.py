@@ -157,8 +157,7 @@ def emoji(tmp_path_factory):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(low_noise="consistency", consistency_anchor="chain", consistency_every=2, consistency_start=1,
-             consistency_batch=3),  # fmt: skip
+        dict(low_noise="consistency", consistency_every=2, consistency_start=1, consistency_batch=3),
         dict(low_noise="restore", consistency_weight=0.1, consistency_teacher="ema", snr_gamma=5.0),
         dict(low_noise="restore", restore_levels="all", restore_start=1, finetune="full"),
         dict(low_noise="restore", restore_levels="all", restore_teacher="base"),

@@ -1,0 +1,113 @@
+"""What the fine-tuned network says about single images: denoising errors per noise level, and reconstructions from noise.
+
+Both ask the weights directly, whatever sampler the user has: an image that was memorised is denoised better than one like
+it that was not, and comes back from noise that should have hidden it. Noise is shared: an image's depends on its file,
+the level and the seed, so that models are compared on equal questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageOps
+
+from sdxl_ambient.chain import Denoise, at_least_float32, posterior_mean, restore
+from sdxl_ambient.models import Conditioning, Denoiser
+from sdxl_ambient.noise import CLEAN, NoiseSchedule
+from sdxl_ambient.randomness import Randomness
+
+MODES = ("one_step", "posterior")
+
+
+def image_generator(digest: str, t: int, seed: int) -> torch.Generator:
+    """The noise of an image, by the SHA-256 of its file, at timestep ``t``."""
+    digest = hashlib.sha256(f"{digest} {t} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass
+class Subject:
+    """A model under examination: a stock SDXL pipeline with its fine-tuned weights, and the side of its images in pixels."""
+
+    pipe: object
+    resolution: int
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_scheduler(self.pipe.scheduler)
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Images, resized and cropped to a square, → latents (n, 4, h, w) as the UNet sees them, float32 on the CPU."""
+        from sdxl_ambient.latents import encode_image
+
+        side = (self.resolution, self.resolution)
+        squares = [ImageOps.fit(image, side, Image.Resampling.LANCZOS) for image in images]
+        return torch.stack([encode_image(self.pipe.vae, self.pipe.image_processor.preprocess(s)[0]) for s in squares])
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Latents (n, 4, h, w) as the UNet sees them → images."""
+        vae = self.pipe.vae
+        pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        return self.pipe.image_processor.postprocess(pixels.float())
+
+    @torch.no_grad()
+    def denoiser(self, prompts: Sequence[str | None]) -> Denoise:
+        """``denoise(x_t, t)`` given the prompts; None is an absent prompt, which SDXL's pipeline answers with zeros."""
+        given = [p or "" for p in prompts]
+        embeds, _, pooled, _ = self.pipe.encode_prompt(given, device=self.pipe.device, do_classifier_free_guidance=False)
+        absent = torch.tensor([not p for p in prompts], device=embeds.device)
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            embeds = torch.where(absent[:, None, None], 0, embeds)
+            pooled = torch.where(absent[:, None], 0, pooled)
+        side = self.resolution
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(given), dtype=torch.float32, device=embeds.device)
+        return Denoiser(self.pipe.unet, Conditioning(embeds, pooled, ids), self.pipe.unet.dtype)
+
+
+@torch.no_grad()
+def denoising_errors(
+    denoise: Denoise, schedule: NoiseSchedule, x_0: torch.Tensor, t: int, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Mean squared error of ε̂ per image, (n,) float32: ‖ε − ε̂(α_t x_0 + σ_t ε, t)‖² / d with each image's own noise.
+
+    Lower on members than on others is what membership inference on diffusion models rests on (Carlini et al. 2023, arXiv
+    2301.13188, §7; Duan et al. 2023, arXiv 2302.01316).
+    """
+    level, clean = torch.full((len(x_0),), t), torch.full((len(x_0),), CLEAN)
+    noise = Randomness(list(generators), len(x_0)).normal(x_0)
+    x_t = schedule.renoise(x_0, clean, level, noise)
+    epsilon = schedule.epsilon(at_least_float32(denoise(x_t, level)), x_t, level)
+    return (noise - epsilon).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def reconstruct(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_0: torch.Tensor,
+    t: int,
+    generators: Sequence[torch.Generator],
+    mode: str,
+    steps: int = 25,
+) -> torch.Tensor:
+    """The noise attack: noise latents to timestep ``t`` and denoise them again, like ``x_0`` (n, 4, h, w).
+
+    "one_step" gives x̂_0 = E[x_0|x_t] (arXiv 2404.10177, §5, at t = 900); "posterior" a sample of p(x_0|x_t) by ``steps``
+    reverse steps, which shows detail where the mean is a blur.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    randomness = Randomness(list(generators), len(x_0))
+    level, clean = torch.full((len(x_0),), t), torch.full((len(x_0),), CLEAN)
+    x_t = schedule.renoise(x_0, clean, level, randomness.normal(x_0))
+    if mode == "one_step":
+        return posterior_mean(denoise, schedule, x_t, level)
+    return restore(denoise, schedule, x_t, level, steps, randomness)
