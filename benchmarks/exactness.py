@@ -19,7 +19,7 @@ import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ import torch
 from benchmarks.record import target, write_record
 from benchmarks.sdxl import sdxl_schedule
 from sdxl_ambient.chain import posterior_mean, restore, spaced_times, walk
+from sdxl_ambient.manifest import hash_json, read_json
 from sdxl_ambient.noise import CLEAN, NoiseSchedule
 from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
 from sdxl_ambient.randomness import Randomness
@@ -326,7 +327,20 @@ def cell(what: tuple) -> dict:
     name, t_n, budget, seeds, count = what
     torch.set_num_threads(1)
     network, cost = train(METHODS[name], t_n, budget, seeds)
-    return {**measure(network, t_n, count), **cost}
+    return {"settings": settings(what), **measure(network, t_n, count), **cost}
+
+
+def settings(what: tuple) -> dict:
+    """What decides a cell's figures: everything is seeded, and one thread's sums have one order."""
+    name, t_n, budget, seeds, count = what
+    return {**asdict(METHODS[name]), "t_n": t_n, "evaluations": budget, "seeds": seeds, "samples": count}
+
+
+def kept(path: Path) -> dict:
+    """The cells of an earlier run by what decided them."""
+    figures = read_json(path)["figures"] if path.exists() else {}
+    cells = [one for at in figures.values() for name, one in at.items() if name != "floor"]
+    return {hash_json(one["settings"]): one for one in cells}
 
 
 def main(argv=None) -> int:
@@ -336,6 +350,7 @@ def main(argv=None) -> int:
     parser.add_argument("--quick", action="store_true", help="a fiftieth of the evaluations, for a look at whether it runs")
     parser.add_argument("--evaluations", type=float, default=8e6, help="network evaluations per method and seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="train only what the JSON doesn't have under equal settings")
     parser.add_argument("--processes", type=int, default=2, help="methods trained side by side, one thread each")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--t_n", nargs="+", type=int, default=list(LEVELS))
@@ -347,8 +362,12 @@ def main(argv=None) -> int:
     truth = [true_points(count, torch.Generator().manual_seed(30_000 + k)) for k in range(2)]
     figures = {str(t_n): {"floor": {"swd": sliced_wasserstein(*truth)}} for t_n in args.t_n}
     cells = [(name, t_n, budget, args.seeds, count) for t_n in args.t_n for name in args.methods]
+    there = kept(args.json) if args.keep else {}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        for (name, t_n, *_), one in zip(cells, pool.map(cell, cells), strict=True):
+        running = {c: pool.submit(cell, c) for c in cells if hash_json(settings(c)) not in there}
+        for what in cells:
+            one = running[what].result() if what in running else there[hash_json(settings(what))]
+            name, t_n, *_ = what
             figures[str(t_n)][name] = one
             spread = " ".join(f"{t}:{mean(v):.3f}" for t, v in one["excess"].items())
             swd = f"swd {mean(one['swd_full']):.3f} early {mean(one['swd_early_stop']):.3f}"

@@ -239,6 +239,7 @@ def evaluate(options: Options) -> dict:
         embed(heldout_images, pooled, options),
         options.alpha,
         options.confidence,
+        options.embedder,
         plant(options, train, embedder),
     )
     entries = {}

@@ -21,6 +21,7 @@ from eval.embed import Embedded
 from eval.neighbours import nearest
 
 NEIGHBOURS = 50  # k of the ℓ2 ratio, Carlini et al. 2023
+QUALITY_MOST = 5000  # images of a set that quality is measured on; more are thinned evenly
 
 
 @dataclass
@@ -31,6 +32,7 @@ class References:
         train, heldout: in the report's embedder; train_pooled and heldout_pooled: the same images as pooled pixels.
         heldout_to_train: each held-out image's similarity to its nearest training image, shape (n_H,): the null.
         threshold: τ_α, or None with ``refusal`` saying why.
+        embedder: its name.
         planted: similarities of known copies by what was done to them; ``recall_control`` names those whose recall the
             copied share is corrected by.
     """
@@ -44,6 +46,7 @@ class References:
     heldout_to_train: np.ndarray
     threshold: float | None
     refusal: str | None
+    embedder: str = "pixel"
     planted: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -53,7 +56,7 @@ class References:
 
 
 def make_references(
-    train, heldout, train_pooled, heldout_pooled, alpha: float, confidence: float, planted: dict | None = None
+    train, heldout, train_pooled, heldout_pooled, alpha: float, confidence: float, embedder: str, planted: dict
 ) -> References:
     """Compare the held-out with the training set and calibrate, or note why that is refused."""
     null = nearest(heldout.embeddings, train.embeddings, 1)[0][:, 0]
@@ -62,7 +65,8 @@ def make_references(
         value = threshold(null, alpha)
     except InsufficientData as error:
         refusal = str(error)
-    return References(train, heldout, train_pooled, heldout_pooled, alpha, confidence, null, value, refusal, planted or {})
+    sets = (train, heldout, train_pooled, heldout_pooled)
+    return References(*sets, alpha, confidence, null, value, refusal, embedder, planted)
 
 
 def _similarities(values: np.ndarray) -> dict:
@@ -159,6 +163,7 @@ def sampler_figures(generated: Embedded, pooled: Embedded, references: Reference
     to_train, neighbours = nearest(embeddings, references.train.embeddings, NEIGHBOURS)
     to_heldout = nearest(embeddings, references.heldout.embeddings, 1)[0][:, 0]
     ratios = metrics.l2_ratio(metrics.distance_of(to_train))
+    legacy = metrics.LEGACY_THRESHOLDS.get(references.embedder, (0.9, 0.95))
     above_heldout = None
     if references.threshold is not None:
         above_heldout = metrics.share_above(to_heldout, references.threshold)
@@ -171,11 +176,15 @@ def sampler_figures(generated: Embedded, pooled: Embedded, references: Reference
         **_excess(embeddings, references),
         "copied_share": _copied(to_train[:, 0], [r.caption for r in generated.images.records], references),
         "discoveries": _discoveries(to_train[:, 0], references),
+        "legacy_shares": metrics.legacy_shares(to_train[:, 0], legacy),
+        "authpct": metrics.authpct(embeddings, references.train.embeddings) if len(references.train) > 1 else None,
+        "c_t": _c_t(embeddings, references),
         "mann_whitney_z": metrics.mann_whitney_z(to_train[:, 0], references.heldout_to_train),
         "l2_ratio": {"k": to_train.shape[1], "alpha": 0.5, "quantiles": metrics.nn_quantiles(ratios)},
         "d1_over_d2": _d1_over_d2(to_train),
         "fd_pixels": _frechet(pooled, references.heldout_pooled),
         "fd_embedding": _frechet(generated, references.heldout),
+        **_quality(generated, references.heldout),
         "excluded": generated.images.excluded,
         "images": _images(generated, references.train, to_train[:, 0], neighbours[:, 0], to_heldout, ratios),
     }
@@ -207,6 +216,28 @@ def _frechet(one: Embedded, other: Embedded) -> float | None:
     if len(one) < 2 or len(other) < 2:
         return None
     return metrics.frechet_distance(one.features, other.features)
+
+
+def _c_t(embeddings: np.ndarray, references: References) -> dict | None:
+    """C_T over as many cells as leave about 60 generated images to each; None below 20 images, where it is not defined."""
+    cells = max(1, min(10, len(embeddings) // 60, len(references.train) // 2))
+    try:
+        value = metrics.c_t(embeddings, references.heldout.embeddings, references.train.embeddings, cells=cells)
+    except ValueError:
+        return None
+    return {"value": value, "cells": cells}
+
+
+def _quality(generated: Embedded, heldout: Embedded) -> dict:
+    """KID, PRDC (k = 5) against H and the Vendi score, in the embedder; None where there are too few images for one."""
+    one, other = (e.features[np.arange(n := min(len(e), QUALITY_MOST)) * len(e) // n] for e in (generated, heldout))
+    enough, some = min(len(one), len(other)), np.linalg.norm(one, axis=1) > 0
+    return {
+        "kid": metrics.kid(one, other) if enough > 1 else None,
+        "prdc": metrics.prdc(other, one) if enough > 5 else None,
+        "vendi": metrics.vendi_score(one[some]) if some.any() else None,
+        "quality_images": [len(one), len(other)],
+    }
 
 
 def _rounded(values) -> list[float]:

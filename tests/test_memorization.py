@@ -40,6 +40,7 @@ def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp
         *("--pretrained_model_name_or_path", str(miniature), "--lora", f"noisy={tuned / 'lora_noisy'}"),
         *("--unet", str(tuned / "whole"), "--samplers", "full", "hybrid", "--sampler_t_n", "500"),
         *("--num_images", "2", "--num_inference_steps", "3", *SETS, "--output_dir", str(out)),
+        *("--attack_t", "500", "--attack_steps", "2", "--attack_images", "3"),
     ]
     assert main(flags) == 0
     report = read_json(out / "report.json")
@@ -50,6 +51,8 @@ def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp
         for key in ("n_generated", "similarity_to_train", "similarity_to_heldout", "share_above_threshold"):
             assert model[key] == worst[key]
         assert model["n_generated"] == 2
+    assert list(noisy_attacks := report["models"]["noisy"]["attacks"]) == ["error/500", "one_step/500", "posterior/500"]
+    assert noisy_attacks["error/500"]["n_train"] == 3
     assert list(report["controls"]["planted"]) == ["copy", "jpeg", "flip", "crop", "vae"]
     noisy = report["models"]["noisy"]
     assert noisy["samplers"]["full"]["copied_share"]["recall_control"] == "vae"
@@ -96,6 +99,9 @@ def test_planted_copies_are_found_and_unrelated_images_are_not(tmp_path):
     assert figures["copied_share"]["low"] < 0.5 < figures["copied_share"]["high"]
     assert figures["copied_share"]["recall_control"] == "jpeg" and figures["copied_share"]["effective_images"] == 40
     assert 18 <= figures["discoveries"]["count"] <= 22
+    assert figures["authpct"] < 0.6 and figures["c_t"]["value"] < -2 and figures["c_t"]["cells"] == 1
+    assert 0.4 <= figures["legacy_shares"]["0.9"] <= 0.6 and figures["kid"] is not None and figures["vendi"] > 5
+    assert figures["prdc"].keys() == {"precision", "recall", "density", "coverage"}
     planted = read_json(tmp_path / "out" / "report.json")["controls"]["planted"]
     assert planted["copy"]["share_above_threshold"] == 1 and planted["flip"]["share_above_threshold"] < 0.9
     assert main(given(tmp_path, folder, "--max_excess", "0.2")) == 1

@@ -91,10 +91,9 @@ def test_prdc_by_hand():
 
 
 def test_prdc_uses_the_kth_neighbour():
-    # Real balls 0 ± 3, 1 ± 2, 3 ± 3, 9 ± 8; generated balls 3.5 ± 26.5, 20 ± 16.5, 30 ± 26.5.
-    found = metrics.prdc([[0.0], [1.0], [3.0], [9.0]], [[3.5], [20.0], [30.0]], k=2)
-    # 3.5 lies in the balls of 3 and 9; 20 and 30 in none.
-    assert found == pytest.approx({"precision": 1 / 3, "recall": 1, "density": 2 / (2 * 3), "coverage": 2 / 4})
+    # Real balls 0 ± 3, 1 ± 2, 3 ± 3, 9 ± 8, and 2.5 lies in each; the balls of 20 and 30 miss 0, that of 2.5 has all four.
+    found = metrics.prdc([[0.0], [1.0], [3.0], [9.0]], [[2.5], [20.0], [30.0]], k=2)
+    assert found == pytest.approx({"precision": 1 / 3, "recall": 1, "density": 4 / (2 * 3), "coverage": 1})
 
 
 def test_prdc_of_a_set_with_itself_has_closed_balls(rng):
