@@ -149,7 +149,7 @@ METHODS = {
     "restore_all": Method(options=NEAR, restore=256, refresh=12, steps=20, levels="all", start=0.2),
     "restore_consistency": Method(options=PAIRS, restore=128, refresh=8, steps=20, start=0.2),
     "balanced": Method(options=BALANCED, batch=128),
-    "balanced_chain": Method(options=BALANCED | CHAIN | dict(consistency_weight=8.0), batch=128, every=4, start=0.5),
+    "balanced_chain": Method(options=BALANCED | CHAIN | dict(consistency_weight=0.5), batch=128, every=4, start=0.5),
 }
 OFFICIALS = [name for name in METHODS if name.startswith("official")]
 AMBIENT = [name for name in METHODS if name not in ("clean", "naive")]
