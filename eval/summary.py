@@ -18,7 +18,7 @@ from eval.calibrate import (
     threshold,
 )
 from eval.embed import Embedded
-from eval.neighbours import nearest
+from eval.neighbours import nearest, search
 
 NEIGHBOURS = 50  # k of the ℓ2 ratio, Carlini et al. 2023
 QUALITY_MOST = 5000  # images of a set that quality is measured on; more are thinned evenly
@@ -160,7 +160,8 @@ def threshold_figures(references: References) -> dict:
 def sampler_figures(generated: Embedded, pooled: Embedded, references: References) -> dict:
     """Everything measured on one folder of generated images; the schema is in docs/EVALUATION.md."""
     embeddings = generated.embeddings
-    to_train, neighbours = nearest(embeddings, references.train.embeddings, NEIGHBOURS)
+    found = search(embeddings, references.train.embeddings, NEIGHBOURS)
+    to_train, neighbours = found.similarities, found.indices
     to_heldout = nearest(embeddings, references.heldout.embeddings, 1)[0][:, 0]
     ratios = metrics.l2_ratio(metrics.distance_of(to_train))
     legacy = metrics.LEGACY_THRESHOLDS.get(references.embedder, (0.9, 0.95))
@@ -169,6 +170,7 @@ def sampler_figures(generated: Embedded, pooled: Embedded, references: Reference
         above_heldout = metrics.share_above(to_heldout, references.threshold)
     return {
         "n_generated": len(generated),
+        "search": {"method": found.method, "recall": found.recall, "recall_measured_on": found.sampled},
         "similarity_to_train": _similarities(to_train[:, 0]),
         "similarity_to_heldout": _similarities(to_heldout),
         **_share(to_train[:, 0], references),
