@@ -16,7 +16,6 @@ Peak memory is that of the whole process: libraries, what is mapped of the file,
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from benchmarks.record import target, write_record
+from benchmarks.record import peak_of, target, write_record
 from eval.neighbours import nearest, search
 
 K = 10
@@ -75,22 +74,6 @@ def taking_turns(queries: np.ndarray, references: np.ndarray, rounds: int) -> di
 
 
 # -- memory ----------------------------------------------------------------------
-
-
-def resident(field: str) -> int:
-    """Bytes of this process that are resident (VmRSS), or were at most (VmHWM); Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def peak_of(run) -> tuple[int, int, object]:
-    """Growth of the peak resident size, the peak itself, and what ``run`` returned."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what came before may have left memory to reuse
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
-    found = run()
-    peak = resident("VmHWM")
-    return peak - before, peak, found
 
 
 def in_a_process(function, *args):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, target, write_record
+from benchmarks.record import ROOT, peak_of, target, write_record
 from benchmarks.sdxl import sdxl, sdxl_schedule
 from sdxl_ambient.chain import restore
 from sdxl_ambient.models import Conditioning, Denoiser, add_lora, load_encoders, load_unet, trainable_to_float32
@@ -207,18 +206,8 @@ def peak_in_process(args, finetune: str, kind: str) -> int:
 def print_peak(args) -> None:
     """In a process of its own: growth of the peak resident size over two steps, beyond what is resident before them."""
     s = Setup(args.model, args.finetune[0], args.batch_size, "cpu", args.precision, False)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading left to reuse would hide what a step needs
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
-    for _ in range(2):
-        step(s, args.peak_of)
-    print(json.dumps({"peak": resident("VmHWM") - before}))
-
-
-def resident(field: str) -> int:
-    """Bytes of this process that are resident (VmRSS), or were at most (VmHWM); Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    growth, _, _ = peak_of(lambda: [step(s, args.peak_of) for _ in range(2)])
+    print(json.dumps({"peak": growth}))
 
 
 def measure(args, finetune: str, device: str) -> dict:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from eval import metrics
-from eval.checkpoints import Checkpoint, check_checkpoint, hash_weights, model_errors, resolve_base, resolve_device
+from eval.checkpoints import Checkpoint, check_tuned, hash_weights, model_errors, resolve_base, resolve_device, tuned
 from eval.denoise import MODES, Subject, denoising_errors, image_generator, reconstruct
 from eval.embed import normalised
 from eval.embedders import EMBEDDERS, Embedder, check_embedder, load_embedder
@@ -67,9 +67,15 @@ def readable(images: ImageSet) -> tuple[ImageSet, list]:
 def interrogate(
     subject: Subject, embedder: Embedder, images: ImageSet, options: AttackOptions, progress=None
 ) -> dict[str, np.ndarray]:
-    """One set's answers: ``error/T`` mean squared errors and ``MODE/T`` similarities of each image to itself, (n,) each."""
+    """One set's answers: ``error/T`` mean squared errors and ``MODE/T`` similarities of each image to itself, (n,) each.
+
+    Raises:
+        StageError: no usable image in the set.
+    """
     schedule, answers = subject.schedule, {}
     images, pictures = readable(images)
+    if not pictures:
+        raise StageError(f"{images.folder}: no image left to attack with ({len(images.excluded)} left out)")
     for start in range(0, len(pictures), options.batch_size):
         rows = range(start, min(start + options.batch_size, len(pictures)))
         x_0 = subject.encode([pictures[i] for i in rows]).to(subject.pipe.device)
@@ -190,12 +196,8 @@ class Options(AttackOptions):
         for name in ("pretrained_model_name_or_path", "train_data_dir", "heldout_data_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise OptionError(f"--{name}: required")
-        if self.lora and self.unet:
-            raise OptionError("--unet: can not be combined with --lora")
         self.check_generation()
-        for name in ("lora", "unet"):
-            if getattr(self, name):
-                check_checkpoint(name, Path(getattr(self, name)))
+        check_tuned(self)
         try:
             check_embedder(self.embedder, self.embedder_weights)
         except StageError as error:
@@ -207,8 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
         heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
-        paths = (Path(p) if p else None for p in (options.lora, options.unet))
-        checkpoint = Checkpoint(Path(options.output_dir).name, *paths)
+        checkpoint = tuned(options)
         embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
         figures = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
     except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:

@@ -60,6 +60,21 @@ def check_checkpoint(option_name: str, path: Path) -> None:
         raise OptionError(f"--{option_name}: {str(path)!r} does not hold {wanted}")
 
 
+def check_tuned(options) -> None:
+    """``lora`` and ``unet`` of a stage that takes one model: not both, and with their weights. Raises OptionError."""
+    if options.lora and options.unet:
+        raise OptionError("--unet: can not be combined with --lora")
+    for name in ("lora", "unet"):
+        if getattr(options, name):
+            check_checkpoint(name, Path(getattr(options, name)))
+
+
+def tuned(options) -> Checkpoint:
+    """The one model of such a stage, called like its output folder."""
+    paths = (Path(p) if p else None for p in (options.lora, options.unet))
+    return Checkpoint(Path(options.output_dir).name, *paths)
+
+
 def resolve_device(device: str) -> str:
     """ "auto" → "cuda" where there is one, else "cpu"."""
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

@@ -52,7 +52,11 @@ class Subject:
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Latents (n, 4, h, w) as the UNet sees them → images."""
         vae = self.pipe.vae
-        pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        latents = latents / vae.config.scaling_factor
+        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
+        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
         return self.pipe.image_processor.postprocess(pixels.float())
 
     @torch.no_grad()
@@ -78,7 +82,7 @@ def denoising_errors(
     Lower on members than on others is what membership inference on diffusion models rests on (Carlini et al. 2023, arXiv
     2301.13188, §7; Duan et al. 2023, arXiv 2302.01316).
     """
-    level, clean = torch.full((len(x_0),), t), torch.full((len(x_0),), CLEAN)
+    level, clean = (torch.full((len(x_0),), value, device=x_0.device) for value in (t, CLEAN))
     noise = Randomness(list(generators), len(x_0)).normal(x_0)
     x_t = schedule.renoise(x_0, clean, level, noise)
     epsilon = schedule.epsilon(at_least_float32(denoise(x_t, level)), x_t, level)
@@ -106,8 +110,8 @@ def reconstruct(
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
     randomness = Randomness(list(generators), len(x_0))
-    level, clean = torch.full((len(x_0),), t), torch.full((len(x_0),), CLEAN)
+    level, clean = (torch.full((len(x_0),), value, device=x_0.device) for value in (t, CLEAN))
     x_t = schedule.renoise(x_0, clean, level, randomness.normal(x_0))
     if mode == "one_step":
         return posterior_mean(denoise, schedule, x_t, level)
-    return restore(denoise, schedule, x_t, level, steps, randomness)
+    return restore(denoise, schedule, x_t, level.cpu(), steps, randomness)

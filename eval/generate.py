@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from eval.checkpoints import (
     Checkpoint,
-    check_checkpoint,
     check_device,
     check_model_path,
+    check_tuned,
     hash_weights,
     model_errors,
     resolve_base,
     resolve_device,
+    tuned,
 )
 from eval.images import StageError
 from sdxl_ambient.config import OptionError, option, parse_options
@@ -224,19 +225,12 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
 def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
     """The VAE that images are drawn with, and their side in pixels."""
-    from diffusers import AutoencoderKL
-
-    from sdxl_ambient.models import load_part
+    from sdxl_ambient.models import load_vae
 
     base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
-    given = options.pretrained_vae_model_name_or_path
-    how = dict(torch_dtype=torch.float32, use_safetensors=True)
-    if given:
-        vae = load_part(AutoencoderKL, given, "VAE", **how)
-    else:
-        vae = load_part(AutoencoderKL, base, "VAE", subfolder="vae", variant=options.variant, **how)
+    vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)
     size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
-    return vae.eval().to(resolve_device(options.device)), options.resolution or size
+    return vae.to(resolve_device(options.device)), options.resolution or size
 
 
 def generate_images(
@@ -352,22 +346,14 @@ class Options(GenerationOptions):
                 raise OptionError(f"--{name}: required")
         if (self.prompts_file is None) == (self.train_data_dir is None):
             raise OptionError("--prompts_file: give this or --train_data_dir, whose captions are then the prompts")
-        if self.lora and self.unet:
-            raise OptionError("--unet: can not be combined with --lora")
         self.check_generation()
-        for name in ("lora", "unet"):
-            if getattr(self, name):
-                check_checkpoint(name, Path(getattr(self, name)))
+        check_tuned(self)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="eval.generate", description=__doc__)
     try:
-        checkpoint = Checkpoint(
-            Path(options.output_dir).name,
-            Path(options.lora) if options.lora else None,
-            Path(options.unet) if options.unet else None,
-        )
+        checkpoint = tuned(options)
         t_n = sampler_levels(checkpoint, [options.sampler], options.sampler_t_n)[options.sampler]
         prompts = (
             read_prompts(options.prompts_file)

@@ -4,7 +4,7 @@ python -m eval.memorization --pretrained_model_name_or_path BASE --lora [NAME=]D
     --heldout_data_dir DIR --output_dir OUT [--samplers full hybrid] [--sampler_t_n 500]
 python -m eval.memorization --generated_dir [NAME=]DIR … --train_data_dir DIR --heldout_data_dir DIR --output_dir OUT
 
-OUT gets generated/MODEL/SAMPLER/, embeddings/, attacks/, report.json and index.html.
+OUT gets generated/MODEL/SAMPLER/, embeddings/, attacks/, controls.json, report.json and index.html.
 Exit codes: 0 within the budget (or none given), 1 over the memorisation budget (--max_excess), 2 error, 3 too few held-out
 images to calibrate (the report then has descriptive figures only).
 """
@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from eval.attack import AttackOptions, attack
@@ -48,7 +49,7 @@ from eval.summary import (
 )
 from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImagesMissing
-from sdxl_ambient.manifest import environment, write_json
+from sdxl_ambient.manifest import environment, hash_tensors, read_json, write_json
 
 SCHEMA_VERSION = 2
 BASE = "base"
@@ -215,13 +216,22 @@ def attack_all(options: Options, train: ImageSet, heldout: ImageSet, embedder: E
 
 
 def plant(options: Options, train: Embedded, embedder: Embedder) -> dict:
-    """Similarities of known copies of training images; through the model's VAE too, where there is a model."""
-    transforms = dict(TRANSFORMS)
+    """Similarities of known copies of training images; through the model's VAE too, where there is a model.
+
+    Kept in ``controls.json`` for the next run that asks the same.
+    """
+    transforms, asked = dict(TRANSFORMS), {"embedder": embedder.key, "train": train.images.hashes, "most": MOST, "vae": None}
     if options.pretrained_model_name_or_path is not None:
         vae, resolution = open_vae(options)
         transforms["vae"] = vae_round_trip(vae, resolution)
+        asked["vae"] = {"weights": hash_tensors(vae.state_dict()), "resolution": resolution}
+    path = Path(options.output_dir) / "controls.json"
+    if path.exists() and (there := read_json(path))["settings"] == asked:
+        return {name: np.array(values, dtype=np.float32) for name, values in there["planted"].items()}
     with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
-        return planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
+        found = planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
+    write_json(path, {"settings": asked, "planted": {name: values.tolist() for name, values in found.items()}})
+    return found
 
 
 def evaluate(options: Options) -> dict:

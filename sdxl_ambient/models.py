@@ -103,6 +103,20 @@ class Encoders:
         return self
 
 
+def load_vae(
+    name_or_path: str | Path, vae: str | None = None, *, revision: str | None = None, variant: str | None = None
+) -> AutoencoderKL:
+    """The base model's VAE, or ``vae``: a VAE's directory or one that holds it. Frozen.
+
+    Always in float32: SDXL's own overflows in float16, and it runs once per picture.
+    """
+    where, sub = dict(revision=revision, variant=variant), "vae"
+    if vae is not None:
+        name_or_path, where, sub = vae, {}, "vae" if (Path(vae) / "vae").is_dir() else None
+    how = dict(subfolder=sub, torch_dtype=torch.float32, use_safetensors=True)
+    return load_part(AutoencoderKL, name_or_path, "VAE", **how, **where).requires_grad_(False).eval()
+
+
 def load_encoders(
     name_or_path: str,
     *,
@@ -111,19 +125,11 @@ def load_encoders(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Encoders:
-    """VAE, both tokenizers and both text encoders, frozen, in evaluation mode.
-
-    The VAE is always in float32: SDXL's own overflows in float16, and it runs once per picture.
-    """
+    """VAE, both tokenizers and both text encoders, frozen, in evaluation mode."""
     where = dict(revision=revision)
     weights = dict(revision=revision, variant=variant, use_safetensors=True)
-    if vae is None:
-        autoencoder = load_part(AutoencoderKL, name_or_path, "VAE", subfolder="vae", torch_dtype=torch.float32, **weights)
-    else:
-        sub = "vae" if (Path(vae) / "vae").is_dir() else None
-        autoencoder = load_part(AutoencoderKL, vae, "VAE", subfolder=sub, torch_dtype=torch.float32, use_safetensors=True)
     encoders = Encoders(
-        vae=autoencoder,
+        vae=load_vae(name_or_path, vae, revision=revision, variant=variant),
         tokenizers=tuple(
             load_part(AutoTokenizer, name_or_path, part, subfolder=part, **where) for part in ("tokenizer", "tokenizer_2")
         ),
@@ -139,7 +145,7 @@ def load_encoders(
             ),
         ),
     )
-    for module in (encoders.vae, *encoders.text_encoders):
+    for module in encoders.text_encoders:
         module.requires_grad_(False).eval()
     return encoders
 

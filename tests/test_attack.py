@@ -127,6 +127,15 @@ def test_the_miniature_knows_what_it_was_trained_on_and_nothing_else(miniature, 
     assert "made with other settings: seed" in capsys.readouterr().err
 
 
+def test_sets_without_an_image_to_ask_about_are_one_line(miniature, tmp_path, capsys):
+    """Every held-out image is a training image."""
+    train = copy_emoji(tmp_path / "train", 3, "heldout")
+    line = flags(miniature, tmp_path, "--train_data_dir", str(tmp_path / "heldout"), "--output_dir", str(tmp_path / "out"))
+    line[line.index("--heldout_data_dir") + 1] = str(train)
+    assert main([*line, "--attack_t", "500", "--attack_images", "2"]) == 2
+    assert "no image left to attack with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -68,8 +68,9 @@ def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp
     )
 
     made = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out}
-    before = (out / "report.json").read_bytes()
+    before, controls = (out / "report.json").read_bytes(), (out / "controls.json").stat().st_mtime_ns
     assert main(flags) == 0
+    assert (out / "controls.json").stat().st_mtime_ns == controls
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.parent != out} == made
     assert (out / "report.json").read_bytes() == before
     assert str(out / "index.html") in capsys.readouterr().out
