@@ -329,7 +329,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         if step % options.checkpointing_steps == 0 or step == max_train_steps:
             progress["step"] = step
             own = restoration.save if restoration else None
-            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, own)
+            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, own, info(step))
     bar.close()
 
     # -- save ---------------------------------------------------------------------------------------------------------

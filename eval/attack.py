@@ -2,47 +2,149 @@
 
 python -m eval.attack --pretrained_model_name_or_path BASE [--lora DIR | --unet DIR] --train_data_dir DIR
 --heldout_data_dir DIR
-    --output_dir OUT [--attack_t 500 700 900] [--attack_modes one_step posterior] [--attack_prompts caption]
+    --output_dir OUT [--attacks noise mask magnitude] [--attack_t 500 700 900] [--attack_modes one_step posterior]
+    [--attack_prompts caption] [--mask_share 0.5]
 
-noise      an image is noised to timestep t and denoised again; how near does it come back?
-denoising  the error of ε̂ on it at t, and the gap between training and held-out images
+noise      an image is noised to timestep t and denoised again: the error of ε̂ at t, and how near the image comes back
+mask       a square in the middle of an image is cut out and inpainted: how near is that to what was there?
+magnitude  how much an image's caption moves the predictions while an image is drawn for it
 
 Images that were not trained on are the control: the figures are how well the two sets can be told apart (AUC, true
 positives at 1 % false ones). The base model answers the same questions, since one set may simply be harder. Writes
-attack.json; what is there is not done again.
+attack.json, every answer and the figures; what is there is not done again. Under accelerate launch or torchrun the images
+are shared over the processes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from eval import metrics
+from eval import processes
 from eval.checkpoints import Checkpoint, check_tuned, hash_weights, model_errors, resolve_base, resolve_device, tuned
-from eval.denoise import MODES, Subject, denoising_errors, image_generator, reconstruct
+from eval.denoise import MODES, Subject, conditional_magnitude, denoising_errors, image_generator, reconstruct
 from eval.embed import normalised
 from eval.embedders import EMBEDDERS, Embedder, check_embedder, load_embedder
 from eval.generate import DTYPES, GenerationOptions
 from eval.images import ImageSet, StageError, drop_duplicates, read_folder
+from eval.inpaint import hole, inpaint
+from eval.membership import SETS, Answers, attack_figures
 from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImageError, ImagesMissing, load_rgb
-from sdxl_ambient.manifest import differences, read_json, write_json
+from sdxl_ambient.manifest import differences, hash_json, read_json, write_json
+from sdxl_ambient.randomness import Randomness
+
+# -- one batch's answers ----------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Some images of one set, with what several attacks need of them."""
+
+    subject: Subject
+    embedder: Embedder
+    images: ImageSet
+    pictures: list[Image.Image]
+
+    @cached_property
+    def x_0(self) -> torch.Tensor:
+        """Latents (n, 4, h, w) on the model's device."""
+        return self.subject.encode(self.pictures).to(self.subject.pipe.device)
+
+    @cached_property
+    def sources(self) -> list[Image.Image]:
+        """The pictures after the VAE's round trip, the nearest that the model can come to them."""
+        return self.subject.decode(self.x_0)
+
+    @cached_property
+    def source_features(self) -> np.ndarray:
+        return self.embed(self.sources)
+
+    def embed(self, pictures: list[Image.Image]) -> np.ndarray:
+        """Unit vectors (n, d)."""
+        return normalised(self.embedder.encode(torch.stack([self.embedder.prepare(p) for p in pictures])).numpy())
+
+    def prompts(self, options: AttackOptions) -> list[str | None]:
+        return [record.caption if options.attack_prompts == "caption" else None for record in self.images.records]
+
+    def generators(self, t: int, options: AttackOptions) -> list[torch.Generator]:
+        return [image_generator(digest, t, options.seed) for digest in self.images.hashes]
+
+
+def noise_attack(batch: Batch, options: AttackOptions) -> Answers:
+    """``error/T`` mean squared errors of ε̂ and ``MODE/T`` similarities of each image to itself, (n,) each."""
+    schedule, answers = batch.subject.schedule, {}
+    denoise = batch.subject.denoiser(batch.prompts(options))
+    for t in options.attack_t:
+        errors = denoising_errors(denoise, schedule, batch.x_0, t, batch.generators(t, options))
+        answers[f"error/{t}"] = errors.cpu().numpy()
+        for mode in options.attack_modes:
+            generators = batch.generators(t, options)
+            back = reconstruct(denoise, schedule, batch.x_0, t, generators, mode, options.attack_steps)
+            similarity = batch.embed(batch.subject.decode(back)) * batch.source_features
+            answers[f"{mode}/{t}"] = similarity.sum(1)
+    return answers
+
+
+def mask_attack(batch: Batch, options: AttackOptions) -> Answers:
+    """``mask`` similarities of what the hole was filled with to what was there after the VAE's round trip, (n,)."""
+    subject = batch.subject
+    box = hole(subject.resolution, options.mask_share, subject.pipe.vae_scale_factor)
+    squares = [subject.square(picture) for picture in batch.pictures]
+    # All of the hole is noise at first, as an image is at the last timestep.
+    generators = batch.generators(subject.schedule.num_timesteps - 1, options)
+    how = dict(steps=options.attack_steps, guidance_scale=options.guidance_scale)
+    filled = inpaint(subject, squares, batch.prompts(options), generators, box, **how)
+    patches, own = ([picture.crop(box) for picture in pictures] for pictures in (filled, batch.sources))
+    return {"mask": (batch.embed(patches) * batch.embed(own)).sum(1)}
+
+
+def magnitude_attack(batch: Batch, options: AttackOptions) -> Answers:
+    """``magnitude`` of the images that have a caption, (n,); nothing where none has one."""
+    rows = [i for i, record in enumerate(batch.images.records) if record.caption]
+    if not rows:
+        return {}
+    subject, images = batch.subject, batch.images.subset(rows)
+    generators = [image_generator(d, subject.schedule.num_timesteps - 1, options.seed) for d in images.hashes]
+    like = torch.empty(len(rows), *subject.latent_shape, device=subject.pipe.device)
+    told, untold = (subject.denoiser(p) for p in ([r.caption for r in images.records], [None] * len(rows)))
+    noise = Randomness(generators, len(rows)).normal(like)
+    how = dict(steps=options.attack_steps, guidance_scale=options.guidance_scale)
+    return {"magnitude": conditional_magnitude(told, untold, subject.schedule, noise, **how).cpu().numpy()}
+
+
+ATTACKS: dict[str, Callable] = {"noise": noise_attack, "mask": mask_attack, "magnitude": magnitude_attack}
 
 
 @dataclass
 class AttackOptions(GenerationOptions):
     """What every model is asked."""
 
+    attacks: list[str] = option(list(ATTACKS), "how the weights are asked", choices=tuple(ATTACKS))
     attack_t: list[int] = option([500, 700, 900], "timesteps that images are noised to", minimum=1, maximum=999)
     attack_modes: list[str] = option(["one_step", "posterior"], "how they are denoised", choices=MODES)
-    attack_steps: int = option(25, "reverse steps of a posterior sample", minimum=1)
+    attack_steps: int = option(25, "steps of a posterior sample, of inpainting and of the magnitude", minimum=1)
     attack_prompts: str = option("caption", "what the model is told of an image", choices=("caption", "none"))
     attack_images: int = option(128, "images of each set, at most, taken evenly", minimum=2)
+    mask_share: float = option(0.5, "side of the hole of the mask attack over the image's", above=0.0)
+
+    def check_generation(self) -> None:
+        super().check_generation()
+        if not self.attacks:
+            raise OptionError(f"--attacks: give at least one of {', '.join(ATTACKS)}")
+        if self.mask_share >= 1:
+            raise OptionError(f"--mask_share: {self.mask_share} is not below 1")
+
+
+# -- both sets' answers -----------------------------------------------------------
 
 
 def evenly(images: ImageSet, count: int) -> ImageSet:
@@ -64,84 +166,99 @@ def readable(images: ImageSet) -> tuple[ImageSet, list]:
 
 
 @torch.no_grad()
-def interrogate(
-    subject: Subject, embedder: Embedder, images: ImageSet, options: AttackOptions, progress=None
-) -> dict[str, np.ndarray]:
-    """One set's answers: ``error/T`` mean squared errors and ``MODE/T`` similarities of each image to itself, (n,) each.
+def interrogate(subject: Subject, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Answers]:
+    """What ``options.attacks`` find on one batch of images: how many could be opened, and arrays (n,) by name."""
+    images, pictures = readable(images)
+    answers: Answers = {}
+    if pictures:
+        batch = Batch(subject, embedder, images, pictures)
+        for name in dict.fromkeys(options.attacks):
+            answers.update(ATTACKS[name](batch, options))
+    return len(pictures), answers
+
+
+def interrogate_sets(
+    subject: Subject, embedder: Embedder, sets: dict[str, ImageSet], options: AttackOptions, name: str = ""
+) -> dict[str, Answers]:
+    """Each set's answers, from all processes: float64 arrays in the order of the images, the same in every process.
+
+    Batches are made before any image is opened, so that neither the processes nor an unreadable image change who shares a
+    batch. Attacks that one of the sets gave no answer to are left out of all.
 
     Raises:
-        StageError: no usable image in the set.
+        StageError: no image of a set can be opened, no attack can be run on all sets, or an answer isn't finite.
     """
-    schedule, answers = subject.schedule, {}
-    images, pictures = readable(images)
-    if not pictures:
-        raise StageError(f"{images.folder}: no image left to attack with ({len(images.excluded)} left out)")
-    for start in range(0, len(pictures), options.batch_size):
-        rows = range(start, min(start + options.batch_size, len(pictures)))
-        x_0 = subject.encode([pictures[i] for i in rows]).to(subject.pipe.device)
-        own = _embed(embedder, subject.decode(x_0))
-        prompts = [images.records[i].caption if options.attack_prompts == "caption" else None for i in rows]
-        denoise = subject.denoiser(prompts)
-        for t in options.attack_t:
-            generators = [image_generator(images.hashes[i], t, options.seed) for i in rows]
-            errors = denoising_errors(denoise, schedule, x_0, t, generators)
-            answers.setdefault(f"error/{t}", []).append(errors.cpu().numpy())
-            for mode in options.attack_modes:
-                generators = [image_generator(images.hashes[i], t, options.seed) for i in rows]
-                back = reconstruct(denoise, schedule, x_0, t, generators, mode, options.attack_steps)
-                similarity = (_embed(embedder, subject.decode(back)) * own).sum(1)
-                answers.setdefault(f"{mode}/{t}", []).append(similarity)
-        if progress:
-            progress(len(rows))
-    return {name: np.concatenate(parts) for name, parts in answers.items()}
+    batches = [(key, one) for key, images in sets.items() for one in _batches(images, options.batch_size)]
+    mine, done = processes.share(batches), []
+    total = sum(len(images) for _, images in mine)
+    with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
+        for key, images in mine:
+            done.append((key, *interrogate(subject, embedder, images, options)))
+            bar.update(len(images))
+    done = processes.collect(done)
+    for key, images in sets.items():
+        if not (kept := sum(count for one, count, _ in done if one == key)):
+            raise _none_left(images, len(images) - kept)
+    return _combine(done, sets)
 
 
-def _embed(embedder: Embedder, pictures: list) -> np.ndarray:
-    return normalised(embedder.encode(torch.stack([embedder.prepare(p) for p in pictures])).numpy())
+def _batches(images: ImageSet, size: int) -> list[ImageSet]:
+    return [images.subset(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
 
 
-def attack_figures(members: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> dict:
-    """How well training images can be told from held-out ones by each answer: AUC and TPR at 1 % FPR, with the sets' means.
+def _none_left(images: ImageSet, unreadable: int = 0) -> StageError:
+    left_out = len(images.excluded) + unreadable
+    return StageError(f"{images.folder}: no image left to attack with ({left_out} left out)")
 
-    For errors a lower one speaks for membership; for similarities a higher one does.
-    """
-    figures = {}
-    for name in members:
-        sign = -1.0 if name.startswith("error/") else 1.0
-        one, other = sign * members[name], sign * others[name]
-        figures[name] = {
-            "n_train": len(one),
-            "n_heldout": len(other),
-            "mean_train": float(members[name].mean()),
-            "mean_heldout": float(others[name].mean()),
-            "auc": metrics.roc_auc(one, other),
-            "tpr_at_1_fpr": metrics.tpr_at_fpr(one, other, 0.01),
-        }
-    return figures
+
+def _combine(done: list[tuple[str, int, Answers]], sets: dict[str, ImageSet]) -> dict[str, Answers]:
+    found: dict[str, dict[str, list]] = {key: {} for key in sets}
+    for key, _, answers in done:
+        for name, values in answers.items():
+            found[key].setdefault(name, []).append(values)
+    names = [n for n in found[next(iter(sets))] if all(n in answers for answers in found.values())]
+    if not names:
+        raise StageError("--attacks: magnitude needs captions, and one of the sets has none")
+    joined = {key: {n: np.concatenate(answers[n]).astype(np.float64) for n in names} for key, answers in found.items()}
+    for key, answers in joined.items():
+        if broken := [name for name, values in answers.items() if not np.isfinite(values).all()]:
+            raise StageError(f"{sets[key].folder}: {broken[0]} isn't finite; in float16 SDXL needs another VAE")
+    return joined
+
+
+# -- one model --------------------------------------------------------------------
 
 
 def attack(
     options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder, folder: Path
-) -> dict:
-    """Run every attack on one model, or read what is there of the same question. Writes ``folder``/attack.json.
+) -> dict[str, Answers]:
+    """Every attack's answers on one model, asked or read from where they are: ``{"train": {name: (n,)}, "heldout": …}``.
+
+    Names are ``error/T``, ``MODE/T``, ``mask`` and ``magnitude``; figures are made of them by :func:`attack_figures`. All
+    processes call it, share the batches and get the same; the main one writes ``folder``/attack.json.
 
     Raises:
-        StageError: ``folder`` has the answers to another question.
+        StageError: ``folder`` has the answers to another question, a set has no usable image, or an answer isn't finite.
     """
-    train, heldout = evenly(train, options.attack_images), evenly(heldout, options.attack_images)
-    settings = _settings(options, checkpoint, train, heldout, embedder)
+    sets = {key: evenly(images, options.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
+    settings = attack_settings(options, checkpoint, sets["train"], sets["heldout"], embedder)
     path = Path(folder) / "attack.json"
-    if path.exists():
-        there = read_json(path)
+    # The main process looks, for all: another could look when the file is already written, and miss the work to share.
+    there = processes.collect([read_json(path) if processes.is_main() and path.exists() else None])[0]
+    if there is not None:
         if changed := differences(there["settings"], settings):
             raise StageError(f"{path} was made with other settings: {'; '.join(changed)}; give another --output_dir")
-        return there["figures"]
-    subject = _open(options, checkpoint)
-    with tqdm(total=len(train) + len(heldout), unit="image", desc=f"attack {checkpoint.name}", delay=2) as bar:
-        sets = [interrogate(subject, embedder, images, options, bar.update) for images in (train, heldout)]
-    figures = attack_figures(*sets)
-    write_json(path, {"settings": settings, "figures": figures})
-    return figures
+        return {key: {name: np.array(values) for name, values in there["answers"][key].items()} for key in SETS}
+    for images in sets.values():
+        if not len(images):
+            raise _none_left(images)
+    answers = interrogate_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name)
+    if processes.is_main():
+        lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in answers.items()}
+        figures = attack_figures(answers["train"], answers["heldout"])
+        write_json(path, {"settings": settings, "answers": lists, "figures": figures})
+    processes.wait()
+    return answers
 
 
 def _open(options: AttackOptions, checkpoint: Checkpoint) -> Subject:
@@ -160,22 +277,38 @@ def _open(options: AttackOptions, checkpoint: Checkpoint) -> Subject:
     return Subject(pipe, options.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
 
 
-def _settings(
+def attack_settings(
     options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder
 ) -> dict:
-    names = ("attack_t", "attack_modes", "attack_steps", "attack_prompts", "resolution", "seed", "dtype", "lora_scale")
+    """Everything that determines the answers, as attack.json keeps it; not how the work is cut into batches."""
+    sets, told = {"train": train, "heldout": heldout}, options.attack_prompts == "caption" or "magnitude" in options.attacks
     base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
     vae = options.pretrained_vae_model_name_or_path
     return {
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in _deciding(options)},
+        "attacks": sorted(set(options.attacks)),
+        "lora_scale": options.lora_scale if checkpoint.lora else None,
+        "device": torch.device(resolve_device(options.device)).type,
         "base_weights": hash_weights(base, "base"),
         "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
         "embedder": embedder.key,
-        "train": train.hashes,
-        "heldout": heldout.hashes,
+        **{key: images.hashes for key, images in sets.items()},
+        "captions": {key: hash_json([r.caption for r in images.records]) for key, images in sets.items()} if told else None,
     }
+
+
+def _deciding(options: AttackOptions) -> list[str]:
+    """The options that change an answer of the attacks that are run."""
+    names = ["attack_steps", "attack_prompts", "resolution", "seed", "dtype"]
+    if "noise" in options.attacks:
+        names += ["attack_t", "attack_modes"]
+    if "mask" in options.attacks:
+        names += ["mask_share"]
+    if {"mask", "magnitude"} & set(options.attacks):
+        names += ["guidance_scale"]
+    return names
 
 
 # -- command line ------------------------------------------------------------------
@@ -207,18 +340,25 @@ class Options(AttackOptions):
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="eval.attack", description=__doc__)
     try:
+        main_process = processes.is_main()  # before anything is put on a GPU: it gives each process its own
         train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
         heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
         checkpoint = tuned(options)
         embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
-        figures = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
+        answers = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
     except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
         print(f"eval.attack: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    for name, one in figures.items():
-        print(f"{name}: AUC {one['auc']:.3f}, TPR at 1 % FPR {one['tpr_at_1_fpr']:.3f}")
-    print(Path(options.output_dir) / "attack.json")
+    if main_process:
+        _print(attack_figures(answers["train"], answers["heldout"]))
+        print(Path(options.output_dir) / "attack.json")
     return 0
+
+
+def _print(figures: dict[str, dict]) -> None:
+    for name, one in figures.items():
+        low, high = one["auc_interval"]
+        print(f"{name}: AUC {one['auc']:.3f} ({low:.3f} to {high:.3f}), TPR at 1 % FPR {one['tpr_at_1_fpr']:.3f}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from eval.images import StageError
 from sdxl_ambient.config import OptionError
@@ -16,11 +18,15 @@ from sdxl_ambient.manifest import hash_file, hash_json, read_json
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to evaluate: the base (neither path given), the base with a LoRA, or with a fully fine-tuned UNet."""
+    """A model to evaluate: the base (neither path given), the base with a LoRA, or with a fully fine-tuned UNet; of a
+    training run, one of its steps.
+    """
 
     name: str
     lora: Path | None = None
     unet: Path | None = None
+    run: str | None = None
+    step: int | None = None
 
     def t_n(self) -> int | None:
         """The noise level it was trained at; None for clean, the base model, or unknown."""
@@ -52,12 +58,110 @@ def check_model_path(name: str, value: str | None) -> None:
 
 
 def check_checkpoint(option_name: str, path: Path) -> None:
-    """The weights must be there. Raises OptionError."""
+    """The weights must be there, readable, of the right kind, and of known strength. Raises OptionError.
+
+    Of a file only the header is read; whether all of its weights fit the model shows when they are loaded.
+    """
+    if problem := _problem(option_name, path):
+        raise OptionError(f"--{option_name}: {problem}")
+
+
+def _problem(kind: str, path: Path) -> str | None:
     if not path.exists():
-        raise OptionError(f"--{option_name}: {str(path)!r} does not exist")
-    if not weight_files(path, option_name):
-        wanted = "pytorch_lora_weights.safetensors" if option_name == "lora" else "a UNet's .safetensors files"
-        raise OptionError(f"--{option_name}: {str(path)!r} does not hold {wanted}")
+        return f"{str(path)!r} does not exist"
+    files = [p for p in weight_files(path, kind) if p.suffix == ".safetensors"]
+    if not files and path.is_file():
+        return f"{str(path)!r} is not a .safetensors file; no other is read"
+    if not files:
+        wanted = "pytorch_lora_weights.safetensors" if kind == "lora" else "a UNet's .safetensors files"
+        return f"{str(path)!r} does not hold {wanted}"
+    if kind == "lora" and len(files) > 1:
+        return f"{str(path)!r} holds {len(files)} .safetensors files; give one of them"
+    return next(filter(None, (_file_problem(kind, file) for file in files)), None)
+
+
+def _file_problem(kind: str, file: Path) -> str | None:
+    from sdxl_ambient.checkpoint import CheckpointError, lora_metadata
+
+    try:
+        with safe_open(str(file), "pt") as opened:
+            is_lora = any("lora" in name.lower() for name in opened.keys())
+        if kind == "lora" and is_lora:
+            lora_metadata(file)
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"{str(file)!r} can't be read; it is damaged, or no safetensors file ({reason})"
+    if is_lora != (kind == "lora"):
+        return f"{str(file)!r} " + ("is a LoRA; give it with --lora" if is_lora else "holds no LoRA; --unet takes a UNet")
+    return None
+
+
+def run_checkpoints(
+    name: str,
+    folder: Path,
+    kind: str | None = None,
+    warn: Callable[[str], None] = print,
+    option_name: str = "run",
+) -> list[Checkpoint]:
+    """Every step of a training run that was kept, in order: its ``checkpoint-<step>`` folders and its final weights.
+
+    Runs of this project's script and of the diffusers examples. Damaged states, and those whose weights can't be evaluated,
+    are left out with a word through ``warn``. Each is called NAME-STEP; the final weights take the place of a state of the
+    same step, and are left out where the step isn't recorded.
+
+    Args:
+        kind: "lora" or "unet"; by default what each folder holds.
+
+    Raises:
+        OptionError: no such folder, or nothing in it to evaluate.
+    """
+    from sdxl_ambient.checkpoint import CheckpointError, checkpoints, read_training_info, step_of
+
+    if not folder.is_dir():
+        raise OptionError(f"--{option_name}: {str(folder)!r} is not a folder")
+    places = {step_of(state): [state] for state in checkpoints(folder)}
+    try:
+        last = read_training_info(folder).get("step")
+    except CheckpointError as error:
+        warn(f"left out: {error}")
+        last = None
+    if isinstance(last, int) and _weights_in(folder, kind):
+        places[last] = [folder, *places.get(last, [])]
+    found = []
+    for step in sorted(places):
+        weights = next(filter(None, (_whole_weights(place, kind, warn) for place in places[step])), None)
+        if weights:
+            found.append(Checkpoint(f"{name}-{step}", run=name, step=step, **weights))
+    if not found:
+        what = {"lora": "with a LoRA", "unet": "with a UNet"}.get(kind, "of a training run")
+        raise OptionError(f"--{option_name}: {str(folder)!r} holds no whole checkpoint-<step> {what}")
+    return found
+
+
+def _whole_weights(place: Path, kind: str | None, warn: Callable[[str], None]) -> dict[str, Path]:
+    """``{"lora": path}`` or ``{"unet": path}`` of one step; {} with a word through ``warn`` where they can't be used."""
+    from sdxl_ambient import checkpoint as states
+
+    weights = _weights_in(place, kind)
+    problem = next((_problem(k, path) for k, path in weights.items()), f"{place} holds no weights to evaluate")
+    try:
+        # Only our own states say what they should hold; of others, a file cut short shows in its header.
+        if (place / states.STATE_FILE).is_file():
+            states.check_checkpoint(place)
+    except states.CheckpointError as error:
+        problem = str(error)
+    if problem:
+        warn(f"left out: {problem}")
+    return {} if problem else weights
+
+
+def _weights_in(place: Path, kind: str | None) -> dict[str, Path]:
+    named = {"lora": place / "pytorch_lora_weights.safetensors", "unet": place / "unet"}
+    if not named["unet"].is_dir():
+        named["unet"] = place / "model.safetensors"
+    return next(({k: path} for k, path in named.items() if kind in (None, k) and path.exists()), {})
 
 
 def check_tuned(options) -> None:
@@ -95,8 +199,8 @@ def resolve_base(name_or_path: str, revision: str | None = None, variant: str | 
 
 
 def weight_files(path: Path, kind: str) -> list[Path]:
-    """The files that decide what a checkpoint draws: of a LoRA, of a UNet (or a folder that holds ``unet/``), of a
-    base.
+    """The files that decide what a checkpoint draws: of a LoRA, of a UNet (a file, a folder, one that holds ``unet/``, or a
+    training state), of a base.
     """
     if path.is_file():
         return [path] if path.suffix == ".safetensors" else []
@@ -104,9 +208,13 @@ def weight_files(path: Path, kind: str) -> list[Path]:
         named = path / "pytorch_lora_weights.safetensors"
         return [named] if named.is_file() else sorted(path.glob("*.safetensors"))
     if kind == "unet":
+        state = path / "model.safetensors"
         path = path / "unet" if (path / "unet").is_dir() else path
         weights = sorted(path.glob("*.safetensors"))
-        return [path / "config.json", *weights] if weights and (path / "config.json").is_file() else []
+        if (path / "config.json").is_file():
+            return [path / "config.json", *weights] if weights else []
+        # A training state, whose configuration is the base's.
+        return [state] if state.is_file() and path == state.parent else []
     index = path / "model_index.json"
     components = [name for name in read_json(index) if (path / name).is_dir()] if index.is_file() else ["."]
     found = [p for name in components for p in (path / name).iterdir() if p.is_file() and not p.name.startswith(".")]

@@ -22,6 +22,7 @@ from eval.neighbours import nearest
 from sdxl_ambient.images import load_rgb
 
 MOST = 256  # training images that the controls are made of, at most
+SOME = 64  # training images that are compared with their JPEG copies
 
 
 def jpeg(image: Image.Image, quality: int = 75) -> Image.Image:
@@ -81,3 +82,18 @@ def planted(
         if progress:
             progress(len(pictures))
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def recompressed(train: Embedded, embedder: Embedder, batch_size: int = 32) -> np.ndarray:
+    """Similarities of training images to their own JPEG copies, (n,): how near one picture comes to itself.
+
+    The images are taken evenly from the set, at most :data:`SOME` of them.
+    """
+    some = train.thinned(SOME)
+    found = []
+    for start in range(0, len(some), batch_size):
+        rows = slice(start, start + batch_size)
+        pictures = [jpeg(load_rgb(record.path)) for record in some.images.records[rows]]
+        features = normalised(embedder.encode(torch.stack([embedder.prepare(p) for p in pictures])).numpy())
+        found.append((features * some.embeddings[rows]).sum(1))
+    return np.concatenate(found)

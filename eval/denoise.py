@@ -1,8 +1,9 @@
-"""What the fine-tuned network says about single images: denoising errors per noise level, and reconstructions from noise.
+"""What the fine-tuned network says about single images: denoising errors per noise level, reconstructions from noise, and
+how much a caption moves its predictions.
 
-Both ask the weights directly, whatever sampler the user has: an image that was memorised is denoised better than one like
-it that was not, and comes back from noise that should have hidden it. Noise is shared: an image's depends on its file,
-the level and the seed, so that models are compared on equal questions.
+All ask the weights directly, whatever sampler the user has: an image that was memorised is denoised better than one like
+it that was not, comes back from noise that should have hidden it, and its caption pulls harder. Noise is shared: an image's
+depends on its file, the level and the seed, so that models are compared on equal questions.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageOps
 
-from sdxl_ambient.chain import Denoise, at_least_float32, posterior_mean, restore
+from sdxl_ambient.chain import Denoise, at_least_float32, posterior_mean, restore, spaced_times
 from sdxl_ambient.models import Conditioning, Denoiser
 from sdxl_ambient.noise import CLEAN, NoiseSchedule
 from sdxl_ambient.randomness import Randomness
@@ -39,14 +40,23 @@ class Subject:
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_scheduler(self.pipe.scheduler)
 
+    def square(self, image: Image.Image) -> Image.Image:
+        """The image, resized and cropped to the model's square. One that already is comes back as it was."""
+        return ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one image: channels, height, width."""
+        side = self.resolution // self.pipe.vae_scale_factor
+        return self.pipe.vae.config.latent_channels, side, side
+
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images, resized and cropped to a square, → latents (n, 4, h, w) as the UNet sees them, float32 on the CPU."""
         from sdxl_ambient.latents import encode_image
 
-        side = (self.resolution, self.resolution)
-        squares = [ImageOps.fit(image, side, Image.Resampling.LANCZOS) for image in images]
-        return torch.stack([encode_image(self.pipe.vae, self.pipe.image_processor.preprocess(s)[0]) for s in squares])
+        squares = [self.pipe.image_processor.preprocess(self.square(image))[0] for image in images]
+        return torch.stack([encode_image(self.pipe.vae, pixels) for pixels in squares])
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -60,8 +70,8 @@ class Subject:
         return self.pipe.image_processor.postprocess(pixels.float())
 
     @torch.no_grad()
-    def denoiser(self, prompts: Sequence[str | None]) -> Denoise:
-        """``denoise(x_t, t)`` given the prompts; None is an absent prompt, which SDXL's pipeline answers with zeros."""
+    def conditioning(self, prompts: Sequence[str | None]) -> Conditioning:
+        """What the UNet is told given the prompts; None is an absent prompt, which SDXL's pipeline answers with zeros."""
         given = [p or "" for p in prompts]
         embeds, _, pooled, _ = self.pipe.encode_prompt(given, device=self.pipe.device, do_classifier_free_guidance=False)
         absent = torch.tensor([not p for p in prompts], device=embeds.device)
@@ -70,7 +80,11 @@ class Subject:
             pooled = torch.where(absent[:, None], 0, pooled)
         side = self.resolution
         ids = torch.tensor([[side, side, 0, 0, side, side]] * len(given), dtype=torch.float32, device=embeds.device)
-        return Denoiser(self.pipe.unet, Conditioning(embeds, pooled, ids), self.pipe.unet.dtype)
+        return Conditioning(embeds, pooled, ids)
+
+    def denoiser(self, prompts: Sequence[str | None]) -> Denoise:
+        """``denoise(x_t, t)`` given the prompts, as :meth:`conditioning` tells them."""
+        return Denoiser(self.pipe.unet, self.conditioning(prompts), self.pipe.unet.dtype)
 
 
 @torch.no_grad()
@@ -115,3 +129,34 @@ def reconstruct(
     if mode == "one_step":
         return posterior_mean(denoise, schedule, x_t, level)
     return restore(denoise, schedule, x_t, level.cpu(), steps, randomness)
+
+
+@torch.no_grad()
+def conditional_magnitude(
+    with_prompt: Denoise, without: Denoise, schedule: NoiseSchedule, noise: torch.Tensor, steps: int, guidance_scale: float
+) -> torch.Tensor:
+    """Mean over the sampling steps of ‖ε̂(x_t, c) − ε̂(x_t, ∅)‖₂, (n,) like ``noise``: how hard a caption pulls.
+
+    Wen et al. 2024, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models* (ICLR), §3: memorised
+    captions pull the prediction away from the unconditional one at every step, whatever the initial noise. x_t runs along
+    the guided trajectory from ``noise`` at the last timestep, ε̂ = ε̂(∅) + w (ε̂(c) − ε̂(∅)), with w = 1, the conditional one,
+    for a ``guidance_scale`` up to 1 as in diffusers. The steps are deterministic ones between evenly spaced times,
+    x_s = α_s x̂_0 + σ_s ε̂ (DDIM with η = 0, Song et al. 2021, arXiv 2010.02502, eq. 12), not the base model's scheduler: all
+    randomness is then the initial noise, and models with different schedulers are asked the same.
+
+    Args:
+        with_prompt, without: the network given each image's caption, and given none.
+        noise: standard normal (n, 4, h, w). steps: evaluations of each of the two.
+    """
+    x, magnitude, scale = noise, 0.0, max(1.0, guidance_scale)
+    last = torch.full((len(x),), schedule.num_timesteps - 1)
+    times = spaced_times(last, torch.full_like(last, CLEAN), steps)
+    for t, s in zip(times[:-1].to(x.device), times[1:].to(x.device), strict=True):
+        told, untold = (at_least_float32(denoise(x, t)) for denoise in (with_prompt, without))
+        pull = schedule.epsilon(told, x, t) - schedule.epsilon(untold, x, t)
+        magnitude = magnitude + pull.flatten(1).norm(dim=1) / steps
+        # All that networks predict is affine in ε for a given x_t, so that guiding the raw output guides ε̂.
+        guided = untold + scale * (told - untold)
+        epsilon, x_0 = schedule.epsilon(guided, x, t), schedule.denoised(guided, x, t)
+        x = schedule.observe(x_0, s, epsilon)
+    return magnitude

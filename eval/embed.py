@@ -1,9 +1,13 @@
 """Images → features, in batches, computed once per content: image, embedder, preprocessing and weights are the
 cache's key.
+
+python -m eval.embed --image_dir DIR [DIR …] --embedder dinov2 --output_dir CACHE
+    fills a cache (OUT/embeddings of an evaluation, for instance), alone or in several processes
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +16,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
-from eval.embedders import Embedder
-from eval.images import ImageSet, StageError
-from sdxl_ambient.images import ImageError, load_rgb
+from eval.checkpoints import check_device, resolve_device
+from eval.embedders import EMBEDDERS, Embedder, check_embedder, load_embedder
+from eval.images import ImageSet, StageError, read_folder
+from eval.processes import collect, is_main, share, wait
+from sdxl_ambient.config import OptionError, option, parse_options
+from sdxl_ambient.images import ImageError, ImagesMissing, load_rgb
 from sdxl_ambient.manifest import atomic, hash_bytes
 
 _SHARD = 1024  # images per cache file: what an interruption can lose
@@ -23,63 +31,111 @@ _SHARD = 1024  # images per cache file: what an interruption can lose
 
 @dataclass
 class Embedded:
-    """Features of the usable images of a set.
+    """Embeddings of the usable images of a set.
 
     Attributes:
         images: the images that have features; ``images.excluded`` says what was left out and why.
-        features: float32 array of shape (n, d), as the embedder gave them.
-        computed: how many of the n were not in the cache.
+        embeddings: float32 array of shape (n, d), L2-normalised. A zero vector, such as ``pixel`` of a uniform image,
+            stays zero. The only copy: a million images of width 1024 take 4 GB.
+        norms: float32 array of shape (n,), by which they were divided.
+        computed: how many of the n were not in the cache (of this process).
     """
 
     images: ImageSet
-    features: np.ndarray
-    computed: int
+    embeddings: np.ndarray
+    norms: np.ndarray
+    computed: int = 0
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.embeddings)
 
     @property
-    def embeddings(self) -> np.ndarray:
-        """L2-normalised features, float32 of shape (n, d). A zero vector, such as ``pixel`` of a uniform image,
-        stays zero.
-        """
-        return normalised(self.features)
+    def features(self) -> np.ndarray:
+        """As the embedder gave them, to float32's rounding."""
+        return self.embeddings * self.norms[:, None]
+
+    def thinned(self, most: int) -> Embedded:
+        """At most ``most`` of the images, evenly."""
+        if len(self) <= most:
+            return self
+        return self.subset(np.arange(most) * len(self) // most)
+
+    def subset(self, indices) -> Embedded:
+        """The images at ``indices``."""
+        return Embedded(self.images.subset(indices), self.embeddings[indices], self.norms[indices])
+
+    def only(self, images: ImageSet) -> Embedded:
+        """The images that are also in ``images``, a subset of the set's, with what that lists as excluded."""
+        kept = {record.path for record in images.records}
+        indices = [i for i, record in enumerate(self.images.records) if record.path in kept]
+        return Embedded(images, self.embeddings[indices], self.norms[indices], self.computed)
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
     """Rows divided by their Euclidean norms; zero rows stay zero, so that they resemble nothing."""
-    norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
-    return np.divide(features, norms, out=np.zeros(features.shape), where=norms > 0).astype(np.float32)
+    return _divided(features)[0]
+
+
+def _divided(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    norms = np.linalg.norm(features.astype(np.float64), axis=1)
+    unit = np.divide(features, norms[:, None], out=np.zeros(features.shape), where=norms[:, None] > 0)
+    return unit.astype(np.float32), norms.astype(np.float32)
 
 
 class FeatureCache:
-    """Features by the SHA-256 of an image file, in safetensors shards that are only ever added."""
+    """Features by the SHA-256 of an image file, in safetensors shards that are only ever added.
+
+    In memory is only where each image's features are; they are read when they are asked for.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.features: dict[str, np.ndarray] = {}
+        self.place: dict[str, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name.startswith("."):
-                continue  # being written by another process, or left by one that was killed
-            try:
-                shard = load_file(path)
-                hashes, features = shard["hashes"], shard["features"]
-            except (SafetensorError, KeyError, OSError) as error:
-                raise StageError(f"the cached embeddings in {path} are damaged ({error}); delete that file") from None
-            self.features.update(zip((bytes(h).hex() for h in hashes), features, strict=True))
+            if not path.name.startswith("."):  # being written by another process, or left by one that was killed
+                hashes, _ = _read(path)
+                self.place.update((bytes(h).hex(), (path, row)) for row, h in enumerate(hashes))
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self.place
 
     def add(self, hashes: list[str], features: np.ndarray) -> None:
         """Write one shard, whole or not at all, named by what it holds."""
         keys = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=np.uint8).reshape(len(hashes), 32)
-        with atomic(self.folder / f"{hash_bytes(keys.tobytes())[:24]}.safetensors") as temporary:
+        path = self.folder / f"{hash_bytes(keys.tobytes())[:24]}.safetensors"
+        with atomic(path) as temporary:
             save_file({"hashes": keys.copy(), "features": np.ascontiguousarray(features)}, temporary)
-        self.features.update(zip(hashes, features, strict=True))
+        self.place.update((digest, (path, row)) for row, digest in enumerate(hashes))
+
+    def read(self, hashes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The images' embeddings (n, d), normalised, and norms (n,), a shard at a time. All must be in the cache."""
+        by_shard: dict[Path, list[tuple[int, int]]] = {}
+        for i, digest in enumerate(hashes):
+            path, row = self.place[digest]
+            by_shard.setdefault(path, []).append((i, row))
+        embeddings, norms = None, np.empty(len(hashes), np.float32)
+        for path, rows in by_shard.items():
+            _, features = _read(path)
+            into, source = (np.array(column) for column in zip(*rows, strict=True))
+            if embeddings is None:
+                embeddings = np.empty((len(hashes), features.shape[1]), np.float32)
+            embeddings[into], norms[into] = _divided(features[source].astype(np.float32))
+        return embeddings, norms
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        shard = load_file(path)
+        return shard["hashes"], shard["features"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise StageError(f"the cached embeddings in {path} are damaged ({error}); delete that file") from None
 
 
 def embed_images(
     images: ImageSet, embedder: Embedder, cache_dir: str | Path, batch_size: int = 32, progress=None
 ) -> Embedded:
-    """Features of every usable image of a set; unusable ones are left out and listed.
+    """Features of every usable image of a set; unusable ones are left out and listed. All processes call it and share
+    the batches; each returns the whole.
 
     Args:
         cache_dir: holds one folder per embedder; what is there is not computed again.
@@ -88,15 +144,20 @@ def embed_images(
     Raises:
         StageError: a feature that isn't finite (the message names the image), or no usable image.
     """
-    cache = FeatureCache(Path(cache_dir) / embedder.key)
-    missing = [i for i, digest in enumerate(images.hashes) if digest not in cache.features]
+    folder = Path(cache_dir) / embedder.key
+    cache = FeatureCache(folder)
+    missing = [i for i, digest in enumerate(images.hashes) if digest not in cache]
+    wait()  # all must have seen the same cache before any adds to it
+    # Batches are cut before they are dealt out, and unusable images leave gaps: who computes changes no number.
+    batches = share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
     unusable: dict[int, str] = {}
-    pending_hashes, pending = [], []
-    for indices, batch in _batches(images, missing, embedder, batch_size, unusable):
+    computed, pending_hashes, pending = 0, [], []
+    for indices, batch in _batches(images, batches, embedder, unusable):
         features = embedder.encode(batch).numpy()
         _check_finite(features, images, indices, embedder)
         pending_hashes += [images.hashes[i] for i in indices]
         pending.append(features)
+        computed += len(indices)
         if len(pending_hashes) >= _SHARD:
             cache.add(pending_hashes, np.concatenate(pending))
             pending_hashes, pending = [], []
@@ -104,33 +165,34 @@ def embed_images(
             progress(len(indices))
     if pending:
         cache.add(pending_hashes, np.concatenate(pending))
+    unusable = dict(sorted(collect(list(unusable.items()))))
+    wait()
+    return _gathered(images, FeatureCache(folder), unusable, computed)
+
+
+def _gathered(images: ImageSet, cache: FeatureCache, unusable: dict[int, str], computed: int) -> Embedded:
     kept = [i for i in range(len(images)) if i not in unusable]
     if not kept:
         first = next(iter(unusable.values()), images.excluded[0]["reason"] if images.excluded else "none there")
         raise StageError(f"{images.folder}: no usable image; the first problem: {first}")
     excluded = [{"file": images.name(i), "reason": reason} for i, reason in unusable.items()]
-    features = np.stack([cache.features[images.hashes[i]] for i in kept]).astype(np.float32)
-    return Embedded(images.subset(kept, excluded), features, len(missing) - len(unusable))
+    return Embedded(images.subset(kept, excluded), *cache.read([images.hashes[i] for i in kept]), computed)
 
 
 def _batches(
-    images: ImageSet, indices: list[int], embedder: Embedder, batch_size: int, unusable: dict[int, str]
+    images: ImageSet, batches: list[list[int]], embedder: Embedder, unusable: dict[int, str]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Prepared pixels, ``batch_size`` at a time; an image that can't be used goes into ``unusable`` with the reason."""
-    held, pixels = [], []
-    for index in indices:
-        try:
-            prepared = embedder.prepare(load_rgb(images.records[index].path))
-        except ImageError as error:
-            unusable[index] = str(error)
-            continue
-        held.append(index)
-        pixels.append(prepared)
-        if len(held) == batch_size:
+    """Prepared pixels of each batch; an image that can't be used goes into ``unusable`` with the reason."""
+    for batch in batches:
+        held, pixels = [], []
+        for index in batch:
+            try:
+                pixels.append(embedder.prepare(load_rgb(images.records[index].path)))
+                held.append(index)
+            except ImageError as error:
+                unusable[index] = str(error)
+        if held:
             yield held, torch.stack(pixels)
-            held, pixels = [], []
-    if held:
-        yield held, torch.stack(pixels)
 
 
 def _check_finite(features: np.ndarray, images: ImageSet, indices: list[int], embedder: Embedder) -> None:
@@ -138,3 +200,55 @@ def _check_finite(features: np.ndarray, images: ImageSet, indices: list[int], em
     if bad.size:
         path = images.records[indices[bad[0]]].path
         raise StageError(f"{path}: its {embedder.name} embedding is not finite; the weights may be damaged")
+
+
+def embed(images: ImageSet, embedder: Embedder, cache_dir: str | Path, batch_size: int = 32) -> Embedded:
+    """:func:`embed_images` with a progress bar."""
+    desc = f"embed {images.folder.name} ({embedder.name})"
+    with tqdm(total=len(images), unit="image", desc=desc, delay=2, disable=not is_main()) as bar:
+        return embed_images(images, embedder, cache_dir, batch_size, bar.update)
+
+
+# -- command line ------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    image_dir: list[str] = option([], "folders of images", metavar="DIR")
+    embedder: str = option("pixel", "what similarity is measured in", choices=EMBEDDERS)
+    embedder_weights: str | None = option(None, "local path or Hub id of the embedder's weights", metavar="PATH_OR_ID")
+    embedding_batch_size: int = option(32, "images embedded at once", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
+    output_dir: str | None = option(None, "the cache, one folder per embedder", metavar="DIR")
+
+    def validate(self) -> None:
+        if not self.image_dir or self.output_dir is None:
+            raise OptionError(f"--{'output_dir' if self.image_dir else 'image_dir'}: required")
+        for folder in self.image_dir:
+            if not Path(folder).is_dir():
+                raise OptionError(f"--image_dir: {folder!r} is not a folder")
+        check_device(self.device)
+        try:
+            check_embedder(self.embedder, self.embedder_weights)
+        except StageError as error:
+            raise OptionError(str(error)) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(Options, argv, prog="eval.embed", description=__doc__)
+    try:
+        embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
+        for folder in options.image_dir:
+            found = embed(read_folder(folder), embedder, options.output_dir, options.embedding_batch_size)
+            if is_main():
+                print(f"{folder}: {len(found)} images in {Path(options.output_dir) / embedder.key}")
+                for row in found.images.excluded:
+                    print(f"  left out: {row['file']}: {row['reason']}")
+    except (OptionError, StageError, ImagesMissing, OSError) as error:
+        print(f"eval.embed: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

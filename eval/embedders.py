@@ -2,6 +2,7 @@
 
 ``pixel``    no weights: 16×16 RGB, each channel centred. Finds copies at the same place, scale and orientation only.
 ``dinov2``   DINOv2's class token (Oquab et al. 2023, arXiv 2304.07193).
+``dinov2_paper``  the same as arXiv 2404.10177 measured it: ViT-g, 1024 → 224 pixels without antialiasing, not normalised.
 ``clip``     CLIP's projected image embedding (Radford et al. 2021, arXiv 2103.00020).
 ``sscd``     the copy-detection descriptor (Pizzi et al. 2022, arXiv 2202.10261), :mod:`eval.sscd`.
 ``pooled_pixels``  8×8 RGB means, not normalised: the features of the Fréchet distance ``fd_pixels``.
@@ -28,8 +29,12 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
-_LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError)
-DEFAULT_WEIGHTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14"}
+LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError)
+DEFAULT_WEIGHTS = {
+    "dinov2": "facebook/dinov2-large",
+    "dinov2_paper": "facebook/dinov2-giant",
+    "clip": "openai/clip-vit-large-patch14",
+}
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Embedder:
         preprocessing: what :meth:`prepare` does, in words and numbers; part of the cache key and of the report.
         weights: where the weights came from, and weights_hash the SHA-256 of their tensors; None where there are none.
         network: (batch, 3, h, w) float32 → (batch, d) float32, without gradients.
+        preparing: RGB picture → the network's input, where ``preprocessing`` is only its description.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Embedder:
     weights: str | None = None
     weights_hash: str | None = None
     device: str = "cpu"
+    preparing: Callable[[Image.Image], torch.Tensor] | None = None
 
     @property
     def key(self) -> str:
@@ -65,7 +72,7 @@ class Embedder:
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """RGB picture → (3, h, w) float32."""
-        return prepare(image, self.preprocessing)
+        return self.preparing(image) if self.preparing else prepare(image, self.preprocessing)
 
     @torch.no_grad()
     def encode(self, batch: torch.Tensor) -> torch.Tensor:
@@ -77,10 +84,16 @@ def prepare(image: Image.Image, steps: dict) -> torch.Tensor:
     """Resize (Pillow's filters are antialiased), crop and normalise as ``steps`` says. Returns (3, h, w) float32.
 
     ``steps`` has ``height`` and ``width``, ``resampling``, ``resize`` ("stretch" to that size, or "short_side" to it
-    and then a centre crop), and ``mean`` and ``std`` per channel for values in [0, 1].
+    and then a centre crop), and ``mean`` and ``std`` per channel for values in [0, 1]. With ``antialias`` false, the image
+    is stretched to ``first`` pixels with the antialiased filter, and from there to the size by bilinear interpolation.
     """
     height, width = steps["height"], steps["width"]
     resampling = _RESAMPLING[steps["resampling"]]
+    if not steps["antialias"]:
+        image = image.resize((steps["first"], steps["first"]), resampling)
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 255
+        pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0]
+        return _normalise(pixels, steps)
     if steps["resize"] == "stretch":
         image = image.resize((width, height), resampling)
     else:
@@ -88,7 +101,10 @@ def prepare(image: Image.Image, steps: dict) -> torch.Tensor:
         image = image.resize((image.width * width // short, image.height * height // short), resampling)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    return _normalise(torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255, steps)
+
+
+def _normalise(pixels: torch.Tensor, steps: dict) -> torch.Tensor:
     mean, std = torch.tensor(steps["mean"])[:, None, None], torch.tensor(steps["std"])[:, None, None]
     return (pixels - mean) / std
 
@@ -100,10 +116,9 @@ def _steps(size: int, resampling: str, normalisation=((0.0,) * 3, (1.0,) * 3), r
         "width": size,
         "resize": resize,
         "resampling": resampling,
-        "antialias": True,
+        **{"antialias": True, **more},
         "mean": list(mean),
         "std": list(std),
-        **more,
     }
 
 
@@ -124,21 +139,25 @@ def _pooled_pixels(weights: str | None, device: str) -> Embedder:
     return Embedder("pooled_pixels", _steps(8, "box", then="flattened"), lambda batch: batch.flatten(1))
 
 
-def _dinov2(weights: str, device: str) -> Embedder:
+def _dinov2(weights: str, device: str, name: str = "dinov2", steps: dict | None = None) -> Embedder:
     from transformers import AutoModel
 
-    model = _pretrained(AutoModel, "dinov2", weights, device)
+    model = _pretrained(AutoModel, name, weights, device)
     if not model.config.model_type.startswith("dinov2"):
         raise StageError(f"--embedder_weights: {weights!r} holds a {model.config.model_type} model, not DINOv2")
-    steps = _steps(224, "bicubic", _IMAGENET, output="class token of the last layer, after the final norm")
+    output = "class token of the last layer, after the final norm"
     return Embedder(
-        "dinov2",
-        steps,
+        name,
+        {**(steps or _steps(224, "bicubic", _IMAGENET)), "output": output},
         lambda batch: model(pixel_values=batch).last_hidden_state[:, 0],
         weights,
         hash_tensors(model.state_dict()),
         device,
     )
+
+
+def _dinov2_paper(weights: str, device: str) -> Embedder:
+    return _dinov2(weights, device, "dinov2_paper", _steps(224, "bilinear", antialias=False, first=1024))
 
 
 def _clip(weights: str, device: str) -> Embedder:
@@ -161,7 +180,7 @@ def _sscd(weights: str, device: str) -> Embedder:
 
     try:
         model = load_sscd(weights).to(device)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise _not_loaded("sscd", weights, error) from None
     # The published recommendation for batches: straight to a square, the aspect ratio given up, nothing cropped off.
     return Embedder("sscd", _steps(320, "bilinear", _IMAGENET), model, weights, hash_tensors(model.state_dict()), device)
@@ -173,7 +192,7 @@ def _pretrained(kind, name: str, weights: str, device: str):
         model, report = kind.from_pretrained(
             weights, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise _not_loaded(name, weights, error) from None
     if report["missing_keys"]:
         # transformers would draw them at random, and every similarity with them.
@@ -187,8 +206,23 @@ def _not_loaded(name: str, weights: str, error: BaseException) -> StageError:
     return StageError(f"--embedder_weights: {name} can't be loaded from {weights!r}: {reason}")
 
 
-_BUILDERS = {"pixel": _pixel, "dinov2": _dinov2, "clip": _clip, "sscd": _sscd, "pooled_pixels": _pooled_pixels}
-EMBEDDERS = ("pixel", "dinov2", "clip", "sscd")
+def _fingerprint(weights: str | None, device: str) -> Embedder:
+    from eval.duplicates import fingerprint
+
+    steps = {"hash": "64-bit DCT hash", "thumbnail": "8x8 RGB, box filter", "views": ["as it stands", "mirrored"]}
+    return Embedder("fingerprint", steps, lambda batch: batch, preparing=lambda image: torch.from_numpy(fingerprint(image)))
+
+
+_BUILDERS = {
+    "pixel": _pixel,
+    "dinov2": _dinov2,
+    "dinov2_paper": _dinov2_paper,
+    "clip": _clip,
+    "sscd": _sscd,
+    "pooled_pixels": _pooled_pixels,
+    "fingerprint": _fingerprint,
+}
+EMBEDDERS = ("pixel", "dinov2", "dinov2_paper", "clip", "sscd")
 
 
 def check_embedder(name: str, weights: str | None) -> None:

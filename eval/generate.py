@@ -31,6 +31,9 @@ from eval.checkpoints import (
     tuned,
 )
 from eval.images import StageError
+from eval.processes import is_main, share, wait
+from eval.samplers import MODES as SAMPLERS
+from eval.samplers import Sampler, own_samplers
 from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImagesMissing, list_images
 from sdxl_ambient.manifest import (
@@ -43,7 +46,6 @@ from sdxl_ambient.manifest import (
     write_json,
 )
 
-SAMPLERS = ("full", "early_stop", "hybrid")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MANIFEST = "manifest.json"
 
@@ -68,6 +70,7 @@ class GenerationOptions:
         None, "noise level for early_stop and hybrid; by default the one the checkpoint was trained at", minimum=0
     )
     seed: int = option(0, "every image's seed follows from this and its index", minimum=0)
+    num_seeds: int = option(1, "draw all images once for each of so many seeds, from --seed on", minimum=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
     dtype: str = option("float32", "precision of the networks", choices=tuple(DTYPES))
 
@@ -85,11 +88,12 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Draw:
-    """One image to make."""
+    """One image to make: ``seed`` is the image's own, ``run`` the seed that it was asked for with."""
 
     index: int
     prompt: str
     seed: int
+    run: int = 0
 
     @property
     def file(self) -> str:
@@ -135,14 +139,34 @@ def captions_of(folder: str | Path, caption_column: str = "text") -> list[str]:
     return captions
 
 
-def plan(prompts: list[str], seed: int, num_images: int | None = None, images_per_prompt: int | None = None) -> list[Draw]:
-    """The images to draw. Fewer images than prompts: evenly spaced prompts; more: the prompts over and over."""
+def plan(
+    prompts: list[str],
+    seed: int,
+    num_images: int | None = None,
+    images_per_prompt: int | None = None,
+    num_seeds: int = 1,
+    mean_of: int | None = None,
+) -> list[Draw]:
+    """The images to draw, the same prompts for each seed. Fewer images than prompts: evenly spaced prompts; more: the
+    prompts over and over.
+
+    With ``mean_of`` = k, a k-th of the prompts (rounded down, at least one), evenly, each k times in a row.
+    """
     if num_images is not None and num_images < len(prompts):
-        chosen = [prompts[i * len(prompts) // num_images] for i in range(num_images)]
+        chosen = evenly(prompts, num_images)
     else:
         total = num_images or len(prompts) * (images_per_prompt or 1)
         chosen = [prompts[i % len(prompts)] for i in range(total)]
-    return [Draw(i, prompt, image_seed(seed, i)) for i, prompt in enumerate(chosen)]
+    if mean_of is not None:
+        chosen = [prompt for prompt in evenly(chosen, max(1, len(chosen) // mean_of)) for _ in range(mean_of)]
+    asked = [(run, i, prompt) for run in range(seed, seed + num_seeds) for i, prompt in enumerate(chosen)]
+    return [Draw(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(asked)]
+
+
+def evenly(items: list, count: int) -> list:
+    """``count`` of the items, at most all of them, evenly spaced."""
+    size = min(count, len(items))
+    return [items[i * len(items) // size] for i in range(size)]
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -155,7 +179,7 @@ def image_seed(seed: int, index: int) -> int:
 # -- drawing ---------------------------------------------------------------------
 
 
-def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: str, t_n: int | None, draws: list[Draw]) -> dict:
+def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sampler, draws: list[Draw]) -> dict:
     """Everything that determines the images, for the manifest."""
     vae = options.pretrained_vae_model_name_or_path
     base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -163,14 +187,13 @@ def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: str, t
         "base_weights": hash_weights(base, "base"),
         "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
-        "lora_scale": options.lora_scale if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
-        "sampler": sampler,
-        "t_n": t_n if sampler != "full" else None,
+        **sampler.describe(),
+        "lora_scale": sampler.lora_scale if checkpoint.lora else None,
         "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": options.guidance_scale,
         "resolution": options.resolution,
         "seed": options.seed,
+        "num_seeds": options.num_seeds,
         "dtype": options.dtype,
         "device": torch.device(resolve_device(options.device)).type,
         "num_images": len(draws),
@@ -179,7 +202,7 @@ def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: str, t
 
 
 def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
-    """A function (prompts, generators, sampler, t_n) → images that loads the pipeline when it is first called."""
+    """A function (prompts, generators, sampler) → images that loads the pipeline when it is first called."""
     base = str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant))
     dtype, device = DTYPES[options.dtype], resolve_device(options.device)
 
@@ -190,7 +213,6 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
         return load_pipeline(
             base,
             lora=checkpoint.lora,
-            lora_scale=options.lora_scale,
             unet=checkpoint.unet,
             vae=options.pretrained_vae_model_name_or_path,
             dtype=dtype,
@@ -204,18 +226,20 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
         return load_unet(base, dtype=dtype, variant=options.variant).to(device)
 
-    def draw(prompts, generators, sampler, t_n):
+    def draw(prompts, generators, sampler: Sampler):
         from sdxl_ambient.pipeline import sample
 
+        if checkpoint.lora:
+            pipe().set_adapters(["adapter"], [sampler.lora_scale])
         return sample(
             pipe(),
             prompts,
-            sampler=sampler,
-            t_n=t_n,
-            base_unet=base_unet() if sampler == "hybrid" and checkpoint.unet else None,
+            sampler=sampler.mode,
+            t_n=sampler.t_n,
+            base_unet=base_unet() if sampler.mode == "hybrid" and checkpoint.unet else None,
             generators=generators,
             num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
+            guidance_scale=sampler.guidance_scale,
             height=options.resolution,
             width=options.resolution,
         )
@@ -241,10 +265,11 @@ def generate_images(
     batch_size: int,
     about: dict | None = None,
 ) -> int:
-    """Draw what is missing in ``folder`` and return how many images that was.
+    """Draw what is missing in ``folder`` and return how many images that was (of this process).
 
     Writes ``images/000000.png`` …, each whole or not at all, ``manifest.json`` first and ``metadata.jsonl`` last, so
-    that the folder is an imagefolder once it is complete. ``draw`` isn't called when nothing is missing.
+    that the folder is an imagefolder once it is complete. ``draw`` isn't called when nothing is missing. All processes
+    call it and share the batches.
 
     Args:
         settings: what determines the images. A folder made with other settings is refused.
@@ -255,15 +280,13 @@ def generate_images(
     """
     folder = Path(folder)
     _claim(folder, settings, about or {})
-    (folder / "images").mkdir(exist_ok=True)
     # Whole batches, also when only one image of a batch is missing: a resumed run repeats the uninterrupted run's
     # arithmetic.
-    batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
+    batches = share([draws[i : i + batch_size] for i in range(0, len(draws), batch_size)])
     missing = [b for b in batches if not all((folder / d.file).is_file() for d in b)]
-    if not missing and (folder / "metadata.jsonl").is_file():
-        return 0
     done, total = 0, sum(map(len, missing))
-    with tqdm(total=total, unit="image", desc=f"draw {'/'.join(folder.parts[-2:])}", disable=not missing) as bar:
+    hidden = not missing or not is_main()
+    with tqdm(total=total, unit="image", desc=f"draw {'/'.join(folder.parts[-2:])}", disable=hidden) as bar:
         for batch in missing:
             images = draw([d.prompt for d in batch], [torch.Generator("cpu").manual_seed(d.seed) for d in batch])
             for one, image in zip(batch, images, strict=True):
@@ -273,10 +296,41 @@ def generate_images(
             bar.update(len(batch))
             if all(np.ptp(np.asarray(image)) == 0 for image in images):
                 bar.write(f"{folder}: images {batch[0].index} to {batch[-1].index} are uniform; float16 needs another VAE")
-    rows = [json.dumps({"file_name": d.file, "text": d.prompt, "index": d.index, "seed": d.seed}) for d in draws]
+    wait()
+    if is_main() and not (folder / "metadata.jsonl").is_file():
+        _write_metadata(folder, draws)
+    wait()
+    return done
+
+
+def _write_metadata(folder: Path, draws: list[Draw]) -> None:
+    rows = [
+        json.dumps({"file_name": d.file, "text": d.prompt, "index": d.index, "seed": d.seed, "run": d.run}) for d in draws
+    ]
     with atomic(folder / "metadata.jsonl") as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return done
+
+
+def average_images(source: Path, folder: str | Path, draws: list[Draw], count: int) -> list[Draw]:
+    """Pixel means of ``count`` consecutive images of ``source`` at a time, as an imagefolder with a manifest.
+
+    Returns the means as draws, each with the prompt and the run of its first image. A mean that is there is not made again.
+    """
+    folder = Path(folder)
+    manifest = read_json(source / MANIFEST)
+    _claim(folder, {**manifest["settings"], "averaged": count}, {**manifest["about"], "samples": source.name})
+    means = []
+    groups = [draws[i : i + count] for i in range(0, len(draws), count)]
+    for index, group in enumerate(groups):
+        means.append(Draw(index, group[0].prompt, group[0].seed, group[0].run))
+        if is_main() and not (folder / means[-1].file).is_file():
+            pixels = np.mean([np.asarray(Image.open(source / d.file), np.float32) for d in group], axis=0)
+            with atomic(folder / means[-1].file) as temporary:
+                Image.fromarray(np.round(pixels).astype(np.uint8)).save(temporary)
+    if is_main() and not (folder / "metadata.jsonl").is_file():
+        _write_metadata(folder, means)
+    wait()
+    return means
 
 
 def _claim(folder: Path, settings: dict, about: dict) -> None:
@@ -289,43 +343,39 @@ def _claim(folder: Path, settings: dict, about: dict) -> None:
                 f"{folder} holds images of other settings ({'; '.join(changed)}); "
                 "give another --output_dir, or delete that folder"
             )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
-    write_json(path, {"settings": settings, "about": about, "environment": environment()})
+    elif is_main():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
+        write_json(path, {"settings": settings, "about": about, "environment": environment()})
+        (folder / "images").mkdir(exist_ok=True)
+    wait()
 
 
 def generate(
-    options: GenerationOptions, checkpoint: Checkpoint, samplers: dict[str, int | None], draws: list[Draw], root: Path
-) -> dict[str, Path]:
-    """Draw one checkpoint with each sampler (name → its t_n) into ``root/<sampler>``; the model is loaded once, if
-    at all.
+    options: GenerationOptions, checkpoint: Checkpoint, samplers: list[Sampler], prompts: list[str], root: Path
+) -> dict[str, tuple[Path, list[Draw]]]:
+    """Draw one checkpoint with each sampler into ``root/NAME``; the model is loaded once, if at all.
+
+    Returns each sampler's folder and what is in it.
     """
     draw = open_checkpoint(options, checkpoint)
-    folders = {}
-    for sampler, t_n in samplers.items():
-        settings = describe(options, checkpoint, sampler, t_n, draws)
+    found = {}
+    for sampler in samplers:
+        asked = (options.seed, options.num_images, options.images_per_prompt, options.num_seeds, sampler.mean_of)
+        draws, folder = plan(prompts, *asked), root / sampler.name
+        samples = folder if sampler.mean_of is None else root / f"{sampler.name}.samples"
         about = {
             "name": checkpoint.name,
             "base": options.pretrained_model_name_or_path,
             "lora": str(checkpoint.lora) if checkpoint.lora else None,
             "unet": str(checkpoint.unet) if checkpoint.unet else None,
         }
-        one = functools.partial(draw, sampler=sampler, t_n=t_n)
-        folders[sampler] = root / sampler
-        generate_images(folders[sampler], settings, draws, one, options.batch_size, about)
-    return folders
-
-
-def sampler_levels(checkpoint: Checkpoint, samplers: list[str], sampler_t_n: int | None) -> dict[str, int | None]:
-    """Each sampler's t_n. Raises OptionError where one is needed and neither given nor recorded."""
-    level = sampler_t_n if sampler_t_n is not None else checkpoint.t_n()
-    for sampler in samplers:
-        if sampler != "full" and level is None:
-            raise OptionError(
-                f"--sampler_t_n: needed for the sampler {sampler!r}, since {checkpoint.name!r} records no noise level"
-            )
-    return {s: level if s != "full" else None for s in samplers}
+        settings = describe(options, checkpoint, sampler, draws)
+        generate_images(samples, settings, draws, functools.partial(draw, sampler=sampler), options.batch_size, about)
+        if sampler.mean_of is not None:
+            draws = average_images(samples, folder, draws, sampler.mean_of)
+        found[sampler.name] = (folder, draws)
+    return found
 
 
 # -- command line ------------------------------------------------------------------
@@ -354,15 +404,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="eval.generate", description=__doc__)
     try:
         checkpoint = tuned(options)
-        t_n = sampler_levels(checkpoint, [options.sampler], options.sampler_t_n)[options.sampler]
+        (sampler,) = own_samplers(checkpoint, options, [options.sampler])
         prompts = (
             read_prompts(options.prompts_file)
             if options.prompts_file
             else captions_of(options.train_data_dir, options.caption_column)
         )
-        draws = plan(prompts, options.seed, options.num_images, options.images_per_prompt)
-        draw = functools.partial(open_checkpoint(options, checkpoint), sampler=options.sampler, t_n=t_n)
-        settings = describe(options, checkpoint, options.sampler, t_n, draws)
+        draws = plan(prompts, options.seed, options.num_images, options.images_per_prompt, options.num_seeds)
+        draw = functools.partial(open_checkpoint(options, checkpoint), sampler=sampler)
+        settings = describe(options, checkpoint, sampler, draws)
         done = generate_images(options.output_dir, settings, draws, draw, options.batch_size)
     except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
         print(f"eval.generate: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -16,7 +16,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # What earlier work calls a copy: DINO's from Daras et al. 2024 (arXiv 2404.10177), SSCD's .5 from Somepalli et al. 2023
 # (arXiv 2212.03860) and .75 (precision .9 on DISC2021) from Pizzi et al. 2022 (arXiv 2202.10261). Uncalibrated: see
 # :func:`eval.calibrate.threshold`.
-LEGACY_THRESHOLDS = {"dinov2": (0.9, 0.95), "sscd": (0.5, 0.75)}
+LEGACY_THRESHOLDS = {"dinov2": (0.9, 0.95), "dinov2_paper": (0.9, 0.95), "sscd": (0.5, 0.75)}
 # A false-positive rate times a number of images is often meant to be whole (.29 · 100) and comes out just below it.
 _ROUNDING = 1e-9
 
@@ -138,10 +138,17 @@ def authpct(generated, train) -> float:
     wanted, which = np.unique(nearest[:, 0], return_inverse=True)
     # Of the two training images nearest to t*, one is t* itself or, just as far, a duplicate.
     nearest_other = nearest_distances(train[wanted], train, 2)[0].max(axis=1)
-    return float(np.mean(distances[:, 0] > nearest_other[which]))
+    return authpct_of_distances(distances[:, 0], nearest_other[which])
 
 
-def c_t(generated, heldout, train, *, cells: int = 10, min_generated: int = 20, seed: int = 0) -> float:
+def authpct_of_distances(to_nearest, nearest_to_other) -> float:
+    """:func:`authpct` from d(x̂, t*) and d(t*, nearest other training image), arrays of shape (n,)."""
+    return float(np.mean(finite_array(to_nearest, "to_nearest") > finite_array(nearest_to_other, "nearest_to_other")))
+
+
+def c_t(
+    generated, heldout, train, *, cells: int = 10, min_generated: int = 20, seed: int = 0, to_train=None
+) -> float:  # fmt: skip
     """C_T = Σ_π P(π) Z_π / Σ_π P(π): are generated images nearer to the training set than held-out ones? Negative: copied.
 
     The space is cut into cells π by k-means on the training set. Z_π is :func:`mann_whitney_z` of the distances to the
@@ -154,6 +161,8 @@ def c_t(generated, heldout, train, *, cells: int = 10, min_generated: int = 20, 
         generated, heldout, train: arrays of shape (m, d), (n, d) and (l, d), l ≥ cells, compared by Euclidean distance.
         cells: cells of the partition; 1 is the paper's global test, Z_U.
         seed: of k-means.
+        to_train: the generated and the held-out images' distances to their nearest training images, (m,) and (n,), where
+            they are known; ``train`` then only makes the cells, and a part of it will do.
 
     Raises:
         ValueError: shapes that don't fit, empty arrays, values that aren't finite, more cells than distinct training images,
@@ -164,7 +173,8 @@ def c_t(generated, heldout, train, *, cells: int = 10, min_generated: int = 20, 
     distinct = len(np.unique(train, axis=0))
     if not 1 <= cells <= distinct:
         raise ValueError(f"cells: between 1 and the {distinct} distinct training images are needed, got {cells}")
-    to_train = [nearest_distances(images, train)[0][:, 0] for images in (generated, heldout)]
+    if to_train is None:
+        to_train = [nearest_distances(images, train)[0][:, 0] for images in (generated, heldout)]
     centres, _ = kmeans2(train, cells, iter=50, minit="++", seed=seed)
     in_cell = [nearest_distances(images, centres)[1][:, 0] for images in (generated, heldout)]
     counts = [np.bincount(cell, minlength=cells) for cell in in_cell]

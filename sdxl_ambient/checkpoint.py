@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
@@ -21,6 +22,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 INFO_FILE = "training.json"
 INFO_KEY = "sdxl_ambient"  # the same information inside an adapter's own file, under this metadata key
 STATE_FILE = "checkpoint.json"
+MODEL_FILE = "model.safetensors"  # a fully fine-tuned UNet in a training state, as accelerate stores it
 
 
 class CheckpointError(ValueError):
@@ -47,22 +49,30 @@ def save_lora(unet, folder: str | Path, info: dict) -> Path:
     both files. ``unet`` is the model itself, out of any distributed wrapper.
     """
     path = Path(folder) / LORA_FILE
+    with atomic(path) as temporary:
+        _write_lora(unet, temporary)
+        _add_info(temporary, info)
+    write_json(Path(folder) / INFO_FILE, info)
+    return path
+
+
+def _write_lora(unet, path: Path) -> None:
     metadata = unet.peft_config["default"].to_dict()
     # Sets have no order and do not go into JSON.
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-    with atomic(path) as temporary:
-        StableDiffusionXLPipeline.save_lora_weights(
-            str(temporary.parent),
-            unet_lora_layers=lora_state(unet),
-            unet_lora_adapter_metadata=metadata,
-            weight_name=temporary.name,
-        )
-        with safe_open(str(temporary), "pt") as file:
-            own = {**(file.metadata() or {}), INFO_KEY: json.dumps(info, sort_keys=True)}
-        # From bytes: load_file maps the file, and writing to a mapped file pulls the tensors from under one's feet.
-        save_file(load(temporary.read_bytes()), str(temporary), metadata=own)
-    write_json(Path(folder) / INFO_FILE, info)
-    return path
+    StableDiffusionXLPipeline.save_lora_weights(
+        str(path.parent),
+        unet_lora_layers=lora_state(unet),
+        unet_lora_adapter_metadata=metadata,
+        weight_name=path.name,
+    )
+
+
+def _add_info(path: Path, info: dict) -> None:
+    with safe_open(str(path), "pt") as file:
+        own = {**(file.metadata() or {}), INFO_KEY: json.dumps(info, sort_keys=True)}
+    # From bytes: load_file maps the file, and writing to a mapped file pulls the tensors from under one's feet.
+    save_file(load(path.read_bytes()), str(path), metadata=own)
 
 
 def load_lora_state(unet, path: str | Path) -> None:
@@ -96,19 +106,73 @@ def save_unet(unet, folder: str | Path, info: dict) -> Path:
 
 
 def read_training_info(path: str | Path) -> dict:
-    """What training recorded about an adapter (folder or file) or a UNet folder; {} where nothing is recorded."""
+    """What training recorded about a LoRA or a UNet (folder or file), or a training state; {} where nothing is recorded.
+
+    Raises:
+        CheckpointError: a record that can't be read.
+    """
     path = Path(path)
-    for folder in (path, path.parent) if path.is_dir() else ():
-        if (folder / INFO_FILE).is_file():
-            return read_json(folder / INFO_FILE)
-    file = path / LORA_FILE if path.is_dir() else path
-    if file.suffix != ".safetensors" or not file.is_file():
-        return {}
+    if path.is_file():
+        own = _json(_metadata(path).get(INFO_KEY), path) if path.suffix == ".safetensors" else {}
+        return own or (read_training_info(path.parent) if path.name in (LORA_FILE, MODEL_FILE) else {})
+    if info := _info_file(path):
+        return info
+    if (path / LORA_FILE).is_file() and (info := _json(_metadata(path / LORA_FILE).get(INFO_KEY), path / LORA_FILE)):
+        return info
+    if path.name == "unet":
+        return read_training_info(path.parent)
+    # A training state of an earlier version has no record of its own; the run's holds for it but for the step.
+    if (step := step_of(path)) is not None and (info := _info_file(path.parent)):
+        return {**info, "step": step}
+    return {}
+
+
+def _info_file(folder: Path) -> dict:
+    path = folder / INFO_FILE
+    return _json(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
+
+
+def _json(text: str | None, path: Path) -> dict:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} can't be read: what it says of its training is not a JSON object")
+    return found
+
+
+def _metadata(file: Path) -> dict[str, str]:
     try:
         with safe_open(str(file), "pt") as opened:
-            return json.loads((opened.metadata() or {}).get(INFO_KEY, "{}"))
-    except SafetensorError as error:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} can't be read: {error}") from None
+
+
+def lora_metadata(file: str | Path) -> dict:
+    """peft's configuration inside a LoRA's file (``unet.r``, ``unet.lora_alpha``, …); {} where there is none.
+
+    Raises:
+        CheckpointError: unreadable, or a training state of ours that was saved without it at an alpha that isn't its rank:
+            a loader would take the rank for alpha, and evaluate a LoRA of another strength.
+    """
+    file = Path(file)
+    found = _json(_metadata(file).get(LORA_ADAPTER_METADATA_KEY), file)
+    if not found and (file.parent / STATE_FILE).is_file() and not _alpha_is_rank(file.parent.parent / "options.json"):
+        raise CheckpointError(
+            f"{file} was saved without its alpha by an earlier version, so its strength is unknown; "
+            "resume the training from it, which saves it anew, or take the run's final weights"
+        )
+    return found
+
+
+def _alpha_is_rank(options_file: Path) -> bool:
+    try:
+        options = read_json(options_file)["options"]
+        return options["lora_alpha"] in (None, options["rank"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -131,7 +195,7 @@ def register_lora_hooks(accelerator, unet) -> None:
         while weights:
             weights.pop()
         if accelerator.is_main_process:
-            save_file({f"unet.{k}": v for k, v in lora_state(unet).items()}, str(Path(folder) / LORA_FILE))
+            _write_lora(unet, Path(folder) / LORA_FILE)
 
     def load(models, folder):
         while models:
@@ -149,10 +213,12 @@ def save_checkpoint(
     progress: dict,
     limit: int | None = None,
     save_more: Callable[[Path], None] | None = None,
+    info: dict | None = None,
 ) -> Path:
     """Write ``checkpoint-<step>`` with everything a resume needs, then remove the oldest beyond ``limit``.
 
-    ``save_more(folder)`` is called by every process, for state that each has of its own.
+    ``save_more(folder)`` is called by every process, for state that each has of its own. ``info`` (t_n, objective, …) is
+    stored as the final weights' is, so that a training state can be evaluated like them.
 
     All processes call it. Model, optimizer, scheduler and random states go through ``accelerator.save_state`` into a
     temporary folder; its list of files and sizes is written last and the folder renamed, so that a checkpoint that was cut
@@ -168,6 +234,8 @@ def save_checkpoint(
         save_more(temporary)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if info is not None:
+            _record(temporary, info)
         files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
         write_json(temporary / STATE_FILE, {"step": step, "progress": progress, "files": dict(sorted(files.items()))})
         replace_folder(temporary, final)
@@ -177,10 +245,22 @@ def save_checkpoint(
     return final
 
 
+def _record(folder: Path, info: dict) -> None:
+    if (folder / LORA_FILE).is_file():
+        _add_info(folder / LORA_FILE, info)
+    write_json(folder / INFO_FILE, info)
+
+
+def step_of(folder: str | Path) -> int | None:
+    """The step in the name of a ``checkpoint-<step>`` folder; None for any other name."""
+    start, _, step = Path(folder).name.partition("-")
+    return int(step) if start == "checkpoint" and step.isdecimal() and step.isascii() else None
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """All ``checkpoint-<step>`` folders, the earliest step first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-", 1)[1]))
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and step_of(p) is not None]
+    return sorted(found, key=step_of)
 
 
 def check_checkpoint(folder: str | Path) -> dict:

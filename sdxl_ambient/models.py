@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_ambient.noise import NoiseSchedule
@@ -24,7 +25,11 @@ LORA_TARGETS = {
     "all": [*_LINEAR, "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"],
 }
 _PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
-LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError)
+LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, LookupError)
+# Where the original layout's and diffusers' UNet files keep the UNet's weights.
+_UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
+_ORIGINAL_PREFIX = "model.diffusion_model."
+_ANOTHER = "is incomplete, or of another architecture than that of"
 
 
 class ModelError(ValueError):
@@ -62,6 +67,12 @@ def load_part(kind, name_or_path, what: str, **keywords):
         raise ModelError(f"the {what} of {str(name_or_path)!r} can't be loaded: {one_line(error)}") from None
 
 
+def in_precision(dtype: torch.dtype) -> dict:
+    """The keyword for ``from_pretrained`` of diffusers, which took another name for it before 0.42."""
+    recent = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
+    return {"dtype" if recent else "torch_dtype": dtype}
+
+
 def load_schedule(name_or_path: str, revision: str | None = None) -> NoiseSchedule:
     """The noise schedule of the base model's own scheduler."""
     scheduler = load_part(DDPMScheduler, name_or_path, "scheduler", subfolder="scheduler", revision=revision)
@@ -84,9 +95,68 @@ def load_unet(
         subfolder=None if bare else "unet",
         revision=revision,
         variant=variant,
-        torch_dtype=dtype,
         use_safetensors=True,
+        **in_precision(dtype),
     )
+
+
+def unet_file(path: str | Path) -> Path | None:
+    """The one .safetensors file that ``path`` is, or that a training state holds in place of a UNet's folder; else None."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    state = path / "model.safetensors"
+    return state if state.is_file() and not any((path / p).exists() for p in ("unet", "config.json")) else None
+
+
+def load_unet_file(
+    path: str | Path, base: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> UNet2DConditionModel:
+    """The UNet of one .safetensors file, with the configuration of the ``base`` pipeline.
+
+    The file is an SDXL checkpoint in the original layout (sgm, kohya, ComfyUI), whose text encoders and VAE are not read,
+    or a UNet alone in that layout or in diffusers'.
+
+    Raises:
+        ModelError: no UNet in it, one of another architecture, an incomplete one, or one that predicts another quantity.
+    """
+    try:
+        weights, predicts_v = _unet_weights(Path(path))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the UNet {str(path)!r} can't be loaded: {one_line(error)}") from None
+    # Such files say it by an empty tensor of this name. Sampled as ε, v gives noise, in which nothing is found copied.
+    if predicts_v and load_schedule(base, revision).prediction_type != "v_prediction":
+        raise ModelError(f"the UNet {str(path)!r} predicts v, but the scheduler of {str(base)!r} doesn't; give another base")
+    try:
+        unet = UNet2DConditionModel.from_single_file(
+            weights, config=str(base), subfolder="unet", config_revision=revision, **in_precision(dtype)
+        )
+    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+        raise ModelError(f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: {one_line(error)}") from None
+    state = unet.state_dict()
+    if len(weights) != len(state) or any(tensor.is_meta for tensor in state.values()):
+        # diffusers leaves out what it doesn't know, and leaves empty what isn't there.
+        raise ModelError(
+            f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: it holds {len(weights)} weights instead of {len(state)}"
+        )
+    return unet
+
+
+def _unet_weights(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The UNet's weights under the names that diffusers converts, or under its own; and whether the file says v."""
+    with safe_open(str(path), "pt") as file:
+        names = list(file.keys())
+        if any("lora_" in n or ".lora." in n for n in names):
+            raise ValueError("it is a LoRA, not a UNet")
+        for prefix in _UNET_PREFIXES:
+            original = any(n.startswith(f"{prefix}input_blocks.") for n in names)
+            if original or any(n.startswith((f"{prefix}conv_in.", f"{prefix}down_blocks.")) for n in names):
+                break
+        else:
+            raise ValueError("it holds no UNet's weights")
+        kept = [n for n in names if n.startswith(prefix) and n != "v_pred" and n != "ztsnr"]
+        new = _ORIGINAL_PREFIX if original else ""
+        return {new + n.removeprefix(prefix): file.get_tensor(n) for n in kept}, "v_pred" in names
 
 
 @dataclass
@@ -113,7 +183,7 @@ def load_vae(
     where, sub = dict(revision=revision, variant=variant), "vae"
     if vae is not None:
         name_or_path, where, sub = vae, {}, "vae" if (Path(vae) / "vae").is_dir() else None
-    how = dict(subfolder=sub, torch_dtype=torch.float32, use_safetensors=True)
+    how = dict(subfolder=sub, use_safetensors=True, **in_precision(torch.float32))
     return load_part(AutoencoderKL, name_or_path, "VAE", **how, **where).requires_grad_(False).eval()
 
 

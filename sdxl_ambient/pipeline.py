@@ -7,16 +7,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
-from sdxl_ambient.checkpoint import read_training_info
-from sdxl_ambient.models import LOADING_ERRORS, ModelError, check_sdxl, load_part, load_unet, one_line
+from sdxl_ambient.checkpoint import LORA_FILE, CheckpointError, lora_metadata, read_training_info
+from sdxl_ambient.manifest import hash_bytes
+from sdxl_ambient.models import (
+    LOADING_ERRORS,
+    ModelError,
+    check_sdxl,
+    in_precision,
+    load_part,
+    load_unet,
+    load_unet_file,
+    one_line,
+    unet_file,
+)
 
 SAMPLERS = ("full", "early_stop", "hybrid")
+ADAPTER = "adapter"  # what the LoRA is called in the pipeline
+# The parts of the pipeline that a LoRA changes, with what their weights' names begin with in diffusers' and kohya's formats.
+_PARTS = {
+    "unet": ("unet.", "lora_unet_"),
+    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+}
 
 
 def load_pipeline(
@@ -34,12 +56,13 @@ def load_pipeline(
     """A stock SDXL pipeline from a local directory or the Hub, with a LoRA or a fully fine-tuned UNet put in.
 
     Args:
-        lora: a directory that holds ``pytorch_lora_weights.safetensors``, or a .safetensors file.
-        unet: a ``unet`` directory, or a directory that holds one.
+        lora: a .safetensors file in diffusers' or kohya's format, or a directory with one; see :func:`load_lora`.
+        unet: a ``unet`` directory, a directory that holds one, or a .safetensors file: a UNet's weights, or a whole SDXL
+            checkpoint in the original layout (kohya, ComfyUI), whose UNet is used with the base's text encoders and VAE.
         vae: another VAE; the stock one overflows in float16.
 
     Raises:
-        ModelError: not an SDXL model, or files that are missing or damaged.
+        ModelError: not an SDXL model, files that are missing or damaged, or a LoRA that can't be loaded whole.
         ValueError: both ``lora`` and ``unet``.
     """
     if lora is not None and unet is not None:
@@ -47,18 +70,19 @@ def load_pipeline(
     check_sdxl(pretrained_model_name_or_path, revision)
     parts = {}
     if unet is not None:
-        parts["unet"] = load_unet(unet, dtype=dtype)
+        file, base = unet_file(unet), pretrained_model_name_or_path
+        parts["unet"] = load_unet_file(file, base, dtype=dtype, revision=revision) if file else load_unet(unet, dtype=dtype)
     if vae is not None:
-        parts["vae"] = load_part(AutoencoderKL, vae, "VAE", torch_dtype=dtype, use_safetensors=True)
+        parts["vae"] = load_part(AutoencoderKL, vae, "VAE", use_safetensors=True, **in_precision(dtype))
     pipe = load_part(
         StableDiffusionXLPipeline,
         pretrained_model_name_or_path,
         "pipeline",
-        torch_dtype=dtype,
         revision=revision,
         variant=variant,
         use_safetensors=True,
         add_watermarker=False,
+        **in_precision(dtype),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -67,21 +91,117 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 1.0) -> None:
-    """``pipe.load_lora_weights`` from a local directory or file, safetensors only."""
-    path = Path(lora)
-    folder, name = (path.parent, path.name) if path.suffix == ".safetensors" else (path, None)
-    try:
-        pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="adapter", use_safetensors=True)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"the LoRA {str(lora)!r} can't be loaded: {one_line(error)}") from None
-    if scale != 1.0:
-        pipe.set_adapters(["adapter"], [scale])
-
-
 def adapter_t_n(path: str | Path) -> int | None:
     """The noise level t_n (timestep) that an adapter or UNet was trained at; None for clean data or an unknown history."""
     return read_training_info(path).get("t_n")
+
+
+# -- LoRA ----------------------------------------------------------------------
+
+
+def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 1.0) -> None:
+    """Put a LoRA of the UNet, the text encoders or both into the pipeline: every weight, at its strength, or none.
+
+    diffusers leaves out what it can't place or doesn't know, with a warning at most: a LoRA for other modules, DoRA's
+    magnitudes in kohya's format, one of two mixed layouts. What then draws is a weaker LoRA or the base model, in which
+    nothing is found copied. So every tensor of the file is looked for in the pipeline afterwards.
+
+    Args:
+        lora: a .safetensors file in diffusers' or kohya's format, either of its layouts, or a directory with one.
+
+    Raises:
+        ModelError: no such file, a damaged one, or one that isn't loaded whole.
+    """
+    file = _lora_file(Path(lora))
+    precisions = {part: getattr(pipe, part).dtype for part in _PARTS}
+    try:
+        described = {name.split(".")[0] for name in lora_metadata(file)}
+        weights = load_file(str(file))
+        if kohya := any(name.endswith(".lora_down.weight") for name in weights):
+            weights = _without_alphas(weights)
+            pipe.load_lora_weights(dict(weights), adapter_name=ADAPTER)
+        else:
+            where = dict(weight_name=file.name, use_safetensors=True)
+            pipe.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **where)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+        raise ModelError(f"the LoRA {str(lora)!r} can't be loaded: {one_line(error)}") from None
+    _check_whole(pipe, weights, precisions, lora)
+    _check_strength(pipe, set() if kohya else described, lora)
+    if scale != 1.0:
+        pipe.set_adapters([ADAPTER], [scale])
+
+
+def _lora_file(path: Path) -> Path:
+    """The file itself, or a directory's ``pytorch_lora_weights.safetensors`` or only .safetensors file."""
+    if path.suffix == ".safetensors":
+        return path
+    if (path / LORA_FILE).is_file():
+        return path / LORA_FILE
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ModelError(f"the LoRA {str(path)!r} can't be loaded: {len(found)} .safetensors files there; give one file")
+    return found[0]
+
+
+def _without_alphas(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """kohya's format with each module's alpha / rank multiplied into its weights, so that a loader need not heed it.
+
+    diffusers takes alphas that differ between the modules of a text encoder for one and the same.
+    """
+    folded = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
+    for name, alpha in weights.items():
+        module = name.removesuffix(".alpha")
+        if name == module or f"{module}.lora_down.weight" not in weights:
+            continue
+        up, rank = f"{module}.lora_up.weight", len(weights[f"{module}.lora_down.weight"])
+        folded[up] = weights[up].float() * (float(alpha) / rank)
+    return folded
+
+
+def _check_whole(pipe, weights: dict[str, torch.Tensor], precisions: dict[str, torch.dtype], lora) -> None:
+    """Every tensor of the file is a weight of the part of the pipeline that its name says, whatever it is called there."""
+    adapted = {part: getattr(pipe, part) for part in _PARTS if ADAPTER in getattr(getattr(pipe, part), "peft_config", {})}
+    loaded = Counter()
+    for part, model in adapted.items():
+        state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        loaded.update((part, _fingerprint(tensor, precisions[part])) for tensor in state.values())
+    missing = []
+    for name, tensor in weights.items():
+        part = next((part for part, starts in _PARTS.items() if name.startswith(starts)), None)
+        key = (part, part and _fingerprint(tensor, precisions[part]))
+        if loaded[key] > 0:
+            loaded[key] -= 1
+        else:
+            missing.append(name)
+    if missing or not weights:
+        examples = f" (left out: {', '.join(missing[:2])}{', …' if len(missing) > 2 else ''})" if missing else ""
+        raise ModelError(
+            f"the LoRA {str(lora)!r} can't be evaluated: diffusers loads only {len(weights) - len(missing)} of its "
+            f"{len(weights)} weights into SDXL{examples}"
+        )
+
+
+def _fingerprint(tensor: torch.Tensor, precision: torch.dtype) -> str | None:
+    """Of the values alone, in the part's precision, to which the loader may have rounded; None for an empty placeholder."""
+    if tensor.is_meta:
+        return None
+    values = tensor.detach().to("cpu", precision).contiguous().reshape(-1)
+    return hash_bytes(values.view(torch.uint8).numpy().data)
+
+
+def _check_strength(pipe, described: set[str], lora) -> None:
+    """Parts without a configuration in the file act as they are: up·down, not scaled."""
+    for part in _PARTS.keys() - described:
+        layers = [m for m in getattr(pipe, part).modules() if isinstance(m, BaseTunerLayer) and ADAPTER in m.scaling]
+        if wrong := {layer.scaling[ADAPTER] for layer in layers if abs(layer.scaling[ADAPTER] - 1) > 1e-6}:
+            raise ModelError(
+                f"the LoRA {str(lora)!r} can't be evaluated: diffusers scales weights of its {part} by {min(wrong):g}"
+            )
+
+
+# -- sampling ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -187,7 +307,7 @@ def _early_stop(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
 
 def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
     _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
-    adapted = bool(getattr(pipe.unet, "peft_config", None))
+    adapted = [] if base_unet is not None else [m for m in _models(pipe) if getattr(m, "peft_config", None)]
     if base_unet is None and not adapted:
         raise ValueError("sampler 'hybrid' needs a LoRA to switch off, or the base model's UNet to hand over to")
     # t_n itself becomes a step, so that the fine-tuned weights act on (t_n, T) and nowhere else.
@@ -196,16 +316,34 @@ def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
     tuned = pipe.unet
 
     def hand_over(pipe, step: int, timestep, tensors: dict) -> dict:
-        if step == last_above:
-            if base_unet is not None:
-                pipe.unet = base_unet
-            else:
-                pipe.unet.disable_adapters()
-        return tensors
+        if step != last_above:
+            return tensors
+        if base_unet is not None:
+            pipe.unet = base_unet
+        for model in adapted:
+            model.disable_adapters()
+        # Below t_n the prompt, too, is the base model's.
+        reads = any(model is not pipe.unet for model in adapted)
+        return {**tensors, **_encoded(pipe, arguments)} if reads else tensors
 
     try:
         return pipe(**arguments, timesteps=timesteps, callback_on_step_end=hand_over).images
     finally:
         pipe.unet = tuned
-        if base_unet is None:
-            pipe.unet.enable_adapters()
+        for model in adapted:
+            model.enable_adapters()
+
+
+def _models(pipe) -> list[torch.nn.Module]:
+    return [getattr(pipe, part) for part in _PARTS]
+
+
+def _encoded(pipe, arguments: dict) -> dict[str, torch.Tensor]:
+    """The prompts as the text encoders read them now, under the names that the pipeline's loop has for them."""
+    guided = pipe.do_classifier_free_guidance
+    prompt, negative, pooled, negative_pooled = pipe.encode_prompt(
+        arguments["prompt"], negative_prompt=arguments["negative_prompt"], do_classifier_free_guidance=guided
+    )
+    if guided:
+        prompt, pooled = torch.cat([negative, prompt]), torch.cat([negative_pooled, pooled])
+    return {"prompt_embeds": prompt, "add_text_embeds": pooled}

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 
 from sdxl_ambient import checkpoint
 from sdxl_ambient.checkpoint import CheckpointError
@@ -262,3 +262,87 @@ def test_lora_hooks_store_the_lora_alone_and_read_it_back(accelerator, unet, tmp
             p.data.add_(1)
     accelerator.load_state(str(path))
     assert torch.equal(output(tuned, inputs), want)
+
+
+def test_a_training_state_says_what_the_final_weights_say(accelerator, unet, miniature, tmp_path, inputs):
+    """alpha ≠ rank, which a loader can't tell from the weights; t_n, from the folder and from the file alone."""
+    tuned = with_lora(unet, rank=4, alpha=16)
+    checkpoint.register_lora_hooks(accelerator, accelerator.unwrap_model(accelerator.prepare(tuned)))
+    path = checkpoint.save_checkpoint(accelerator, tmp_path, 7, {}, info={**INFO, "step": 7})
+    assert checkpoint.check_checkpoint(path)["step"] == 7
+    pipe = StableDiffusionXLPipeline.from_pretrained(miniature, add_watermarker=False)
+    pipe.load_lora_weights(path)
+    torch.testing.assert_close(output(pipe.unet, inputs), output(tuned, inputs), rtol=1e-5, atol=1e-5)
+    final = checkpoint.save_lora(tuned, tmp_path / "final", {**INFO, "step": 7})
+    with safe_open(path / final.name, "pt") as state, safe_open(final, "pt") as whole:
+        assert state.metadata() == whole.metadata()
+    for place in (path, path / final.name):
+        assert checkpoint.read_training_info(place) == {**INFO, "step": 7}
+    (path / "training.json").unlink()
+    assert checkpoint.read_training_info(path) == {**INFO, "step": 7}
+
+
+def test_a_full_fine_tunes_state_says_it_too(accelerator, training, tmp_path):
+    path = checkpoint.save_checkpoint(accelerator, tmp_path, 3, {}, info={**INFO, "step": 3})
+    for place in (path, path / "model.safetensors"):
+        assert checkpoint.read_training_info(place) == {**INFO, "step": 3}
+    assert "training.json" in checkpoint.check_checkpoint(path)["files"]
+
+
+def old_state(accelerator, unet, folder, step, **options):
+    """A training state as the first versions left it: the weights alone. Returns the LoRA and its file."""
+    tuned = with_lora(unet, **options)
+    checkpoint.register_lora_hooks(accelerator, accelerator.unwrap_model(accelerator.prepare(tuned)))
+    path = save(accelerator, folder, step) / "pytorch_lora_weights.safetensors"
+    save_file(load(path.read_bytes()), path)
+    return tuned, path
+
+
+def test_a_state_without_its_alpha_resumes_but_has_no_known_strength(accelerator, unet, tmp_path, inputs):
+    tuned, path = old_state(accelerator, unet, tmp_path, 1)
+    want = output(tuned, inputs)
+    fresh = with_lora(unet, seed=1)
+    checkpoint.load_lora_state(fresh, path)
+    assert torch.equal(output(fresh, inputs), want)
+    with pytest.raises(CheckpointError, match="saved without its alpha .* its strength is unknown") as error:
+        checkpoint.lora_metadata(path)
+    assert "\n" not in str(error.value)
+    for options, known in [
+        (dict(rank=4, lora_alpha=None), 1),
+        (dict(rank=4, lora_alpha=4), 1),
+        (dict(rank=4, lora_alpha=16), 0),
+    ]:
+        (tmp_path / "options.json").write_text(json.dumps({"options": options}))
+        if known:
+            assert checkpoint.lora_metadata(path) == {}
+            continue
+        with pytest.raises(CheckpointError, match="strength is unknown"):
+            checkpoint.lora_metadata(path)
+
+
+def test_the_record_of_the_run_holds_for_an_old_state_but_for_the_step(accelerator, unet, tmp_path):
+    tuned, path = old_state(accelerator, unet, tmp_path, 5, alpha=4)
+    assert checkpoint.read_training_info(path) == checkpoint.read_training_info(path.parent) == {}
+    checkpoint.save_lora(tuned, tmp_path, {**INFO, "step": 90})
+    assert checkpoint.read_training_info(path) == checkpoint.read_training_info(path.parent) == {**INFO, "step": 5}
+    # Another adapter that happens to lie in the folder is not the run's.
+    save_file(load_file(path), tmp_path / "other.safetensors")
+    assert checkpoint.read_training_info(tmp_path / "other.safetensors") == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(CheckpointError, match="training.json can't be read"):
+        checkpoint.read_training_info(tmp_path)
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1)}, file, metadata={"sdxl_ambient": text})
+    with pytest.raises(CheckpointError, match="x.safetensors can't be read"):
+        checkpoint.read_training_info(file)
+
+
+def test_steps_are_read_from_names():
+    assert checkpoint.step_of("a/checkpoint-12") == 12
+    assert [checkpoint.step_of(n) for n in ("checkpoint-", "checkpoint-x", "checkpoint-²", "other-3", "checkpoint")] == [
+        None
+    ] * 5

@@ -1,17 +1,23 @@
 """One picture in two guises is found, two pictures that look alike to a grey hash are not."""
 
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from skimage import data
 
 from eval.controls import jpeg
-from eval.duplicates import drop_near_duplicates, fingerprints, matches
+from eval.duplicates import Fingerprints, drop_near_duplicates, drop_near_embeddings, fingerprint, jpeg_limit, matches
 from eval.images import read_folder
+from sdxl_ambient.images import load_rgb
 
 
 def photographs():
     return {name: Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "cat", "coffee", "rocket")}
+
+
+def fingerprints(images):
+    return Fingerprints.of(np.stack([fingerprint(load_rgb(record.path)) for record in images.records]))
 
 
 def folder(root, pictures):
@@ -64,9 +70,35 @@ def test_colours_tell_pictures_of_one_shape_apart(tmp_path):
     assert len(drop_near_duplicates(images, prints)) == 2
 
 
-def test_files_that_are_no_pictures_are_left_to_the_next_stage(tmp_path):
-    images = folder(tmp_path / "a", photographs())
-    (tmp_path / "a/broken.png").write_bytes(b"not a picture")
-    images = read_folder(tmp_path / "a")
-    prints = fingerprints(images)
-    assert len(prints.index) == 4 and len(drop_near_duplicates(images, prints)) == 5
+def test_a_fingerprint_survives_as_features(tmp_path):
+    """Hash and thumbnail through bytes in float32 are what the library gives."""
+    picture = photographs()["cat"]
+    features = fingerprint(picture)[None]
+    norm = np.linalg.norm(features)
+    prints = Fingerprints.of((features / norm).astype(np.float32) * norm)  # what a cache of normalised features does
+    for side, view in enumerate((picture, ImageOps.mirror(picture))):
+        assert int(prints.hashes[0, side]) == int(str(imagehash.phash(view)), 16)
+        thumbnail = np.asarray(view.resize((8, 8), Image.Resampling.BOX), np.float32).ravel() / 255
+        np.testing.assert_array_equal(prints.thumbnails[0, side], thumbnail)
+
+
+def test_images_as_near_as_a_jpeg_copy_are_one_picture(tmp_path):
+    """By embedding: the earlier of a set stays, and whatever shows an image of the other set goes."""
+    images = folder(
+        tmp_path / "a", {name: Image.new("RGB", (9, 9), c) for name, c in [("a", "red"), ("b", "blue"), ("c", "tan")]}
+    )
+    others = folder(tmp_path / "b", {"x": Image.new("RGB", (9, 9), "white")})
+    angles = np.array([0.0, 1.0, 0.01])
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    kept = drop_near_embeddings(images, embeddings, 0.99)
+    assert [kept.name(i) for i in range(len(kept))] == ["a.png", "b.png"]
+    assert kept.excluded[0]["reason"].startswith("near-duplicate of a.png (similarity 0.9999")
+    theirs = np.array([[np.cos(1.02), np.sin(1.02)]], np.float32)
+    kept = drop_near_embeddings(images, embeddings, 0.99, others, theirs)
+    assert [kept.name(i) for i in range(len(kept))] == ["a.png"]
+    assert "x.png of" in kept.excluded[0]["reason"]
+
+
+def test_the_limit_is_half_of_the_jpeg_copies_and_never_low():
+    assert jpeg_limit(np.array([0.97, 0.98, 0.99])) == pytest.approx(0.98)
+    assert jpeg_limit(np.array([0.1, 0.2, 0.3])) == 0.95

@@ -10,17 +10,10 @@ from conftest import copy_emoji
 from PIL import Image
 
 from eval.checkpoints import Checkpoint, hash_weights
-from eval.generate import (
-    Options,
-    captions_of,
-    generate_images,
-    image_seed,
-    main,
-    plan,
-    read_prompts,
-    sampler_levels,
-)
+from eval.generate import Options, average_images, captions_of, generate_images, image_seed, main, plan, read_prompts
 from eval.images import StageError
+from eval.memorization import Options as Evaluation
+from eval.samplers import own_samplers, samplers_of
 from sdxl_ambient.checkpoint import save_lora
 from sdxl_ambient.config import OptionError, load_options
 from sdxl_ambient.models import add_lora
@@ -66,7 +59,13 @@ def test_batch_size_and_interruption_change_no_image(miniature, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(before, pixels(tmp_path / "a"), strict=True))
     rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
     assert [r["text"] for r in rows] == PROMPTS
-    assert rows[3] == {"file_name": "images/000003.png", "text": "yellow star", "index": 3, "seed": image_seed(0, 3)}
+    assert rows[3] == {
+        "file_name": "images/000003.png",
+        "text": "yellow star",
+        "index": 3,
+        "seed": image_seed(0, 3),
+        "run": 0,
+    }
 
 
 def test_a_lora_changes_the_images_and_hybrid_uses_its_own_level(miniature, lora, tmp_path):
@@ -138,11 +137,61 @@ def test_prompts_from_files_and_captions(tmp_path):
         captions_of(folder)
 
 
-def test_a_level_that_nobody_knows_is_asked_for(lora):
-    assert sampler_levels(Checkpoint("x", lora=lora), ["full", "hybrid"], None) == {"full": None, "hybrid": 500}
-    assert sampler_levels(Checkpoint("x", lora=lora), ["early_stop"], 300) == {"early_stop": 300}
+def test_seeds_share_prompts_and_means_take_a_part_of_them():
+    draws = plan(PROMPTS, 3, num_images=2, num_seeds=2)
+    assert [(d.index, d.prompt, d.run) for d in draws] == [
+        (0, "red apple", 3), (1, "penguin", 3), (2, "red apple", 4), (3, "penguin", 4)
+    ]  # fmt: skip
+    assert [d.seed for d in draws] == [image_seed(3, 0), image_seed(3, 1), image_seed(4, 0), image_seed(4, 1)]
+    means = plan(PROMPTS, 0, mean_of=2)
+    assert [d.prompt for d in means] == ["red apple", "red apple", "penguin", "penguin"]
+    assert len({d.seed for d in means}) == 4
+    assert [d.prompt for d in plan(PROMPTS[:1], 0, mean_of=4)] == ["red apple"] * 4
+
+
+def test_means_are_of_consecutive_images_and_resume(tmp_path):
+    draws = plan(PROMPTS[:2], 0, mean_of=2)
+    generate_images(tmp_path / "s", {}, draws, draw_uniform, 2)
+    (mean,) = average_images(tmp_path / "s", tmp_path / "m", draws, 2)
+    greys = [d.seed % 256 for d in draws]
+    assert pixels(tmp_path / "m")[0][0, 0].tolist() == [round(sum(greys) / 2)] * 3
+    assert (mean.prompt, mean.file) == ("red apple", "images/000000.png")
+    assert json.loads((tmp_path / "m/metadata.jsonl").read_text())["text"] == "red apple"
+    made = (tmp_path / "m" / mean.file).stat().st_mtime_ns
+    average_images(tmp_path / "s", tmp_path / "m", draws, 2)
+    assert (tmp_path / "m" / mean.file).stat().st_mtime_ns == made
+
+
+def evaluation(tmp_path, *flags):
+    options = Evaluation()
+    for name, value in zip(flags[::2], flags[1::2], strict=True):
+        setattr(options, name, value)
+    return options
+
+
+def test_a_level_that_nobody_knows_is_asked_for(lora, tmp_path):
+    def levels(checkpoint, modes, t_n):
+        return {s.name: s.t_n for s in own_samplers(checkpoint, evaluation(tmp_path, "sampler_t_n", t_n), modes)}
+
+    assert levels(Checkpoint("x", lora=lora), ["full", "hybrid"], None) == {"full": None, "hybrid": 500}
+    assert levels(Checkpoint("x", lora=lora), ["early_stop"], 300) == {"early_stop": 300}
     with pytest.raises(OptionError, match="--sampler_t_n: needed for the sampler 'hybrid', since 'x' records no"):
-        sampler_levels(Checkpoint("x"), ["hybrid"], None)
+        levels(Checkpoint("x", unet=tmp_path), ["hybrid"], None)
+
+
+def test_the_worst_case_has_every_way_that_applies_once_and_the_users_first(lora, tmp_path):
+    def names(checkpoint, *flags):
+        return [s.name for s in samplers_of(checkpoint, evaluation(tmp_path, *flags))]
+
+    everything = ["hybrid", "full", "early_stop", "scale_0.5", "scale_1.5", "guidance_1", "mean_4"]
+    assert names(Checkpoint("x", lora=lora), "samplers", ["hybrid"]) == everything
+    assert names(Checkpoint("x", lora=lora), "guidance_scale", 2.0)[-3:] == ["guidance_1", "guidance_5", "mean_4"]
+    assert names(Checkpoint("x", unet=tmp_path)) == ["full", "guidance_1", "mean_4"]  # no scale, and no level is known
+    assert names(Checkpoint("base"), "samplers", ["hybrid"]) == ["full", "guidance_1", "mean_4"]
+    assert names(Checkpoint("x", lora=lora), "worst_case", "none") == ["full"]
+    by_name = {s.name: s for s in samplers_of(Checkpoint("x", lora=lora), evaluation(tmp_path, "lora_scale", 0.8))}
+    assert by_name["scale_1.5"].lora_scale == 1.5 and by_name["guidance_1"].lora_scale == 0.8
+    assert by_name["guidance_1"].guidance_scale == 1.0 and by_name["full"].guidance_scale == 5.0
 
 
 @pytest.mark.parametrize(
@@ -167,6 +216,8 @@ def test_wrong_options_are_one_line(miniature, tmp_path, monkeypatch, flags, mes
 
 def test_a_damaged_lora_is_one_line_and_exit_code_2(miniature, tmp_path, capsys):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"rubbish")
-    assert main(arguments(miniature, tmp_path, "out", "--lora", str(tmp_path))) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(miniature, tmp_path, "out", "--lora", str(tmp_path)))
+    assert stopped.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("eval.generate: error:")

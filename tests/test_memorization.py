@@ -6,11 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, copy_emoji
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from eval.calibrate import clopper_pearson
 from eval.memorization import BASE, Options, main
-from eval.summary import model_figures, verdict
+from eval.summary import References
+from eval.verdict import judge, model_figures, over_budget
 from sdxl_ambient.checkpoint import save_lora, save_unet
 from sdxl_ambient.config import OptionError, load_options
 from sdxl_ambient.manifest import read_json
@@ -34,31 +38,52 @@ def tuned(unet, tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory):
+    """A CLIP of random weights with a real tokenizer, as a local folder."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = CLIPTokenizer.from_pretrained(REPOSITORY / "miniature/pipeline/tokenizer")
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 77, "projection_dim": 16}
+    vision = {**small, "image_size": 32, "patch_size": 16, "projection_dim": 16}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp_path, capsys):
     out = tmp_path / "report"
     flags = [
         *("--pretrained_model_name_or_path", str(miniature), "--lora", f"noisy={tuned / 'lora_noisy'}"),
         *("--unet", str(tuned / "whole"), "--samplers", "full", "hybrid", "--sampler_t_n", "500"),
         *("--num_images", "2", "--num_inference_steps", "3", *SETS, "--output_dir", str(out)),
-        *("--attack_t", "500", "--attack_steps", "2", "--attack_images", "3"),
+        *("--attack_t", "500", "--attack_steps", "2", "--attack_images", "3", "--guidance_scale", "5"),
     ]
     assert main(flags) == 0
     report = read_json(out / "report.json")
     assert list(report["models"]) == ["base", "noisy", "whole"]
-    assert list(report["models"]["base"]["samplers"]) == ["full"]
+    assert list(report["models"]["base"]["samplers"]) == ["full", "guidance_1", "mean_4"]
     for model in report["models"].values():
         worst = model["samplers"][model["worst_sampler"]]
         for key in ("n_generated", "similarity_to_train", "similarity_to_heldout", "share_above_threshold"):
             assert model[key] == worst[key]
-        assert model["n_generated"] == 2
-    assert list(noisy_attacks := report["models"]["noisy"]["attacks"]) == ["error/500", "one_step/500", "posterior/500"]
-    assert noisy_attacks["error/500"]["n_train"] == 3
+        assert model["samplers"]["full"]["n_generated"] == 2 and model["samplers"]["mean_4"]["n_generated"] == 1
+    noisy_attacks = report["models"]["noisy"]["attacks"]
+    assert list(noisy_attacks) == ["error/500", "one_step/500", "posterior/500", "mask", "magnitude"]
+    assert noisy_attacks["error/500"]["n_train"] == 3 and noisy_attacks["mask"]["difference_to_base"] is not None
+    assert report["models"]["base"]["attacks"]["mask"]["difference_to_base"] is None
     assert list(report["controls"]["planted"]) == ["copy", "jpeg", "flip", "crop", "vae"]
     noisy = report["models"]["noisy"]
     assert noisy["samplers"]["full"]["copied_share"]["recall_control"] == "vae"
-    assert list(noisy["samplers"]) == ["full", "hybrid"]
+    names = ["full", "hybrid", "early_stop", "scale_0.5", "scale_1.5", "guidance_1", "mean_4"]
+    assert list(noisy["samplers"]) == names and noisy["own_sampler"] == "full"
+    worst = noisy["worst_case"]
+    assert [row["name"] for row in worst["rows"]] == [*names, *noisy_attacks] and worst["tests"] == 12
+    assert worst["confidence_each"] == pytest.approx(1 - 0.05 / 12)
+    assert noisy["samplers"]["scale_0.5"]["settings"]["lora_scale"] == 0.5
     assert (noisy["trained_t_n"], noisy["samplers"]["hybrid"]["t_n"], noisy["samplers"]["full"]["t_n"]) == (500, 500, None)
-    assert sorted(p.name for p in (out / "generated" / "noisy").iterdir()) == ["full", "hybrid"]
+    assert sorted(p.name for p in (out / "generated" / "noisy").iterdir()) == sorted([*names, "mean_4.samples"])
     # The full UNet is the base's own, and so are its images.
     same = [read_json(out / "generated" / m / "full" / "manifest.json")["settings"] for m in ("base", "whole")]
     assert same[0]["base_weights"] == same[1]["base_weights"] and same[1]["unet_weights"]
@@ -98,7 +123,7 @@ def test_planted_copies_are_found_and_unrelated_images_are_not(tmp_path):
     assert low < model["share_above_threshold"] < high
     # Every copy is found and few others are: the corrected share is the true one, and a budget is kept or it isn't.
     assert figures["copied_share"]["low"] < 0.5 < figures["copied_share"]["high"]
-    assert figures["copied_share"]["recall_control"] == "jpeg" and figures["copied_share"]["effective_images"] == 40
+    assert figures["copied_share"]["recall_control"] == "jpeg" and figures["effective_images"] == 40
     assert 18 <= figures["discoveries"]["count"] <= 22
     assert figures["authpct"] < 0.6 and figures["c_t"]["value"] < -2 and figures["c_t"]["cells"] == 1
     assert 0.4 <= figures["legacy_shares"]["0.9"] <= 0.6 and figures["kid"] is not None and figures["vendi"] > 5
@@ -107,6 +132,7 @@ def test_planted_copies_are_found_and_unrelated_images_are_not(tmp_path):
     assert planted["copy"]["share_above_threshold"] == 1 and planted["flip"]["share_above_threshold"] < 0.9
     assert main(given(tmp_path, folder, "--max_excess", "0.2")) == 1
     assert main(given(tmp_path, folder, "--max_excess", "0.6")) == 0
+    assert figures["excess_interval"][0] < figures["excess_over_heldout"] < figures["excess_interval"][1]
     assert figures["excess_over_heldout"] > 0.4 > 0.1 > figures["share_above_threshold_heldout"]
     for row in figures["images"]:
         if not row["file"].startswith("other_"):
@@ -138,7 +164,7 @@ def test_report_is_standard_json_without_nan(tmp_path):
         raise AssertionError(constant)
 
     report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
     assert report["models"]["model"]["samplers"]["given"]["fd_pixels"] is None
 
 
@@ -184,7 +210,21 @@ def options(*flags):
     ("flags", "message"),
     [
         ([], "--train_data_dir: required"),
-        (["--train_data_dir", "x"], "--heldout_data_dir: required"),
+        (["--train_data_dir", "x"], "--output_dir: required"),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--preset", "best"], "--preset: 'best' is not one of"),
+        (
+            [*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--preset", "paper", "--embedder", "clip"],
+            "names an embedder",
+        ),
+        (
+            [*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--worst_case", "all"],
+            "'all' is not one of standard, none",
+        ),
+        (
+            [*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--clip_score_model", "./x"],
+            "--clip_score_model: './x' is not a",
+        ),
+        ([*SETS, "--output_dir", "o", "--generated_dir", "a=.", "--until", "report"], "'report' is not one of generate"),
         ([*SETS, "--output_dir", "o"], "--pretrained_model_name_or_path: required, unless"),
         ([*SETS, "--output_dir", "o", "--lora", "x"], "--pretrained_model_name_or_path: required"),
         ([*SETS, "--output_dir", "o", "--generated_dir", "nowhere"], "--generated_dir: 'nowhere' is not a folder"),
@@ -213,7 +253,7 @@ def test_models_of_one_name_or_called_base_clash(miniature, tuned):
         options(*start, "--lora", lora, lora)
     with pytest.raises(OptionError, match="--skip_base: leaves nothing"):
         options(*start, "--skip_base", "true")
-    assert [c.name for c in options(*start, "--lora", lora).checkpoints()] == [BASE, "lora_noisy"]
+    assert [c.name for c in options(*start, "--lora", lora).models()] == [BASE, "lora_noisy"]
 
 
 def test_a_file_in_the_way_of_the_output_is_refused(tmp_path):
@@ -237,27 +277,119 @@ def test_a_heldout_set_that_was_trained_on_is_refused(tmp_path, capsys):
     assert "every image of" in capsys.readouterr().err
 
 
-def sampler(share, interval, median=0.5, unseen=0.0):
+def entry(flags, median=0.5, unseen=0.0):
+    """A sampler's figures: ``flags`` of 100 images lie above the threshold."""
     similarity = {"mean": median, "quantiles": {"0.5": median}}
+    share = flags / 100
     return {
         **{"n_generated": 100, "similarity_to_train": similarity, "similarity_to_heldout": similarity},
-        **{"share_above_threshold": share, "count_above_threshold": round(share * 100), "interval": interval},
+        **{"share_above_threshold": share, "count_above_threshold": flags, "effective_images": 100.0},
+        "interval": list(clopper_pearson(flags, 100)),
         "share_above_threshold_as_many_heldout": unseen,
     }
 
 
+def references(planted=None):
+    """The 200 null images leave the threshold at .9."""
+    null = np.linspace(0, 0.9, 200)
+    return References(*[None] * 4, 0.02, 0.95, null, "heldout", 0.9, None, "pixel", planted or {})
+
+
 def test_a_model_is_judged_by_its_worst_sampler_against_the_larger_control():
-    threshold = {"value": 0.9, "alpha": 0.02, "confidence": 0.95}
-    base = model_figures({"full": sampler(0.04, [0.01, 0.1])}, {})
     cases = {
-        "above": {"full": sampler(0.1, [0.05, 0.18]), "hybrid": sampler(0.03, [0.0, 0.08])},
-        "unclear": {"full": sampler(0.03, [0.0, 0.08]), "hybrid": sampler(0.07, [0.03, 0.14])},
-        "within": {"full": sampler(0.04, [0.01, 0.1])},
+        "above": {"full": entry(20), "hybrid": entry(3)},
+        "unclear": {"full": entry(3), "hybrid": entry(8)},
+        "within": {"full": entry(4)},
         # No nearer to the training set than to as many images that the model never saw.
-        "within ": {"full": sampler(0.1, [0.05, 0.18], unseen=0.1)},
+        "within ": {"full": entry(20, unseen=0.2)},
     }
     worst = {"above": "full", "unclear": "hybrid", "within": "full", "within ": "full"}
     for level, samplers in cases.items():
-        model = model_figures(samplers, {})
-        assert model["worst_sampler"] == worst[level]
-        assert verdict("x", model, threshold, base)["level"] == level.strip()
+        models = {"base": model_figures({"full": entry(4)}, {}), "x": model_figures(samplers, {})}
+        judge(models, {}, references(), "base")
+        assert models["x"]["worst_sampler"] == worst[level]
+        assert models["x"]["verdict"]["level"] == level.strip()
+
+
+def test_the_verdict_allows_for_having_looked_at_many_samplers():
+    """8 of 100 are above 2 % when they are the only test, and not when they are the worst of thirty."""
+    alone, many = {"full": entry(8)}, {f"s{i}": entry(8 if i == 0 else 1) for i in range(30)}
+    for samplers, level, tests in ((alone, "above", 1), (many, "unclear", 30)):
+        models = {"x": model_figures(samplers, {})}
+        judge(models, {}, references(), "base")
+        worst = models["x"]["worst_case"]
+        assert models["x"]["verdict"]["level"] == level and worst["tests"] == tests
+        low, high = clopper_pearson(8, 100, 1 - 0.05 / tests)
+        assert (worst["rows"][0]["low"], worst["rows"][0]["high"]) == (low, high)
+
+
+def test_an_attack_alone_condemns_a_model_and_not_one_that_the_base_model_fails_too():
+    good, chance = np.arange(60) + 100.0, np.arange(60.0)
+    asked = {"train": {"mask": good}, "heldout": {"mask": chance}}
+    naive = {"train": {"mask": chance}, "heldout": {"mask": chance + 0.5}}
+    for base, level in ((naive, "above"), (asked, "within")):
+        models = {name: model_figures({"full": entry(2)}, {}) for name in ("base", "x")}
+        judge(models, {"base": base, "x": asked}, references(), "base")
+        assert models["x"]["verdict"]["level"] == level
+        row = models["x"]["worst_case"]["rows"][-1]
+        assert (row["name"], row["value"], row["above"]) == ("mask", 1.0, level == "above")
+    assert models["base"]["verdict"]["level"] == "above"  # without a control of its own
+
+
+def test_the_users_own_sampler_stands_beside_the_worst():
+    models = {"x": model_figures({"hybrid": entry(3), "full": entry(40)}, {})}
+    judge(models, {}, references(), "base")
+    assert models["x"]["own_sampler"] == "hybrid" and models["x"]["worst_sampler"] == "full"
+    assert "As you sample it ('hybrid') it is 3.0%" in models["x"]["verdict"]["text"]
+
+
+def test_a_budget_is_exceeded_only_by_what_is_sure_of_all_samplers_at_once():
+    planted = {"jpeg": np.ones(100)}
+    models = {"x": model_figures({"full": entry(20)}, {})}
+    judge(models, {}, references(planted), "base")
+    (row,) = models["x"]["worst_case"]["rows"]
+    assert row["copied"]["low"] < 0.184 < row["copied"]["high"]  # (.2 - .02) / (1 - .02)
+    assert over_budget(models["x"], 0.05) and not over_budget(models["x"], 0.18)
+
+
+def test_without_held_out_images_the_base_model_is_the_control(miniature, tuned, tmp_path):
+    out = tmp_path / "report"
+    flags = [
+        *("--pretrained_model_name_or_path", str(miniature), "--lora", f"noisy={tuned / 'lora_noisy'}"),
+        *("--num_images", "60", "--num_inference_steps", "1", "--worst_case", "none", "--batch_size", "30"),
+        *(*SETS[:2], "--output_dir", str(out)),
+    ]
+    assert main(flags) == 0
+    report = read_json(out / "report.json")
+    assert report["threshold"]["null"] == "base" and report["threshold"]["n_null"] == 60
+    assert report["data"]["heldout"] is None and report["controls"]["heldout_to_train"] is None
+    figures = report["models"]["noisy"]["samplers"]["full"]
+    assert figures["fd_embedding"] is None and figures["similarity_to_heldout"] is None and figures["prdc"] is None
+    assert figures["share_above_threshold"] is not None and figures["difference_to_base"] is not None
+    assert report["models"]["noisy"]["attacks"] is None
+    assert "control is the base model's own images" in report["models"]["noisy"]["verdict"]["text"]
+    assert "base model" in (out / "index.html").read_text()
+    # With neither, there are figures and no verdict.
+    folder = ["--generated_dir", f"x={out / 'generated/noisy/full'}", *SETS[:2], "--output_dir", str(tmp_path / "bare")]
+    assert main(folder) == 3
+    report = read_json(tmp_path / "bare/report.json")
+    assert report["threshold"]["null"] is None and report["models"]["x"]["verdict"]["level"] == "unknown"
+
+
+def test_stages_stop_where_they_are_told(miniature, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--pretrained_model_name_or_path", str(miniature), "--num_images", "2", "--num_inference_steps", "1", *SETS]
+    flags += ["--output_dir", str(out), "--worst_case", "none"]
+    assert main([*flags, "--until", "generate"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["generated"]
+    assert main([*flags, "--until", "embed"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["embeddings", "generated"]
+
+
+def test_seeds_and_the_clip_score_are_reported(miniature, clip_model, tmp_path):
+    flags = ["--pretrained_model_name_or_path", str(miniature), "--num_images", "3", "--num_seeds", "2", *SETS]
+    flags += ["--num_inference_steps", "1", "--worst_case", "none", "--skip_attacks", "true", "--seed", "5"]
+    assert main([*flags, "--clip_score_model", str(clip_model), "--output_dir", str(tmp_path / "out")]) == 0
+    figures = read_json(tmp_path / "out/report.json")["models"]["base"]["samplers"]["full"]
+    assert [(s["seed"], s["n"]) for s in figures["seeds"]] == [(5, 3), (6, 3)] and figures["n_generated"] == 6
+    assert figures["clip_score"]["n"] == 6 and 0 <= figures["clip_score"]["mean"] <= 100

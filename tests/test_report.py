@@ -1,6 +1,7 @@
 """The page: self-contained, in order, made from report.json alone, and escaped."""
 
 import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,8 @@ import pytest
 from conftest import REPOSITORY
 
 from eval.memorization import main as evaluate
-from eval.report import main, pair_groups, render, survival
+from eval.plots import survival
+from eval.report import main, pair_groups, render
 
 DATA = REPOSITORY / "miniature" / "data"
 
@@ -43,10 +45,16 @@ class Page(HTMLParser):
 def test_the_page_needs_no_network(finished):
     text = (finished / "index.html").read_text()
     for tag, attributes in Page(text).tags:
-        assert tag not in ("script", "link", "iframe")
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
         for key in ("src", "href", "srcset"):
             assert attributes.get(key, "data:").startswith(("data:", "#"))
     assert "url(" not in text and "@import" not in text
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", text, re.S)  # inline, and the policy allows no other
+    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|sendBeacon|EventSource|import\(|https?:", script)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [a["content"] for t, a in Page(text).tags if a.get("http-equiv") == "Content-Security-Policy"]
+    allowed = {"default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'"}
+    assert len(policies) == 1 and allowed <= set(policies[0].split("; "))
     for svg in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text):
         drawing = base64.b64decode(svg).decode()
         assert not re.search(r'(href|src)="https?:', drawing)
@@ -62,6 +70,11 @@ def test_the_page_can_be_read_without_eyes(finished):
     tags = [t for t, _ in page.tags]
     assert "caption" in tags and "main" in tags and "title" in tags
     assert all("scope" in a for t, a in page.tags if t == "th")
+    regions = [a.get("aria-label") for _, a in page.tags if a.get("role") == "region"]
+    assert all(regions) and len(set(regions)) == len(regions)
+    links = [a["href"][1:] for t, a in page.tags if t == "a"]
+    assert "verdict" in links and set(links) <= set(page.ids)
+    assert {a["for"] for t, a in page.tags if t == "label"} == {a["id"] for t, a in page.tags if t == "input"}
     assert len(page.ids) == len(set(page.ids))
 
 
@@ -96,8 +109,8 @@ def test_survival_is_the_share_strictly_above():
 def test_pairs_show_the_closest_first_and_the_same_random_ones(finished):
     report = json.loads((finished / "report.json").read_text())
     figures = report["models"]["others"]["samplers"]["given"]
-    top, some = pair_groups(figures, report, lambda folder, file: None)
+    top, _, some = pair_groups(figures, report, lambda folder, file: None)
     shown = [r["similarity_to_train"] for r in top["rows"]]
     assert shown == sorted((r["similarity_to_train"] for r in figures["images"]), reverse=True)[: len(shown)]
-    again = pair_groups(figures, report, lambda folder, file: None)[1]
+    again = pair_groups(figures, report, lambda folder, file: None)[2]
     assert some == again and not {r["file"] for r in some["rows"]} & {r["file"] for r in top["rows"]}

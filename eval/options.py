@@ -1,0 +1,164 @@
+"""The options of ``python -m eval.memorization``, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.attack import AttackOptions
+from eval.checkpoints import Checkpoint, check_checkpoint, run_checkpoints
+from eval.embedders import EMBEDDERS, check_embedder
+from eval.generate import SAMPLERS
+from eval.images import StageError
+from eval.processes import is_main
+from eval.samplers import SETS
+from sdxl_ambient.config import OptionError, option
+
+BASE = "base"
+STAGES = ("generate", "embed", "attack", "measure")
+PRESETS = {"default": "dinov2", "paper": "dinov2_paper"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class Options(AttackOptions):
+    lora: list[str] = option([], "LoRAs to evaluate, diffusers' or kohya's format, each [NAME=]PATH", metavar="[NAME=]PATH")
+    unet: list[str] = option(
+        [], "fully fine-tuned UNets to evaluate, folders or single files, each [NAME=]PATH", metavar="[NAME=]PATH"
+    )
+    checkpoints: list[str] = option(
+        [], "training runs, of which every checkpoint-* is evaluated, each [NAME=]DIR", metavar="[NAME=]DIR"
+    )
+    generated_dir: list[str] = option([], "folders of images made elsewhere, each [NAME=]DIR", metavar="[NAME=]DIR")
+    samplers: list[str] = option(["full"], "how you sample each LoRA and UNet; the first is yours", choices=SAMPLERS)
+    worst_case: str = option("standard", "further samplers that the verdict is the worst of", choices=SETS)
+    skip_attacks: bool = option(False, "leave out the attacks on the weights")
+    skip_base: bool = option(False, "leave out the base model, which is a control")
+    train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")
+    heldout_data_dir: str | None = option(
+        None, "images of the same source that were not trained on; without, the base model is the control", metavar="DIR"
+    )
+    caption_column: str = option("text", "key of the caption in metadata.jsonl")
+    preset: str | None = option(
+        None, "embedder and preprocessing: DINOv2 ViT-L, or what the paper measured with", choices=tuple(PRESETS)
+    )
+    embedder: str = option("pixel", "what similarity is measured in", choices=EMBEDDERS)
+    embedder_weights: str | None = option(None, "local path or Hub id of the embedder's weights", metavar="PATH_OR_ID")
+    embedding_batch_size: int = option(32, "images embedded at once", minimum=1)
+    clip_score_model: str | None = option(None, "CLIP model for the CLIP score: local path or Hub id", metavar="PATH_OR_ID")
+    alpha: float = option(0.02, "share of unrelated images that may exceed the threshold", above=0.0, maximum=0.5)
+    confidence: float = option(0.95, "of the intervals", minimum=0.5, maximum=0.9999)
+    max_excess: float | None = option(
+        None, "budget: exit with 1 where a model's copied share, whole interval, lies above this", minimum=0, maximum=1
+    )
+    near_duplicates: str = option(
+        "drop", "held-out and training images that show the same picture as a training image", choices=("drop", "keep")
+    )
+    until: str = option("measure", "the last stage to run", choices=STAGES)
+    output_dir: str | None = option(None, "folder to write to", metavar="DIR")
+
+    def validate(self) -> None:
+        for name in ("train_data_dir", "output_dir"):
+            if getattr(self, name) is None:
+                raise OptionError(f"--{name}: required")
+        tuned = self.lora or self.unet or self.checkpoints
+        if self.pretrained_model_name_or_path is None and (tuned or not self.generated_dir):
+            raise OptionError("--pretrained_model_name_or_path: required, unless images are given with --generated_dir")
+        self.check_generation()
+        for name in ("train_data_dir", "heldout_data_dir"):
+            if getattr(self, name) is not None and not Path(getattr(self, name)).is_dir():
+                raise OptionError(f"--{name}: {getattr(self, name)!r} is not a folder")
+        for checkpoint in self.models():
+            for name in ("lora", "unet"):
+                if getattr(checkpoint, name):
+                    check_checkpoint(name, getattr(checkpoint, name))
+        for folder in self.given().values():
+            if not folder.is_dir():
+                raise OptionError(f"--generated_dir: {str(folder)!r} is not a folder")
+        if not self.models() and not self.given():
+            raise OptionError("--skip_base: leaves nothing to evaluate; give --lora, --unet or --generated_dir")
+        self._check_folders()
+        self._check_embedders()
+
+    def models(self) -> list[Checkpoint]:
+        """The models to draw from, the base first. Raises OptionError for names that clash or can't be folder names."""
+        if self.pretrained_model_name_or_path is None:
+            return []
+        found = self._tuned()
+        _check_unique([BASE, *(c.name for c in found), *self.given()])
+        return found if self.skip_base else [Checkpoint(BASE), *found]
+
+    def _tuned(self) -> list[Checkpoint]:
+        """The fine-tuned models, looked for once: what is left out of a run is warned of."""
+        asked = (*self.lora, *self.unet, *self.checkpoints)
+        if getattr(self, "_looked_for", None) == asked:
+            return self._found
+        found = []
+        for kind in ("lora", "unet"):
+            for value in getattr(self, kind):
+                name, path = _named(kind, value)
+                found.append(Checkpoint(name, **{kind: path}))
+        for value in self.checkpoints:
+            name, path = _named("checkpoints", value)
+            if not path.is_dir():
+                raise OptionError(f"--checkpoints: {str(path)!r} is not a folder")
+            found += run_checkpoints(name, path, warn=_warn, option_name="checkpoints")
+        self._looked_for, self._found = asked, found
+        return found
+
+    def given(self) -> dict[str, Path]:
+        """The folders of images that are there already, by name."""
+        pairs = [_named("generated_dir", value) for value in self.generated_dir]
+        _check_unique([name for name, _ in pairs])
+        return dict(pairs)
+
+    def _check_embedders(self) -> None:
+        if self.preset is not None:
+            if self.embedder != "pixel":
+                raise OptionError(f"--preset: {self.preset!r} names an embedder, and so does --embedder; give one of them")
+            self.embedder = PRESETS[self.preset]
+        clip = self.clip_score_model
+        if clip is not None and clip.startswith(("/", ".", "~")) and not Path(clip).is_dir():
+            raise OptionError(f"--clip_score_model: {clip!r} is not a folder; give one, or a model id of the Hub")
+        try:
+            check_embedder(self.embedder, self.embedder_weights)
+        except StageError as error:
+            raise OptionError(str(error)) from None
+
+    def _check_folders(self) -> None:
+        train, heldout, out = (
+            Path(p).resolve() if p else None for p in (self.train_data_dir, self.heldout_data_dir, self.output_dir)
+        )
+        if train == heldout:
+            raise OptionError(f"--heldout_data_dir: {self.heldout_data_dir!r} is the training set; nothing is held out")
+        for name, folder in [("train_data_dir", train), ("heldout_data_dir", heldout)]:
+            if folder and (out == folder or folder in out.parents):
+                # Generated images would be read as data the next time.
+                raise OptionError(f"--output_dir: {self.output_dir!r} lies inside --{name}; give a folder outside it")
+        existing = next(p for p in (out, *out.parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise OptionError(f"--output_dir: {self.output_dir!r} can't be written to ({existing} is not a writable folder)")
+
+
+def _warn(message: str) -> None:
+    if is_main():
+        print(f"eval.memorization: {message}", file=sys.stderr)
+
+
+def _named(kind: str, value: str) -> tuple[str, Path]:
+    """ "NAME=PATH", or a path that gives its own name."""
+    name, equals, path = value.partition("=")
+    if not equals:
+        name, path = Path(value).resolve().name.removesuffix(".safetensors"), value
+    if not _NAME.fullmatch(name) or not path:
+        raise OptionError(f"--{kind}: {value!r} must be NAME=PATH, the name of letters, digits, '.', '_' and '-'")
+    return name, Path(path)
+
+
+def _check_unique(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionError(f"two models are called {name!r}; name them apart with NAME=PATH")

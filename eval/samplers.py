@@ -1,0 +1,82 @@
+"""The ways a model is sampled: what the user asked for, and the named set that its worst case is taken over.
+
+Memorisation is a property of the weights: what a sampler hides, another one brings out. The set ``standard`` is
+
+    full                     the stock pipeline
+    early_stop, hybrid       where the data's t_n is known
+    scale_0.5, scale_1.5     the adapter at half and at one and a half times its strength
+    guidance_1, guidance_5   without guidance, and with SDXL's usual one
+    mean_4                   the pixel mean of four samples of a prompt: what they share stays, what differs fades
+
+and, beside the samplers, the attacks of :mod:`eval.attack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from eval.checkpoints import Checkpoint
+from sdxl_ambient.config import OptionError
+
+MODES = ("full", "early_stop", "hybrid")
+SETS = ("standard", "none")
+SCALES, GUIDANCES, MEAN_OF = (0.5, 1.5), (1.0, 5.0), 4
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One way to sample: ``t_n`` (timestep) is for ``early_stop`` and ``hybrid``, and ``mean_of`` samples of a prompt are
+    averaged."""
+
+    name: str
+    mode: str = "full"
+    t_n: int | None = None
+    lora_scale: float = 1.0
+    guidance_scale: float = 5.0
+    mean_of: int | None = None
+
+    def describe(self) -> dict:
+        """For the report: everything but the name, the mode under ``sampler``."""
+        found = asdict(self)
+        del found["name"]
+        return {"sampler": found.pop("mode"), **found}
+
+
+def own_samplers(checkpoint: Checkpoint, options, modes: list[str]) -> list[Sampler]:
+    """What the user asked for: ``modes`` at the given guidance and scale; for the base model ``full`` alone.
+
+    Raises OptionError where a noise level is needed and neither given nor recorded.
+    """
+    level = options.sampler_t_n if options.sampler_t_n is not None else checkpoint.t_n()
+    modes = modes if checkpoint.lora or checkpoint.unet else ["full"]
+    for mode in modes:
+        if mode != "full" and level is None:
+            raise OptionError(
+                f"--sampler_t_n: needed for the sampler {mode!r}, since {checkpoint.name!r} records no noise level"
+            )
+    scale, guidance = options.lora_scale, options.guidance_scale
+    return [Sampler(mode, mode, level if mode != "full" else None, scale, guidance) for mode in modes]
+
+
+def worst_case(checkpoint: Checkpoint, options) -> list[Sampler]:
+    """The samplers of the set ``standard`` that apply to a model and change something for it, without the user's own."""
+    tuned = checkpoint.lora or checkpoint.unet
+    level = options.sampler_t_n if options.sampler_t_n is not None else checkpoint.t_n()
+    scale, guidance = options.lora_scale, options.guidance_scale
+    found = [Sampler("full", lora_scale=scale, guidance_scale=guidance)]
+    if tuned and level is not None:
+        found += [Sampler(mode, mode, level, scale, guidance) for mode in ("early_stop", "hybrid")]
+    if checkpoint.lora:
+        found += [Sampler(f"scale_{s:g}", lora_scale=s, guidance_scale=guidance) for s in SCALES if s != scale]
+    found += [Sampler(f"guidance_{g:g}", lora_scale=scale, guidance_scale=g) for g in GUIDANCES if g != guidance]
+    found.append(Sampler(f"mean_{MEAN_OF}", lora_scale=scale, guidance_scale=guidance, mean_of=MEAN_OF))
+    return found
+
+
+def samplers_of(checkpoint: Checkpoint, options) -> list[Sampler]:
+    """All samplers of a model, the user's own first, each name once."""
+    found = own_samplers(checkpoint, options, options.samplers)
+    if options.worst_case == "standard":
+        names = {s.name for s in found}
+        found += [s for s in worst_case(checkpoint, options) if s.name not in names]
+    return found
