@@ -17,6 +17,7 @@ are shared over the processes.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,28 +179,46 @@ def interrogate(subject: Subject, embedder: Embedder, images: ImageSet, options:
 
 
 def interrogate_sets(
-    subject: Subject, embedder: Embedder, sets: dict[str, ImageSet], options: AttackOptions, name: str = ""
+    subject: Subject,
+    embedder: Embedder,
+    sets: dict[str, ImageSet],
+    options: AttackOptions,
+    name: str = "",
+    parts: Path | None = None,
 ) -> dict[str, Answers]:
     """Each set's answers, from all processes: float64 arrays in the order of the images, the same in every process.
 
     Batches are made before any image is opened, so that neither the processes nor an unreadable image change who shares a
-    batch. Attacks that one of the sets gave no answer to are left out of all.
+    batch. Attacks that one of the sets gave no answer to are left out of all. Each batch's answers are kept in the folder
+    ``parts``, where an interrupted run finds them again; it belongs to one question.
 
     Raises:
         StageError: no image of a set can be opened, no attack can be run on all sets, or an answer isn't finite.
     """
-    batches = [(key, one) for key, images in sets.items() for one in _batches(images, options.batch_size)]
+    batches = [(key, i, one) for key, s in sets.items() for i, one in enumerate(_batches(s, options.batch_size))]
     mine, done = processes.share(batches), []
-    total = sum(len(images) for _, images in mine)
+    total = sum(len(images) for *_, images in mine)
     with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
-        for key, images in mine:
-            done.append((key, *interrogate(subject, embedder, images, options)))
+        for key, i, images in mine:
+            path = parts / f"{key}-{options.batch_size}-{i}.json" if parts else None
+            done.append((key, *_kept(path, lambda one=images: interrogate(subject, embedder, one, options))))
             bar.update(len(images))
     done = processes.collect(done)
     for key, images in sets.items():
         if not (kept := sum(count for one, count, _ in done if one == key)):
             raise _none_left(images, len(images) - kept)
     return _combine(done, sets)
+
+
+def _kept(path: Path | None, ask: Callable[[], tuple[int, Answers]]) -> tuple[int, Answers]:
+    """What ``path`` holds, or what is asked now and kept there."""
+    if path is not None and path.exists():
+        there = read_json(path)
+        return there["count"], {name: np.array(values, np.float32) for name, values in there["answers"].items()}
+    count, answers = ask()
+    if path is not None:
+        write_json(path, {"count": count, "answers": {name: values.tolist() for name, values in answers.items()}})
+    return count, answers
 
 
 def _batches(images: ImageSet, size: int) -> list[ImageSet]:
@@ -252,11 +271,13 @@ def attack(
     for images in sets.values():
         if not len(images):
             raise _none_left(images)
-    answers = interrogate_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name)
+    parts = Path(folder) / f"parts-{hash_json(settings)[:16]}"
+    answers = interrogate_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
     if processes.is_main():
         lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in answers.items()}
         figures = attack_figures(answers["train"], answers["heldout"])
         write_json(path, {"settings": settings, "answers": lists, "figures": figures})
+        shutil.rmtree(parts, ignore_errors=True)
     processes.wait()
     return answers
 

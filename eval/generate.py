@@ -361,8 +361,9 @@ def generate(
     draw = open_checkpoint(options, checkpoint)
     found = {}
     for sampler in samplers:
-        asked = (options.seed, options.num_images, options.images_per_prompt, options.num_seeds, sampler.mean_of)
-        draws, folder = plan(prompts, *asked), root / sampler.name
+        many = (sampler.num_images, None) if sampler.num_images else (options.num_images, options.images_per_prompt)
+        draws = plan(prompts, options.seed, *many, options.num_seeds, sampler.mean_of)
+        folder = root / sampler.name
         samples = folder if sampler.mean_of is None else root / f"{sampler.name}.samples"
         about = {
             "name": checkpoint.name,

@@ -35,6 +35,9 @@ class Options(AttackOptions):
     generated_dir: list[str] = option([], "folders of images made elsewhere, each [NAME=]DIR", metavar="[NAME=]DIR")
     samplers: list[str] = option(["full"], "how you sample each LoRA and UNet; the first is yours", choices=SAMPLERS)
     worst_case: str = option("standard", "further samplers that the verdict is the worst of", choices=SETS)
+    worst_case_images: int | None = option(
+        None, "--num_images for those further samplers; by default as many as for yours", minimum=1
+    )
     skip_attacks: bool = option(False, "leave out the attacks on the weights")
     skip_base: bool = option(False, "leave out the base model, which is a control")
     train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")

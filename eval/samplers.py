@@ -13,7 +13,7 @@ and, beside the samplers, the attacks of :mod:`eval.attack`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from eval.checkpoints import Checkpoint
 from sdxl_ambient.config import OptionError
@@ -26,7 +26,7 @@ SCALES, GUIDANCES, MEAN_OF = (0.5, 1.5), (1.0, 5.0), 4
 @dataclass(frozen=True)
 class Sampler:
     """One way to sample: ``t_n`` (timestep) is for ``early_stop`` and ``hybrid``, and ``mean_of`` samples of a prompt are
-    averaged."""
+    averaged. ``num_images``, where it is given, stands for the run's own."""
 
     name: str
     mode: str = "full"
@@ -34,11 +34,12 @@ class Sampler:
     lora_scale: float = 1.0
     guidance_scale: float = 5.0
     mean_of: int | None = None
+    num_images: int | None = None
 
     def describe(self) -> dict:
-        """For the report: everything but the name, the mode under ``sampler``."""
+        """For the report: what determines an image, the mode under ``sampler``."""
         found = asdict(self)
-        del found["name"]
+        del found["name"], found["num_images"]
         return {"sampler": found.pop("mode"), **found}
 
 
@@ -78,5 +79,6 @@ def samplers_of(checkpoint: Checkpoint, options) -> list[Sampler]:
     found = own_samplers(checkpoint, options, options.samplers)
     if options.worst_case == "standard":
         names = {s.name for s in found}
-        found += [s for s in worst_case(checkpoint, options) if s.name not in names]
+        more = [s for s in worst_case(checkpoint, options) if s.name not in names]
+        found += [replace(s, num_images=options.worst_case_images) for s in more]
     return found

@@ -143,7 +143,7 @@ def verdict(model: dict, base: dict | None, references: References) -> dict:
 
 def _level(model: dict, base: dict | None, alpha: float) -> str:
     """Above: some test's simultaneous interval lies above its control. Unclear: the worst sampler reaches more than the
-    controls' worst, or an attack succeeds when it is taken alone."""
+    controls' worst, or an attack succeeds when it is taken alone, or works better than on the base model."""
     if any(row["above"] for row in model["worst_case"]["rows"]):
         return "above"
     own = list(model["samplers"].values())
@@ -151,8 +151,11 @@ def _level(model: dict, base: dict | None, alpha: float) -> str:
     controls += [f["share_above_threshold"] for f in base["samplers"].values()] if base else []
     if max(f["share_above_threshold"] for f in own) > max(controls):
         return "unclear"
-    attacks = [_attack_row(name, figures) for name, figures in (model["attacks"] or {}).items()]
-    return "unclear" if any(row["above"] for row in attacks) else "within"
+    alone = [_attack_row(name, figures) for name, figures in (model["attacks"] or {}).items()]
+    differs = [row["difference_to_base"] for row in model["worst_case"]["rows"] if row["kind"] == "attack"]
+    if any(row["above"] for row in alone) or any(d is not None and d["low"] > 0 for d in differs):
+        return "unclear"
+    return "within"
 
 
 def _worst_sampler(model: dict, base: dict | None, references: References) -> str:
@@ -196,4 +199,13 @@ def _attack_words(rows: list[dict]) -> str:
     told = f"AUC {worst['value']:.2f}, {worst['low']:.2f} to {worst['high']:.2f}"
     if worst["above"]:
         return f"The attack {worst['name']!r} tells training images from held-out ones ({told})."
-    return f"None of {len(attacks)} attacks surely tells training images from held-out ones (the best: {told})."
+    text = f"None of {len(attacks)} attacks surely tells training images from held-out ones (the best: {told})"
+    better = [row for row in attacks if row["difference_to_base"] is not None and row["difference_to_base"]["low"] > 0]
+    if better:
+        most = max(better, key=lambda row: row["difference_to_base"]["low"])
+        gain = most["difference_to_base"]
+        text += (
+            f", but {most['name']!r} comes nearer to it than on the base model "
+            f"(AUC higher by {gain['value']:.2f}, {gain['low']:.2f} to {gain['high']:.2f})"
+        )
+    return f"{text}."

@@ -309,6 +309,33 @@ def test_an_unreadable_image_moves_no_other_into_another_batch(subject, tmp_path
         interrogate_sets(subject, None, {"train": images}, few)
 
 
+def test_an_interrupted_run_asks_only_the_batches_that_are_left(subject, tmp_path, monkeypatch):
+    sets = {
+        "train": read_folder(copy_emoji(tmp_path / "a", 5)),
+        "heldout": read_folder(copy_emoji(tmp_path / "b", 2, "heldout")),
+    }
+    asked = []
+
+    def ask(subject, embedder, one, options):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(one.hashes)
+        return len(one), {"error/500": np.array([int(h[:6], 16) / 7 for h in one.hashes], np.float32)}
+
+    monkeypatch.setattr("eval.attack.interrogate", ask)
+    how = options("--batch_size", "2")
+    with pytest.raises(KeyboardInterrupt):
+        interrogate_sets(subject, None, sets, how, parts=tmp_path / "parts")
+    done, asked[:] = list(asked), []
+    found = interrogate_sets(subject, None, sets, how, parts=tmp_path / "parts")
+    assert len(done) == 3 and asked == [sets["heldout"].hashes]
+    asked[:] = []
+    monkeypatch.setattr("eval.attack.interrogate", lambda s, e, one, o: (ask(s, e, one, o), asked.clear())[0])
+    whole = interrogate_sets(subject, None, sets, how)
+    for key in sets:
+        np.testing.assert_array_equal(found[key]["error/500"], whole[key]["error/500"])
+
+
 def test_answers_that_are_not_finite_are_an_error(subject, tmp_path, monkeypatch):
     images = read_folder(copy_emoji(tmp_path / "a", 2))
     monkeypatch.setattr("eval.attack.interrogate", lambda *_: (2, {"error/500": np.array([1, np.nan], np.float32)}))

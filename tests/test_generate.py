@@ -191,6 +191,8 @@ def test_the_worst_case_has_every_way_that_applies_once_and_the_users_first(lora
     assert names(Checkpoint("x", lora=lora), "worst_case", "none") == ["full"]
     by_name = {s.name: s for s in samplers_of(Checkpoint("x", lora=lora), evaluation(tmp_path, "lora_scale", 0.8))}
     assert by_name["scale_1.5"].lora_scale == 1.5 and by_name["guidance_1"].lora_scale == 0.8
+    few = samplers_of(Checkpoint("x", lora=lora), evaluation(tmp_path, "worst_case_images", 9))
+    assert [s.num_images for s in few] == [None] + [9] * (len(few) - 1)
     assert by_name["guidance_1"].guidance_scale == 1.0 and by_name["full"].guidance_scale == 5.0
 
 
