@@ -31,7 +31,7 @@ from eval.checkpoints import (
     tuned,
 )
 from eval.images import StageError
-from eval.processes import is_main, share, wait
+from eval.processes import collect, is_main, share, wait
 from eval.samplers import MODES as SAMPLERS
 from eval.samplers import Sampler, own_samplers
 from sdxl_ambient.config import OptionError, option, parse_options
@@ -403,6 +403,7 @@ class Options(GenerationOptions):
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="eval.generate", description=__doc__)
+    is_main()  # gives each process its GPU, before anything is loaded
     try:
         checkpoint = tuned(options)
         (sampler,) = own_samplers(checkpoint, options, [options.sampler])
@@ -414,11 +415,12 @@ def main(argv: list[str] | None = None) -> int:
         draws = plan(prompts, options.seed, options.num_images, options.images_per_prompt, options.num_seeds)
         draw = functools.partial(open_checkpoint(options, checkpoint), sampler=sampler)
         settings = describe(options, checkpoint, sampler, draws)
-        done = generate_images(options.output_dir, settings, draws, draw, options.batch_size)
+        done = sum(collect([generate_images(options.output_dir, settings, draws, draw, options.batch_size)]))
     except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
         print(f"eval.generate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{len(draws)} images in {options.output_dir}, {done} of them drawn now")
+    if is_main():
+        print(f"{len(draws)} images in {options.output_dir}, {done} of them drawn now")
     return 0
 
 

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -99,6 +101,18 @@ def adapter_t_n(path: str | Path) -> int | None:
 # -- LoRA ----------------------------------------------------------------------
 
 
+@contextmanager
+def _without_advice():
+    """Without diffusers' warnings of parts that a LoRA leaves alone: whether all of it was loaded is checked afterwards."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 1.0) -> None:
     """Put a LoRA of the UNet, the text encoders or both into the pipeline: every weight, at its strength, or none.
 
@@ -119,10 +133,12 @@ def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 
         weights = load_file(str(file))
         if kohya := any(name.endswith(".lora_down.weight") for name in weights):
             weights = _without_alphas(weights)
-            pipe.load_lora_weights(dict(weights), adapter_name=ADAPTER)
+            with _without_advice():
+                pipe.load_lora_weights(dict(weights), adapter_name=ADAPTER)
         else:
             where = dict(weight_name=file.name, use_safetensors=True)
-            pipe.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **where)
+            with _without_advice():
+                pipe.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **where)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     except (*LOADING_ERRORS, TypeError, AttributeError) as error:

@@ -393,3 +393,16 @@ def test_seeds_and_the_clip_score_are_reported(miniature, clip_model, tmp_path):
     figures = read_json(tmp_path / "out/report.json")["models"]["base"]["samplers"]["full"]
     assert [(s["seed"], s["n"]) for s in figures["seeds"]] == [(5, 3), (6, 3)] and figures["n_generated"] == 6
     assert figures["clip_score"]["n"] == 6 and 0 <= figures["clip_score"]["mean"] <= 100
+
+
+def test_every_checkpoint_of_a_run_is_evaluated_in_one_call(miniature, tuned, tmp_path):
+    run = tmp_path / "run"
+    for step in (10, 5):
+        shutil.copytree(tuned / "lora_noisy", run / f"checkpoint-{step}")
+    flags = ["--pretrained_model_name_or_path", str(miniature), "--checkpoints", f"mine={run}", *SETS]
+    flags += ["--num_images", "2", "--num_inference_steps", "1", "--worst_case", "none", "--skip_attacks", "true"]
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    models = read_json(tmp_path / "out/report.json")["models"]
+    assert [(n, m["run"], m["step"], m["trained_t_n"]) for n, m in models.items()] == [
+        ("base", None, None, None), ("mine-5", "mine", 5, 500), ("mine-10", "mine", 10, 500)
+    ]  # fmt: skip
