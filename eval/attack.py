@@ -338,7 +338,7 @@ def _deciding(options: AttackOptions) -> list[str]:
 @dataclass
 class Options(AttackOptions):
     lora: str | None = option(None, "LoRA: directory or .safetensors file", metavar="PATH")
-    unet: str | None = option(None, "fully fine-tuned UNet: directory", metavar="DIR")
+    unet: str | None = option(None, "fully fine-tuned UNet: directory or .safetensors file", metavar="PATH")
     train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")
     heldout_data_dir: str | None = option(None, "images of the same source that were not trained on", metavar="DIR")
     caption_column: str = option("text", "key of the caption in metadata.jsonl")

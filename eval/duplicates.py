@@ -52,12 +52,12 @@ class Fingerprints:
         return cls(hashes, both[:, :, _HASH:].astype(np.float32) / 255)
 
 
-def matches(queries: Fingerprints, references: Fingerprints, chunk: int = 1024) -> list[tuple[int, int, bool]]:
+def matches(queries: Fingerprints, references: Fingerprints, pairs: int = 1 << 24) -> list[tuple[int, int, bool]]:
     """Near-duplicate pairs (i, j, mirrored), i an image of ``queries`` and j of ``references``, in that order.
 
-    Memory is bounded by ``chunk`` rows of queries times the number of references.
+    Compares ``pairs`` of them at once, which bounds memory: 16 bytes for each.
     """
-    found = set()
+    found, chunk = set(), max(1, pairs // max(1, len(references.hashes)))
     for start in range(0, len(queries.hashes), chunk):
         rows = slice(start, start + chunk)
         for side in (0, 1):

@@ -66,6 +66,8 @@ class Embedded:
 
     def only(self, images: ImageSet) -> Embedded:
         """The images that are also in ``images``, a subset of the set's, with what that lists as excluded."""
+        if len(images) == len(self):
+            return Embedded(images, self.embeddings, self.norms, self.computed)
         kept = {record.path for record in images.records}
         indices = [i for i, record in enumerate(self.images.records) if record.path in kept]
         return Embedded(images, self.embeddings[indices], self.norms[indices], self.computed)
@@ -236,6 +238,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(Options, argv, prog="eval.embed", description=__doc__)
+    is_main()  # gives each process its GPU, before anything is loaded
     try:
         embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
         for folder in options.image_dir:

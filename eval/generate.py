@@ -385,7 +385,7 @@ def generate(
 @dataclass
 class Options(GenerationOptions):
     lora: str | None = option(None, "LoRA: directory or .safetensors file", metavar="PATH")
-    unet: str | None = option(None, "fully fine-tuned UNet: directory", metavar="DIR")
+    unet: str | None = option(None, "fully fine-tuned UNet: directory or .safetensors file", metavar="PATH")
     sampler: str = option("full", "how to sample", choices=SAMPLERS)
     train_data_dir: str | None = option(None, "prompts are this data set's captions", metavar="DIR")
     caption_column: str = option("text", "key of the caption in metadata.jsonl")

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.attack import attack
-from eval.checkpoints import Checkpoint, model_errors, resolve_device
+from eval.checkpoints import Checkpoint, model_errors, resolve_base, resolve_device
 from eval.clip import ClipScore
 from eval.controls import MOST, TRANSFORMS, planted, recompressed, vae_round_trip
 from eval.duplicates import Fingerprints, drop_near_duplicates, drop_near_embeddings, jpeg_limit
@@ -56,7 +56,14 @@ class Drawn:
 
 def plan_models(options: Options) -> list[tuple[Checkpoint, list[Sampler]]]:
     """Each model with its samplers: all that can be refused before loading."""
-    return [(c, samplers_of(c, options)) for c in options.models()]
+    models = options.models()
+    if not models:
+        return []
+    from sdxl_ambient.pipeline import first_timestep
+
+    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    first = first_timestep(base, options.num_inference_steps)
+    return [(c, samplers_of(c, options, first)) for c in models]
 
 
 def draw_all(options: Options, models: list[tuple[Checkpoint, list[Sampler]]]) -> dict[str, tuple[dict, dict[str, Drawn]]]:
@@ -248,17 +255,24 @@ def _settings(options: Options) -> dict:
         "resolution",
         "seed",
         "num_seeds",
+        "num_images",
+        "images_per_prompt",
+        "sampler_t_n",
         "dtype",
         "lora_scale",
         "samplers",
         "worst_case",
+        "worst_case_images",
         "prompts_file",
         "near_duplicates",
         "clip_score_model",
         "max_excess",
         "attacks",
+        "attack_images",
+        "attack_modes",
         "attack_prompts",
         "attack_steps",
+        "mask_share",
     )
     return {name: getattr(options, name) for name in names}
 
@@ -294,6 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     if report["threshold"]["value"] is None:
         return 3
     over = [n for n, m in report["models"].items() if options.max_excess is not None and over_budget(m, options.max_excess)]
+    over = [n for n in over if n != BASE]  # the base model is a control
     if over:
         print(f"Over the budget of {options.max_excess:.1%} copies: {', '.join(over)}")
     return 1 if over else 0

@@ -82,7 +82,8 @@ class Options(AttackOptions):
             if not folder.is_dir():
                 raise OptionError(f"--generated_dir: {str(folder)!r} is not a folder")
         if not self.models() and not self.given():
-            raise OptionError("--skip_base: leaves nothing to evaluate; give --lora, --unet or --generated_dir")
+            given = "--lora, --unet, --checkpoints or --generated_dir"
+            raise OptionError(f"--skip_base: leaves nothing to evaluate; give {given}")
         self._check_folders()
         self._check_embedders()
 

@@ -31,7 +31,7 @@ class Sampler:
     name: str
     mode: str = "full"
     t_n: int | None = None
-    lora_scale: float = 1.0
+    lora_scale: float | None = None
     guidance_scale: float = 5.0
     mean_of: int | None = None
     num_images: int | None = None
@@ -55,17 +55,20 @@ def own_samplers(checkpoint: Checkpoint, options, modes: list[str]) -> list[Samp
             raise OptionError(
                 f"--sampler_t_n: needed for the sampler {mode!r}, since {checkpoint.name!r} records no noise level"
             )
-    scale, guidance = options.lora_scale, options.guidance_scale
+    scale, guidance = options.lora_scale if checkpoint.lora else None, options.guidance_scale
     return [Sampler(mode, mode, level if mode != "full" else None, scale, guidance) for mode in modes]
 
 
-def worst_case(checkpoint: Checkpoint, options) -> list[Sampler]:
-    """The samplers of the set ``standard`` that apply to a model and change something for it, without the user's own."""
+def worst_case(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampler]:
+    """The samplers of the set ``standard`` that apply to a model and change something for it.
+
+    ``first`` is the timestep that sampling starts from: a level that is not below it leaves nothing to stop or hand over.
+    """
     tuned = checkpoint.lora or checkpoint.unet
     level = options.sampler_t_n if options.sampler_t_n is not None else checkpoint.t_n()
-    scale, guidance = options.lora_scale, options.guidance_scale
+    scale, guidance = options.lora_scale if checkpoint.lora else None, options.guidance_scale
     found = [Sampler("full", lora_scale=scale, guidance_scale=guidance)]
-    if tuned and level is not None:
+    if tuned and level is not None and level < first:
         found += [Sampler(mode, mode, level, scale, guidance) for mode in ("early_stop", "hybrid")]
     if checkpoint.lora:
         found += [Sampler(f"scale_{s:g}", lora_scale=s, guidance_scale=guidance) for s in SCALES if s != scale]
@@ -74,11 +77,20 @@ def worst_case(checkpoint: Checkpoint, options) -> list[Sampler]:
     return found
 
 
-def samplers_of(checkpoint: Checkpoint, options) -> list[Sampler]:
-    """All samplers of a model, the user's own first, each name once."""
+def samplers_of(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampler]:
+    """All samplers of a model, the user's own first, each name once.
+
+    ``first`` is the timestep that sampling starts from. Raises OptionError for an own sampler whose level is not below it.
+    """
     found = own_samplers(checkpoint, options, options.samplers)
+    for s in found:
+        if s.t_n is not None and s.t_n >= first:
+            raise OptionError(
+                f"--sampler_t_n: {s.t_n} of {checkpoint.name!r} is not below {first}, where {options.num_inference_steps} "
+                f"steps start, which the sampler {s.mode!r} needs"
+            )
     if options.worst_case == "standard":
         names = {s.name for s in found}
-        more = [s for s in worst_case(checkpoint, options) if s.name not in names]
+        more = [s for s in worst_case(checkpoint, options, first) if s.name not in names]
         found += [replace(s, num_images=options.worst_case_images) for s in more]
     return found

@@ -80,6 +80,8 @@ def make_references(
     value, refusal = None, "neither held-out images nor the base model's are there to compare with"
     if null is not None:
         value, refusal = _calibrated(null, alpha)
+        if refusal and null_from == "base":
+            refusal = refusal.replace("held-out images", "images of the base model")
     sets = (train, heldout, train_pooled, heldout_pooled)
     made = References(*sets, alpha, confidence, null, null_from, value, refusal, embedder, planted)
     if heldout and len(heldout) > BACKGROUND:

@@ -24,9 +24,11 @@ def model_figures(samplers: dict[str, dict], about: dict) -> dict:
     """A model's entry: its samplers, the user's own first, and at the top what its worst one shows."""
 
     def badness(name: str) -> tuple[float, float]:
+        figures = samplers[name]
+        if figures["interval"] is None:
+            return figures["similarity_to_train"]["quantiles"]["0.5"], 0.0
         # By what is sure: few images, such as means of several, reach large shares by chance.
-        low, median = (samplers[name][key] for key in ("interval", "similarity_to_train"))
-        return (-1.0 if low is None else low[0], median["quantiles"]["0.5"])
+        return figures["interval"][0], figures["share_above_threshold"]
 
     worst = max(samplers, key=badness)
     keys = ("n_generated", "similarity_to_train", "similarity_to_heldout", "share_above_threshold", "interval")
@@ -78,8 +80,11 @@ def _counterpart(base: dict, sampler: str) -> dict:
 
 
 def _sampler_row(name: str, figures: dict, base: dict | None, references: References, confidence: float) -> dict:
+    """A sampler copies where its share is above what controls reach, whatever the threshold really lets through (which the
+    copied share's interval carries), and above the base model's for certain."""
     share, count = figures["share_above_threshold"], figures["effective_images"]
     low, high = clopper_pearson(share * count, count, confidence)
+    found, difference = copied(share, count, references, confidence), _difference(figures, base, name, confidence)
     control = max(
         references.alpha,
         figures["share_above_threshold_as_many_heldout"] or 0.0,
@@ -92,9 +97,9 @@ def _sampler_row(name: str, figures: dict, base: dict | None, references: Refere
         "low": low,
         "high": high,
         "control": control,
-        "copied": copied(share, count, references, confidence),
-        "difference_to_base": _difference(figures, base, name, confidence),
-        "above": low > control,
+        "copied": found,
+        "difference_to_base": difference,
+        "above": low > control and all(e is None or e["low"] > 0 for e in (found, difference)),
     }
 
 
@@ -166,11 +171,13 @@ def _worst_sampler(model: dict, base: dict | None, references: References) -> st
     against = f"{references.alpha:.1%} of images unrelated to the training set"
     if base:
         against += f" and {_counterpart(base, name)['share_above_threshold']:.1%} of the base model's"
-    beside = "" if unseen is None else f"; {unseen:.1%} are as near to as many held-out images"
-    several = len(model["samplers"]) > 1
+    beside = "" if unseen is None else f"; {unseen:.1%} are as near to {figures['excess_set_size']} held-out images"
+    several, tests = len(model["samplers"]) > 1, model["worst_case"]["tests"]
+    at_once = f" for all {tests} tests at once" if tests > 1 else ""
     text = (
         f"{figures['count_above_threshold']} of {figures['n_generated']} images ({share:.1%}, {references.confidence:.0%} "
-        f"interval {row['low']:.1%} to {row['high']:.1%}) sampled {name!r}{', the worst sampler,' if several else ''} "
+        f"interval{at_once} {row['low']:.1%} to {row['high']:.1%}) "
+        f"sampled {name!r}{', the worst sampler,' if several else ''} "
         f"are closer to a training image than the threshold, which {against} exceed{beside}."
     )
     if row["copied"]:

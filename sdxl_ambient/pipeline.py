@@ -309,6 +309,15 @@ def timestep_grid(scheduler: EulerDiscreteScheduler, num_inference_steps: int) -
     return [int(round(float(t))) for t in scheduler.timesteps]
 
 
+def first_timestep(base: str | Path, num_inference_steps: int) -> int:
+    """The timestep that sampling from a local base model starts at. Raises ModelError for a damaged scheduler."""
+    try:
+        scheduler = EulerDiscreteScheduler.from_pretrained(str(base), subfolder="scheduler")
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the scheduler of {str(base)!r} can't be loaded: {one_line(error)}") from None
+    return timestep_grid(euler_like(scheduler), num_inference_steps)[0]
+
+
 def _check_level(t_n: int, grid: Sequence[int], num_train_timesteps: int) -> None:
     if not 0 <= t_n < num_train_timesteps:
         raise ValueError(f"t_n: {t_n} is not a timestep of this model, 0 to {num_train_timesteps - 1}")

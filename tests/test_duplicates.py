@@ -41,7 +41,7 @@ def test_changed_copies_are_found_in_another_set(tmp_path, change, mirrored):
     colony = Image.fromarray(data.immunohistochemistry())
     heldout = folder(tmp_path / "heldout", {"new": colony, "cat2": change(photographs()["rocket"])})
     one, other = fingerprints(heldout), fingerprints(train)
-    assert matches(one, other) == matches(one, other, chunk=1) == [(0, 3, mirrored)]
+    assert matches(one, other) == matches(one, other, pairs=1) == [(0, 3, mirrored)]
     kept = drop_near_duplicates(heldout, one, train, other)
     assert [kept.name(i) for i in range(len(kept))] == ["new.png"]
     (row,) = kept.excluded

@@ -18,7 +18,7 @@ from transformers import (
     ViTModel,
 )
 
-from eval.embed import FeatureCache, embed_images, normalised
+from eval.embed import Embedded, FeatureCache, embed_images, main, normalised
 from eval.embedders import Embedder, check_embedder, load_embedder
 from eval.images import StageError, drop_duplicates, read_folder
 from eval.sscd import SSCD, generalised_mean, load_sscd
@@ -72,6 +72,30 @@ def test_dinov2_is_its_class_token_after_a_stretched_bicubic_resize(dinov2, phot
     torch.testing.assert_close(embedder.prepare(image)[None], batch)
     with torch.no_grad():
         torch.testing.assert_close(embedder.encode(batch), model(pixel_values=batch).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_dinov2_paper_is_a_stretch_to_1024_and_bilinear_samples_of_it(dinov2, photographs, name):
+    """The second step by hand: four neighbours of each sampled point, so that a thin line can fall between two points."""
+    folder, model = dinov2
+    embedder = load_embedder("dinov2_paper", str(folder))
+    image = load_rgb(photographs / name)
+    first = np.asarray(image.resize((1024, 1024), Image.Resampling.BILINEAR)) / 255
+    at = (np.arange(224) + 0.5) * 1024 / 224 - 0.5
+    low, share = np.floor(at).astype(int), at % 1
+    rows = first[low] * (1 - share)[:, None, None] + first[low + 1] * share[:, None, None]
+    pixels = rows[:, low] * (1 - share)[:, None] + rows[:, low + 1] * share[:, None]
+    batch = embedder.prepare(image)[None]
+    wanted = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))[None]
+    torch.testing.assert_close(batch, wanted, atol=1e-4, rtol=0)  # torch computes the points in float32
+    assert batch.min() >= 0 and batch.max() <= 1
+    first = torch.from_numpy(first.transpose(2, 0, 1).astype(np.float32))[None]
+    plain, smooth = (torch.nn.functional.interpolate(first, (224, 224), mode="bilinear", antialias=a) for a in (False, True))
+    torch.testing.assert_close(batch, plain, atol=1e-6, rtol=0)
+    assert (batch - smooth).abs().max() > 0.05  # antialiasing would have shown
+    with torch.no_grad():
+        torch.testing.assert_close(embedder.encode(batch), model(pixel_values=batch).last_hidden_state[:, 0])
+    assert embedder.key != load_embedder("dinov2", str(folder)).key
 
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
@@ -195,6 +219,68 @@ def test_only_new_content_is_computed(tmp_path):
     np.testing.assert_array_equal(changed.features[1:], first.features[1:])
 
 
+def digests(count):
+    return [f"{i:064x}" for i in range(count)]
+
+
+def test_a_cache_is_read_in_the_order_asked_for_across_its_shards(tmp_path):
+    rng = np.random.default_rng(0)
+    raw, hashes = rng.standard_normal((10, 5), dtype=np.float32) * 30, digests(10)
+    raw[3] = 0
+    writer = FeatureCache(tmp_path)
+    for rows in ([4, 1, 7], [0, 9, 2, 3], [8], [6, 5]):
+        writer.add([hashes[i] for i in rows], raw[rows])
+    reader = FeatureCache(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert all(digest in reader for digest in hashes) and digests(11)[10] not in reader
+    order = [9, 3, 3, 0, 8, 5, 1]  # not all, and one twice
+    for cache in (writer, reader):
+        embeddings, norms = cache.read([hashes[i] for i in order])
+        assert embeddings.dtype == norms.dtype == np.float32
+        np.testing.assert_allclose(embeddings * norms[:, None], raw[order], rtol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), [1, 0, 0, 1, 1, 1, 1], atol=1e-6)
+    assert (embeddings[1] == 0).all() and norms[1] == 0
+
+
+def test_features_are_what_the_embedder_gave(dinov2, tmp_path):
+    images, embedder = read_folder(copy_emoji(tmp_path / "set", 7)), load_embedder("dinov2", str(dinov2[0]))
+    found = embed_images(images, embedder, tmp_path / "cache", batch_size=4)
+    batch = torch.stack([embedder.prepare(load_rgb(record.path)) for record in images.records])
+    raw = torch.cat([embedder.encode(batch[:4]), embedder.encode(batch[4:])]).numpy()
+    np.testing.assert_allclose(found.features, raw, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.norms, np.linalg.norm(raw, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(found.embeddings, normalised(raw), atol=1e-6)
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    """Seven images of nine, two of which could not be used."""
+    folder = copy_emoji(tmp_path / "set", 7)
+    for name in ("0.png", "z.png"):
+        (folder / name).write_text(name)
+    return embed_images(read_folder(folder), load_embedder("pixel"), tmp_path / "cache")
+
+
+def rows_are(found: Embedded, whole: Embedded, rows):
+    """Whether ``found`` is these rows of ``whole`` in all its parts."""
+    names = [whole.images.name(i) for i in rows]
+    assert [found.images.name(i) for i in range(len(found))] == names and len(found) == len(rows)
+    assert found.images.hashes == [whole.images.hashes[i] for i in rows]
+    for part in ("embeddings", "norms", "features"):
+        np.testing.assert_array_equal(getattr(found, part), getattr(whole, part)[rows])
+
+
+def test_parts_of_a_set_keep_its_rows_together(embedded):
+    rows_are(embedded.subset([5, 0, 2]), embedded, [5, 0, 2])
+    rows_are(embedded.thinned(3), embedded, [0, 2, 4])
+    assert embedded.thinned(7) is embedded and embedded.thinned(100) is embedded
+    assert embedded.subset([1]).images.excluded == embedded.images.excluded and len(embedded.images.excluded) == 2
+    kept = embedded.images.subset([1, 2, 6], [{"file": "x", "reason": "near-duplicate"}])
+    only = embedded.only(kept)
+    rows_are(only, embedded, [1, 2, 6])
+    assert only.images is kept and [row["file"] for row in only.images.excluded] == ["0.png", "z.png", "x"]
+
+
 def test_other_weights_have_another_cache(dinov2, tmp_path):
     folder, model = dinov2
     before = load_embedder("dinov2", str(folder)).key
@@ -251,3 +337,46 @@ def test_weights_of_another_model_are_refused(clip, tmp_path, sscd):
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
     with pytest.raises(StageError, match="not SSCD's ResNet-50"):
         load_embedder("sscd", str(tmp_path / "no.safetensors"))
+
+
+def test_a_cache_is_filled_from_the_command_line(tmp_path, capsys):
+    sets = [copy_emoji(tmp_path / "one", 3), copy_emoji(tmp_path / "two", 5)]  # the first three are the same
+    (sets[1] / "words.jpg").write_text("no image")
+    flags = ["--image_dir", *map(str, sets), "--output_dir", str(tmp_path / "cache"), "--embedding_batch_size", "2"]
+    assert main(flags) == 0
+    folder = tmp_path / "cache" / load_embedder("pixel").key
+    lines = [f"{sets[0]}: 3 images in {folder}", f"{sets[1]}: 5 images in {folder}"]
+    assert capsys.readouterr().out.splitlines() == [*lines, "  left out: words.jpg: not an image, or of an unknown format"]
+    assert len(FeatureCache(folder).place) == 5
+    assert all(embed_images(read_folder(s), load_embedder("pixel"), tmp_path / "cache").computed == 0 for s in sets)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--image_dir: required"),
+        (["--image_dir", "."], "--output_dir: required"),
+        (["--image_dir", "nowhere", "--output_dir", "o"], "--image_dir: 'nowhere' is not a folder"),
+        (["--image_dir", "empty", "--output_dir", "o"], "'empty' holds no images"),
+        (["--image_dir", "useless", "--output_dir", "o"], "useless: no usable image; the first problem: not an image"),
+        (["--image_dir", ".", "--output_dir", "o", "--embedder", "vgg"], "--embedder: 'vgg' is not one of"),
+        (["--image_dir", ".", "--output_dir", "o", "--embedder_weights", "x"], "'pixel' has no weights"),
+        (["--image_dir", ".", "--output_dir", "o", "--embedder", "sscd"], "is not a .safetensors file"),
+        (["--image_dir", ".", "--output_dir", "o", "--embedder", "dinov2", "--embedder_weights", "./x"], "is not a folder"),
+        (["--image_dir", ".", "--output_dir", "o", "--embedding_batch_size", "0"], "--embedding_batch_size: 0"),
+        (["--image_dir", ".", "--output_dir", "o", "--device", "abacus"], "--device: 'abacus'"),
+        (["--images", "."], "images"),
+    ],
+)
+def test_wrong_options_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "useless").mkdir()
+    (tmp_path / "useless" / "words.jpg").write_text("no image")
+    try:
+        code = main(flags)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert message in line and line.startswith("eval.embed: error: ")

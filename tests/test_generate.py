@@ -191,6 +191,12 @@ def test_the_worst_case_has_every_way_that_applies_once_and_the_users_first(lora
     assert names(Checkpoint("x", lora=lora), "worst_case", "none") == ["full"]
     by_name = {s.name: s for s in samplers_of(Checkpoint("x", lora=lora), evaluation(tmp_path, "lora_scale", 0.8))}
     assert by_name["scale_1.5"].lora_scale == 1.5 and by_name["guidance_1"].lora_scale == 0.8
+    # Two steps start at 501: early_stop and hybrid at 700 would have nothing above them.
+    high = evaluation(tmp_path, "sampler_t_n", 700)
+    assert "hybrid" not in [s.name for s in samplers_of(Checkpoint("x", lora=lora), high, 501)]
+    high.samplers = ["hybrid"]
+    with pytest.raises(OptionError, match="--sampler_t_n: 700 of 'x' is not below 501, where 25 steps start"):
+        samplers_of(Checkpoint("x", lora=lora), high, 501)
     few = samplers_of(Checkpoint("x", lora=lora), evaluation(tmp_path, "worst_case_images", 9))
     assert [s.num_images for s in few] == [None] + [9] * (len(few) - 1)
     assert by_name["guidance_1"].guidance_scale == 1.0 and by_name["full"].guidance_scale == 5.0

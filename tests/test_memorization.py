@@ -286,6 +286,7 @@ def entry(flags, median=0.5, unseen=0.0):
         **{"share_above_threshold": share, "count_above_threshold": flags, "effective_images": 100.0},
         "interval": list(clopper_pearson(flags, 100)),
         "share_above_threshold_as_many_heldout": unseen,
+        "excess_set_size": 100,
     }
 
 
@@ -321,6 +322,27 @@ def test_the_verdict_allows_for_having_looked_at_many_samplers():
         assert models["x"]["verdict"]["level"] == level and worst["tests"] == tests
         low, high = clopper_pearson(8, 100, 1 - 0.05 / tests)
         assert (worst["rows"][0]["low"], worst["rows"][0]["high"]) == (low, high)
+
+
+def test_a_sure_excess_must_outlast_the_thresholds_own_uncertainty_and_the_base_models():
+    """49 held-out images may let several per cent through: 60 of 1,500 prove nothing then, nor beside a base model alike."""
+
+    def level(flags, nulls, base=None):
+        figures = {**entry(0), "count_above_threshold": flags, "share_above_threshold": flags / 1500}
+        figures |= {"n_generated": 1500, "effective_images": 1500.0}
+        models = {"x": model_figures({"full": {**figures, "interval": list(clopper_pearson(flags, 1500))}}, {})}
+        if base is not None:
+            models["base"] = model_figures({"full": entry(base)}, {})
+        made = references({"vae": np.ones(200)})
+        made.null = np.linspace(0, 0.9, nulls)
+        judge(models, {}, made, "base")
+        row = models["x"]["worst_case"]["rows"][0]
+        return row["low"] > 0.02, models["x"]["verdict"]["level"]
+
+    assert level(60, 49) == (True, "unclear")
+    assert level(60, 5000) == (True, "above")
+    assert level(60, 5000, base=1) == (True, "unclear")
+    assert level(300, 5000, base=1) == (True, "above")
 
 
 def test_an_attack_alone_condemns_a_model_and_not_one_that_the_base_model_fails_too():

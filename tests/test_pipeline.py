@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_ambient.checkpoint import save_lora, save_unet
 from sdxl_ambient.models import LORA_TARGETS, ModelError, add_lora
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.pipeline import adapter_t_n, euler_like, load_pipeline, sample, timestep_grid
+from sdxl_ambient.pipeline import adapter_t_n, euler_like, first_timestep, load_pipeline, sample, timestep_grid
 
 PROMPTS = ["red apple", "green heart", "penguin"]
 T_N = 437  # not a step of any grid here
@@ -657,3 +657,13 @@ def test_a_cut_or_missing_file_is_refused(miniature, other_unet, tmp_path):
         with pytest.raises(ModelError, match="can't be loaded|can't be read") as error:
             load_pipeline(str(miniature), **keywords)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [2, 25])
+def test_the_first_timestep_is_the_one_that_sampling_starts_at(miniature, steps):
+    pipe = load_pipeline(str(miniature))
+    seen = []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, t, *a, **k: (seen.append(int(t.flatten()[0])), forward(x, t, *a, **k))[1]
+    sample(pipe, ["a heart"], generators=[torch.Generator().manual_seed(0)], num_inference_steps=steps, output_type="latent")
+    assert seen[0] == first_timestep(miniature, steps)

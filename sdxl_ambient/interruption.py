@@ -1,0 +1,86 @@
+"""When training must stop before its end: a signal, a time limit, or losses that aren't numbers.
+
+A signal only leaves a note; the loop looks at it between steps, where weights, optimizer and random states belong together,
+writes a checkpoint and ends. The next run resumes there, and its result is the uninterrupted one's.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """Why training should stop, if it should: the first of SIGTERM, SIGINT and the time limit. A second signal ends at once.
+
+    Args:
+        time_limit: minutes from now; None for no limit.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, time_limit: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.signal, self.before = clock, None, {}
+        self.end = None if time_limit is None else clock() + 60 * time_limit
+
+    def __enter__(self) -> Interruption:
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def reason(self) -> str | None:
+        """What to tell the user, or None where nothing has happened."""
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
+        return "the time limit" if self.end is not None and self.clock() >= self.end else None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it; 0 for the time limit, which the user asked for."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+class Skipped:
+    """Optimizer steps that were left out because a gradient wasn't finite, with the images that were in them.
+
+    Args:
+        most: consecutive steps that may be left out; one more and :meth:`note` says to stop.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.steps, self.in_a_row = most, 0, 0
+        self.images: Counter[str] = Counter()
+
+    def note(self, images: list[str]) -> bool:
+        """One more step left out; ``images`` are those whose own loss wasn't finite. Returns whether that is too many."""
+        self.steps, self.in_a_row = self.steps + 1, self.in_a_row + 1
+        self.images.update(images)
+        return self.in_a_row > self.most
+
+    def passed(self) -> None:
+        """A step that was taken."""
+        self.in_a_row = 0
+
+    def state_dict(self) -> dict:
+        """For a checkpoint's record."""
+        return {"steps": self.steps, "in_a_row": self.in_a_row, "images": dict(self.images)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.in_a_row, self.images = state["steps"], state["in_a_row"], Counter(state["images"])
+
+    def __str__(self) -> str:
+        worst = ", ".join(f"{name} ({count})" for name, count in self.images.most_common(10))
+        return f"{self.steps} step(s) left out, their gradients weren't finite" + (f"; images: {worst}" if worst else "")
