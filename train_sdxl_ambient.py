@@ -13,13 +13,14 @@ import datetime
 import logging
 import math
 import sys
-from dataclasses import asdict, fields, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -34,9 +35,9 @@ from sdxl_ambient.checkpoint import (
     save_unet,
 )
 from sdxl_ambient.config import OptionError, parse_options
-from sdxl_ambient.data import LatentStore, Stream, check_stores, common_t_n, loader
+from sdxl_ambient.data import Stream, check_stores, common_t_n, loader
 from sdxl_ambient.images import ImagesMissing
-from sdxl_ambient.latents import build_store
+from sdxl_ambient.interruption import Interruption, Rescue, Skipped, not_finite
 from sdxl_ambient.manifest import differences, environment, write_json
 from sdxl_ambient.models import (
     Average,
@@ -44,16 +45,16 @@ from sdxl_ambient.models import (
     ModelError,
     add_lora,
     check_sdxl,
-    load_encoders,
     load_schedule,
     load_unet,
     trainable_to_float32,
 )
-from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
+from sdxl_ambient.objective import ambient_objective
 from sdxl_ambient.observation import NoiseKeyError
 from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.plan import Geometry, StoreError
+from sdxl_ambient.plan import StoreError
 from sdxl_ambient.restoration import Restoration, RestoreOptions
+from sdxl_ambient.stores import open_stores
 from sdxl_ambient.validation import heldout_loss, track_images, validation_images
 
 logger = get_logger(__name__)
@@ -61,44 +62,7 @@ USER_ERRORS = (OptionError, ImagesMissing, StoreError, NoiseKeyError, ModelError
 
 
 class TrainingError(RuntimeError):
-    """Training that can't go on, such as a loss that isn't a number. Checkpoints stay."""
-
-
-def stores(options: TrainOptions, accelerator: Accelerator, schedule) -> tuple[LatentStore, LatentStore | None]:
-    """The stores of noisy latents for training and for the held-out loss, made first where images were given."""
-    output = Path(options.output_dir)
-    train = Path(options.latents_dir or output / "latents")
-    heldout = Path(options.heldout_latents_dir or output / "latents_heldout")
-    todo = [(d, s) for d, s in ((options.train_data_dir, train), (options.heldout_data_dir, heldout)) if d is not None]
-    if todo:
-        accelerator.print("Encoding the images to noisy latents, once (a store that is there is checked and reused).")
-        encoders = load_encoders(
-            options.pretrained_model_name_or_path,
-            vae=options.pretrained_vae_model_name_or_path,
-            revision=options.revision,
-            variant=options.variant,
-        ).to(accelerator.device)
-        for data_dir, store in todo:
-            build_store(
-                data_dir,
-                store,
-                encoders,
-                schedule,
-                Geometry(options.resolution, options.center_crop),
-                t_n=options.t_n,
-                caption_column=options.caption_column,
-                instance_prompt=options.instance_prompt,
-                noise_key_file=options.noise_key_file,
-                allow_second_observation=options.allow_second_observation,
-                shard_size=options.shard_size,
-                say=accelerator.print,
-            )
-        # VAE and text encoders are out of memory from here on.
-        del encoders
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    has_heldout = options.heldout_data_dir is not None or options.heldout_latents_dir is not None
-    return LatentStore(train), LatentStore(heldout, options.heldout_samples) if has_heldout else None
+    """Training that can't go on, since gradients are no numbers step after step. Checkpoints stay."""
 
 
 def optimizer_class(options: TrainOptions):
@@ -124,18 +88,20 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "accelerate.checkpointing", "accelerate.accelerator"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    interruption = Interruption(options.time_limit)
     try:
-        train(options, accelerator)
+        with interruption, ExitStack() as stack:
+            train(options, accelerator, interruption, stack)
     except (*USER_ERRORS, TrainingError, FloatingPointError, OSError) as error:
         if accelerator.is_main_process:
             print(f"train_sdxl_ambient.py: error: {error}", file=sys.stderr)
         return 2
     finally:
         accelerator.end_training()
-    return 0
+    return interruption.exit_code
 
 
-def train(options: TrainOptions, accelerator: Accelerator) -> None:
+def train(options: TrainOptions, accelerator: Accelerator, interruption: Interruption, stack: ExitStack) -> None:
     output = Path(options.output_dir)
     refuse_to_overwrite(output, options.resume_from_checkpoint)
     set_seed(options.seed)
@@ -147,7 +113,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     base = options.pretrained_model_name_or_path
     check_sdxl(base, options.revision)
     schedule = load_schedule(base, options.revision)
-    store, heldout = stores(options, accelerator, schedule)
+    store, heldout = open_stores(options, accelerator, schedule)
     check_stores(store, heldout, schedule, options.low_noise)
 
     lora = options.finetune == "lora"
@@ -202,7 +168,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
-    objective = objective_options(options)
+    objective = options.objective()
     # Averaged weights draw the samples that restore trains on, and the consistency loss's where that is asked for.
     average, restoration = None, None
     if options.low_noise == "restore":
@@ -225,7 +191,8 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         **({n: getattr(options, n) for n in ("restore_start", "restore_teacher")} if restoration else {}),
         **({"ema_decay": options.ema_decay} if average else {}),
     }
-    progress = {"step": 0, "run": run, "heldout": [], "best": None}
+    skipped = Skipped(options.max_skipped_steps)
+    progress = {"step": 0, "run": run, "heldout": [], "best": None, "skipped": skipped.state_dict()}
     if options.resume_from_checkpoint:
         found = find_checkpoint(output, options.resume_from_checkpoint, accelerator.print)
         if found is None:
@@ -235,6 +202,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
             if changed := differences(progress["run"], run):
                 raise CheckpointError(f"{found} is of another run: {'; '.join(changed)}")
             accelerator.load_state(str(found))
+            skipped.load_state_dict(progress.get("skipped", skipped.state_dict()))
             if restoration:
                 restoration.load(found)
             accelerator.print(f"Resuming from {found}.")
@@ -242,7 +210,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         record = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
         write_json(output / "options.json", {"options": record, "environment": environment()})
     if options.report_to != "none":
-        accelerator.init_trackers("sdxl_ambient", config=scalars(options))
+        accelerator.init_trackers("sdxl_ambient", config=options.scalars())
 
     # -- loop ---------------------------------------------------------------------------------------------------------
 
@@ -284,7 +252,13 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         total=max_train_steps, initial=first, desc="steps", unit="step", disable=not accelerator.is_local_main_process
     )
 
-    step, summed = first, {}
+    def save(step: int) -> None:
+        progress.update(step=step, skipped=skipped.state_dict())
+        own = restoration.save if restoration else None
+        save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, own, info(step))
+
+    step, summed, seen = first, {}, []
+    rescue = stack.enter_context(Rescue(accelerator, save, first))
     for batch in loader(store, stream, options.dataloader_num_workers):
         with accelerator.accumulate(unet):
             generators, restored = batch.generators(options.seed), None
@@ -301,35 +275,47 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
             asked = objective if due else replace(objective, consistency_weight=0.0)
             x_n = batch.x_n.to(accelerator.device)
             losses = ambient_objective(denoise, schedule, x_n, batch.t_n, generators, asked, restored, teacher)
+            seen += [(batch.contents, losses.ambient), (extra.contents if restored is not None else [], losses.restored)]
             accelerator.backward(losses.total)
-            if accelerator.sync_gradients and options.max_grad_norm > 0:
-                accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
-            optimizer.step()
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
+                # In float16 the gradient scaler leaves such steps out by itself, and lowers its scale.
+                finite = norm is None or accelerator.scaler is not None or math.isfinite(norm)
+                if not finite and skipped.note(gather_object(not_finite(seen))):
+                    raise TrainingError(f"{skipped}, {skipped.in_a_row} of them in a row; lower --learning_rate")
+                rescue.whole = not finite
+            if not accelerator.sync_gradients or finite:
+                optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
                 # Never updated, the average is the weights that training started from.
-                if average and options.restore_teacher == "ema":
+                if finite and average and options.restore_teacher == "ema":
                     average.update()
             optimizer.zero_grad()
-        for name, value in accelerator.gather(losses.means()).items():
+        stop = torch.tensor(float(interruption.reason is not None), device=accelerator.device)
+        for name, value in accelerator.gather({**losses.means(), "stop": stop}).items():
             summed[name] = summed.get(name, 0.0) + float(value.mean()) / accumulation
         if not accelerator.sync_gradients:
             continue
-        step, logged, summed = step + 1, summed, {}
-        if not all(map(math.isfinite, logged.values())):
-            raise TrainingError(
-                f"the loss is {logged['loss']} at step {step}; lower --learning_rate, or use bf16 instead of fp16"
-            )
+        step, logged, summed, seen = step + 1, summed, {}, []
+        told_to_stop = logged.pop("stop") > 0
+        if finite:
+            skipped.passed()
+        else:
+            accelerator.print(f"\nstep {step}: left out; so far {skipped}")
+        rescue.finished(step)
         bar.update()
         bar.set_postfix({k: f"{v:.4f}" for k, v in logged.items()}, lr=f"{lr_scheduler.get_last_lr()[0]:.2e}")
         accelerator.log({**logged, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
 
         if step % options.validation_steps == 0 or step == max_train_steps:
             validate(options, accelerator, model, schedule, heldout, objective, dtype, step, progress, export)
-        if step % options.checkpointing_steps == 0 or step == max_train_steps:
-            progress["step"] = step
-            own = restoration.save if restoration else None
-            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, own, info(step))
+        if step % options.checkpointing_steps == 0 or step == max_train_steps or told_to_stop:
+            rescue.save(step)
+        if told_to_stop and step < max_train_steps:
+            reason = interruption.reason or "another process, which was told to stop"
+            accelerator.print(f"\nStopped by {reason} after step {step}; --resume_from_checkpoint latest goes on from here.")
+            return
     bar.close()
 
     # -- save ---------------------------------------------------------------------------------------------------------
@@ -381,24 +367,6 @@ def validate(options, accelerator, model, schedule, heldout, objective, dtype, s
         )
         track_images(accelerator, drawn, step)
     accelerator.wait_for_everyone()
-
-
-def objective_options(options: TrainOptions) -> ObjectiveOptions:
-    """The objective's options, which have the flags' names, but for those that depend on another."""
-    given = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions) if hasattr(options, f.name)}
-    if options.consistency_weight is None:
-        given["consistency_weight"] = 2.0 if options.low_noise == "consistency" else 0.0
-    asked = {"min_snr": options.snr_gamma, "balanced": options.balance_cap, "debiased": options.debiased_estimation_loss}
-    given["weighting"] = next((name for name, value in asked.items() if value), "none")
-    given["snr_gamma"] = options.snr_gamma or ObjectiveOptions.snr_gamma
-    given["balance_cap"] = options.balance_cap or ObjectiveOptions.balance_cap
-    return ObjectiveOptions(**given)
-
-
-def scalars(options: TrainOptions) -> dict:
-    """Options as trackers take them, without the place of the key."""
-    flat = {k: ", ".join(v) if isinstance(v, list) else v for k, v in asdict(options).items() if k != "noise_key_file"}
-    return {k: "none" if v is None else v for k, v in flat.items()}
 
 
 if __name__ == "__main__":

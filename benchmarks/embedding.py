@@ -150,7 +150,7 @@ def large(count: int, width: int) -> dict:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a twentieth of everything, ViT-S/14's size")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of everything, ViT-S/14's size, no targets")
     parser.add_argument("--large", action="store_true", help="also a million embeddings: 4 GB on disk, some minutes")
     parser.add_argument("--images", type=int, default=200)
     args = parser.parse_args(argv)
@@ -169,7 +169,7 @@ def main(argv=None) -> int:
         print(figures["pixel"], flush=True)
         figures["dinov2"] = cold_and_warm(photographs, "dinov2", str(weights), cold_rounds=1, warm_rounds=5)
         print(figures["dinov2"], flush=True)
-    targets = [target("warm_cache_speedup", figures["dinov2"]["speedup"], ">=", 20)]
+    targets = [] if args.quick else [target("warm_cache_speedup", figures["dinov2"]["speedup"], ">=", 20)]
     if args.large:
         figures["large"] = large(1_000_000 // fewer, 1024)
         print(figures["large"], flush=True)

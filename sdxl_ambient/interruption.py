@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import torch
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,6 +55,51 @@ class Interruption:
         return 0 if self.signal is None else 128 + self.signal
 
 
+class Rescue:
+    """Writes a checkpoint of the last whole step when something fails after it, and lets the error through.
+
+    ``whole`` says whether weights and optimizer are still those of that step: set it false before they change. Random states
+    are put back to where the step ended, so that a resume repeats what failed. With several processes nothing is written:
+    the others may never come to the barriers of a checkpoint.
+
+    Args:
+        save: writes the checkpoint of a step.
+        step: the one that training starts after; it is written already, or nothing is there to write.
+    """
+
+    def __init__(self, accelerator, save: Callable[[int], None], step: int):
+        self.accelerator, self._save, self.saved = accelerator, save, step
+        self.finished(step)
+
+    def finished(self, step: int) -> None:
+        """A step is done."""
+        self.step, self.whole = step, True
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def save(self, step: int) -> None:
+        """The checkpoint that is due anyway."""
+        self._save(step)
+        self.saved = step
+
+    def __enter__(self) -> Rescue:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not isinstance(error, Exception) or not self.whole or self.step == self.saved:
+            return
+        if self.accelerator.num_processes > 1:
+            return
+        torch.set_rng_state(self.random[0])
+        if self.random[1] is not None:
+            torch.cuda.set_rng_state(self.random[1])
+        try:
+            self.save(self.step)
+        except Exception as another:  # the first error is the one to tell
+            self.accelerator.print(f"\nstep {self.step} could not be saved: {another}")
+        else:
+            self.accelerator.print(f"\nSaved step {self.step} before stopping on an error.")
+
+
 class Skipped:
     """Optimizer steps that were left out because a gradient wasn't finite, with the images that were in them.
 
@@ -84,3 +131,12 @@ class Skipped:
     def __str__(self) -> str:
         worst = ", ".join(f"{name} ({count})" for name, count in self.images.most_common(10))
         return f"{self.steps} step(s) left out, their gradients weren't finite" + (f"; images: {worst}" if worst else "")
+
+
+def not_finite(seen: list[tuple[list[str], torch.Tensor | None]]) -> list[str]:
+    """Of (images, their losses (n,)) the images whose loss isn't finite."""
+    bad = []
+    for images, losses in seen:
+        if losses is not None:
+            bad += [image for image, ok in zip(images, torch.isfinite(losses.detach()).tolist(), strict=False) if not ok]
+    return bad

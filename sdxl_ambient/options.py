@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from sdxl_ambient.config import OptionError, option
@@ -204,6 +204,10 @@ class TrainOptions(DataOptions):
 
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints", minimum=1)
     checkpoints_total_limit: int | None = option(None, "how many checkpoints are kept", minimum=1)
+    time_limit: float | None = option(None, "stop with a checkpoint after so many minutes of training", above=0)
+    max_skipped_steps: int = option(
+        10, "steps in a row that may be left out because a gradient is not finite; one more is an error", minimum=0
+    )
     resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder")
     report_to: str = option("tensorboard", "tracker; none for no tracker", choices=("tensorboard", "wandb", "none"))
     logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
@@ -265,6 +269,24 @@ class TrainOptions(DataOptions):
         """Restored samples in a forward pass."""
         whole = self.restore_levels == "all"
         return self.restore_batch_size or (self.train_batch_size if whole else -(-self.train_batch_size // 2))
+
+    def objective(self):
+        """The objective's options, which have the flags' names, but for those that depend on another."""
+        from sdxl_ambient.objective import ObjectiveOptions
+
+        given = {f.name: getattr(self, f.name) for f in fields(ObjectiveOptions) if hasattr(self, f.name)}
+        if self.consistency_weight is None:
+            given["consistency_weight"] = 2.0 if self.low_noise == "consistency" else 0.0
+        asked = {"min_snr": self.snr_gamma, "balanced": self.balance_cap, "debiased": self.debiased_estimation_loss}
+        given["weighting"] = next((name for name, value in asked.items() if value), "none")
+        given["snr_gamma"] = self.snr_gamma or ObjectiveOptions.snr_gamma
+        given["balance_cap"] = self.balance_cap or ObjectiveOptions.balance_cap
+        return ObjectiveOptions(**given)
+
+    def scalars(self) -> dict:
+        """Options as trackers take them, without the place of the key."""
+        flat = {k: ", ".join(v) if isinstance(v, list) else v for k, v in asdict(self).items() if k != "noise_key_file"}
+        return {k: "none" if v is None else v for k, v in flat.items()}
 
     def _validate_machine(self) -> None:
         import torch

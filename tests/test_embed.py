@@ -263,6 +263,7 @@ def embedded(tmp_path):
 
 def rows_are(found: Embedded, whole: Embedded, rows):
     """Whether ``found`` is these rows of ``whole`` in all its parts."""
+    rows = list(rows)
     names = [whole.images.name(i) for i in rows]
     assert [found.images.name(i) for i in range(len(found))] == names and len(found) == len(rows)
     assert found.images.hashes == [whole.images.hashes[i] for i in rows]
@@ -278,6 +279,9 @@ def test_parts_of_a_set_keep_its_rows_together(embedded):
     kept = embedded.images.subset([1, 2, 6], [{"file": "x", "reason": "near-duplicate"}])
     only = embedded.only(kept)
     rows_are(only, embedded, [1, 2, 6])
+    every = embedded.images.subset(range(7), [{"file": "x", "reason": "by hand"}])
+    rows_are(embedded.only(every), embedded, range(7))
+    assert embedded.only(every).images is every
     assert only.images is kept and [row["file"] for row in only.images.excluded] == ["0.png", "z.png", "x"]
 
 
