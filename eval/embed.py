@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from eval.checkpoints import check_device, resolve_device
@@ -26,7 +26,7 @@ from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImageError, ImagesMissing, load_rgb
 from sdxl_ambient.manifest import atomic, hash_bytes
 
-_SHARD = 1024  # images per cache file: what an interruption can lose
+_SHARD = 1024  # images per cache file: what being killed can lose
 
 
 @dataclass
@@ -95,7 +95,7 @@ class FeatureCache:
         self.place: dict[str, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             if not path.name.startswith("."):  # being written by another process, or left by one that was killed
-                hashes, _ = _read(path)
+                hashes = _read(path, "hashes")
                 self.place.update((bytes(h).hex(), (path, row)) for row, h in enumerate(hashes))
 
     def __contains__(self, digest: str) -> bool:
@@ -117,7 +117,7 @@ class FeatureCache:
             by_shard.setdefault(path, []).append((i, row))
         embeddings, norms = None, np.empty(len(hashes), np.float32)
         for path, rows in by_shard.items():
-            _, features = _read(path)
+            features = _read(path, "features")
             into, source = (np.array(column) for column in zip(*rows, strict=True))
             if embeddings is None:
                 embeddings = np.empty((len(hashes), features.shape[1]), np.float32)
@@ -125,11 +125,11 @@ class FeatureCache:
         return embeddings, norms
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, name: str) -> np.ndarray:
     try:
-        shard = load_file(path)
-        return shard["hashes"], shard["features"]
-    except (SafetensorError, KeyError, OSError) as error:
+        with safe_open(path, "np") as shard:
+            return shard.get_tensor(name)
+    except (SafetensorError, OSError) as error:
         raise StageError(f"the cached embeddings in {path} are damaged ({error}); delete that file") from None
 
 
@@ -154,19 +154,21 @@ def embed_images(
     batches = share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
     unusable: dict[int, str] = {}
     computed, pending_hashes, pending = 0, [], []
-    for indices, batch in _batches(images, batches, embedder, unusable):
-        features = embedder.encode(batch).numpy()
-        _check_finite(features, images, indices, embedder)
-        pending_hashes += [images.hashes[i] for i in indices]
-        pending.append(features)
-        computed += len(indices)
-        if len(pending_hashes) >= _SHARD:
+    try:
+        for indices, batch in _batches(images, batches, embedder, unusable):
+            features = embedder.encode(batch).numpy()
+            _check_finite(features, images, indices, embedder)
+            pending_hashes += [images.hashes[i] for i in indices]
+            pending.append(features)
+            computed += len(indices)
+            if len(pending_hashes) >= _SHARD:
+                cache.add(pending_hashes, np.concatenate(pending))
+                pending_hashes, pending = [], []
+            if progress:
+                progress(len(indices))
+    finally:  # what an interruption or an error found done is kept
+        if pending:
             cache.add(pending_hashes, np.concatenate(pending))
-            pending_hashes, pending = [], []
-        if progress:
-            progress(len(indices))
-    if pending:
-        cache.add(pending_hashes, np.concatenate(pending))
     unusable = dict(sorted(collect(list(unusable.items()))))
     wait()
     return _gathered(images, FeatureCache(folder), unusable, computed)

@@ -97,11 +97,25 @@ def prepare(image: Image.Image, steps: dict) -> torch.Tensor:
     if steps["resize"] == "stretch":
         image = image.resize((width, height), resampling)
     else:
+        image = _without_ends(image)
         short = min(image.size)  # the long side is cut to whole pixels, as the reference processors do; the crop is square
         image = image.resize((image.width * width // short, image.height * height // short), resampling)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     return _normalise(torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255, steps)
+
+
+def _without_ends(image: Image.Image, most: int = 16) -> Image.Image:
+    """The middle of a picture whose sides differ more than ``most`` times, of which the crop sees far less.
+
+    A million pixels by eight would otherwise be enlarged whole.
+    """
+    keep = most * min(image.size)
+    if max(image.size) <= keep:
+        return image
+    width, height = (min(side, keep) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _normalise(pixels: torch.Tensor, steps: dict) -> torch.Tensor:

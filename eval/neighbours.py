@@ -6,6 +6,8 @@ query; the shortlist is ranked as the exact search ranks, and how much it missed
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,9 @@ _GROUP = 16
 _PRODUCTS = 1 << 22
 # Values computed again in float64 at once: few enough to stay in a processor's cache.
 _VALUES = 1 << 17
+_FAISS_CHUNK = (4096, 32768)  # FAISS makes no more than 4096 × 1024 products at once
+# Products of a chunk from which FAISS is asked for the largest, and how many more than k and the query itself.
+_WORTH, _FEW = 1 << 22, 8
 # Candidates that a shortlist holds beyond k, since it is drawn up from vectors rounded to 8 bits.
 _SPARE = 64
 # FAISS: training vectors per list of the index.
@@ -49,7 +54,7 @@ class Search:
     sampled: int
 
 
-def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chunk: tuple[int, int] = _CHUNK):
+def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chunk: tuple[int, int] | None = None):
     """The k references with the largest inner product to each query, found exactly.
 
     Products of a chunk of queries with a chunk of references tell which may be among the k; those are computed again in
@@ -63,7 +68,7 @@ def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chu
         references: array, memmap or tensor of shape (n_references, d); its chunks are moved to the queries' device.
         k: neighbours wanted. With fewer references, all of them come back: the result's width is min(k, available).
         leave_one_out: queries and references are the same set; row i is not its own neighbour.
-        chunk: rows of queries and of references handled at once.
+        chunk: rows of queries and of references handled at once; by default as many as the search at hand is fastest with.
 
     Returns:
         similarities of shape (n_queries, min(k, available)) in descending order, float64 if queries or references are
@@ -79,7 +84,7 @@ def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chu
 
 def search(
     queries, references, k: int = 1, *, leave_one_out: bool = False, method: str = "auto", probes: int | None = None,
-    sample: int = SAMPLE, seed: int = 0, chunk: tuple[int, int] = _CHUNK,
+    sample: int = SAMPLE, seed: int = 0, chunk: tuple[int, int] | None = None,
 ) -> Search:  # fmt: skip
     """The k nearest references, exactly or through a shortlist of FAISS.
 
@@ -218,10 +223,12 @@ def _as_given(q: _Rows, similarities: torch.Tensor, indices: torch.Tensor):
 def _exact(q: _Rows, r: _Rows, k: int, own, chunk: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Float64 similarities and indices of the k best: those of each reference chunk, merged as they come."""
     best, found = _nothing_yet(q, r, k)
+    chunk = chunk or (_FAISS_CHUNK if _fast(q, len(q), len(r)) else _CHUNK)
     lengths = torch.empty(len(q), dtype=q.dtype, device=q.device)
     for some in _parts(len(q), chunk[0]):
         lengths[some] = q.lengths(q[some])
-    buffer = torch.empty(_filled_up(min(chunk[1], len(r))) * min(chunk[0], len(q)), dtype=q.dtype, device=q.device)
+    size = _filled_up(min(chunk[1], len(r))) * min(chunk[0], len(q))
+    buffer = functools.cache(lambda: torch.empty(size, dtype=q.dtype, device=q.device))
     for part in _parts(len(r), chunk[1]):
         block = r[part].to(q.device)
         # A product of rows a and b is off by at most d · eps/2 · |a| |b|. Four such errors: of two products that are
@@ -229,12 +236,50 @@ def _exact(q: _Rows, r: _Rows, k: int, own, chunk: tuple[int, int]) -> tuple[tor
         slack = 2 * torch.finfo(q.dtype).eps * (q.width + 8) * lengths * r.lengths(block).max()
         for some in _parts(len(q), chunk[0]):
             rows = q[some]
-            products = _products(rows, block, buffer)
-            if own is not None:
-                here = (own[some] >= part.start) & (own[some] < part.stop)
-                products[own[some][here] - part.start, here.nonzero()[:, 0]] = -torch.inf
-            _merge_block(best[some], found[some], rows, block, products, slack[some], part.start)
+            # The query's own column of the block, where it has one.
+            itself = (
+                None
+                if own is None
+                else torch.where((own[some] >= part.start) & (own[some] < part.stop), own[some] - part.start, -1)
+            )
+            if _fast(q, len(rows), len(block)):
+                _merge_candidates(best[some], found[some], rows, block, itself, slack[some], part.start, buffer)
+            else:
+                _merge_block(best[some], found[some], rows, block, itself, slack[some], part.start, buffer)
     return best, found
+
+
+def _fast(q: _Rows, queries: int, references: int) -> bool:
+    """Whether FAISS's own exact search, the fastest on a processor, is there and worth calling for so many of each."""
+    return q.device.type == "cpu" and q.dtype == torch.float32 and queries * references >= _WORTH and _installed()
+
+
+def _merge_candidates(best, found, rows, block, itself, slack, offset: int, buffer) -> None:
+    """Put what the block has into the k best so far, from the largest products that FAISS finds in single precision.
+
+    Products that it doesn't give are at most its last one. Where that could still belong to the k, rounding considered, all
+    products of the query are looked at.
+    """
+    k = best.shape[1]
+    width = min(k + 1 + _FEW, len(block))
+    products, columns = map(
+        torch.from_numpy, _faiss().knn(rows.numpy(), block.numpy(), width, metric=_faiss().METRIC_INNER_PRODUCT)
+    )
+    beyond = products[:, -1].clone() if width < len(block) else torch.full((len(rows),), -torch.inf)
+    if itself is not None:
+        products[columns == itself[:, None]] = -torch.inf
+    bound = best[:, -1].to(products.dtype)
+    if k <= width:
+        bound = torch.maximum(bound, products.topk(k, dim=1).values[:, -1])
+    bound = bound - slack
+    open_ones = (beyond >= bound) & (beyond > -torch.inf)
+    row, place = ((products >= bound[:, None]) & (products > -torch.inf) & ~open_ones[:, None]).nonzero(as_tuple=True)
+    column = columns[row, place]
+    _merge(best, found, row, _again(rows, row, block, column), column + offset)
+    if len(rest := open_ones.nonzero()[:, 0]):
+        some = best[rest], found[rest]
+        _merge_block(*some, rows[rest], block, None if itself is None else itself[rest], slack[rest], offset, buffer)
+        best[rest], found[rest] = some
 
 
 def _nothing_yet(q: _Rows, r: _Rows, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,15 +287,15 @@ def _nothing_yet(q: _Rows, r: _Rows, k: int) -> tuple[torch.Tensor, torch.Tensor
     return best, torch.full((len(q), k), len(r), dtype=torch.int64, device=q.device)
 
 
-def _products(rows: torch.Tensor, block: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """``block @ rows.T`` in the buffer, filled up with −inf to a multiple of _GROUP rows."""
-    products = buffer[: _filled_up(len(block)) * len(rows)].view(-1, len(rows))
-    products[len(block) :] = -torch.inf
-    # NumPy's OpenBLAS needs a sixth less time for it than torch's MKL on an AMD processor, and is faster this way round.
+def _products(rows: torch.Tensor, block: torch.Tensor, buffer: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """``rows @ block.T`` in the buffer, filled up with −inf to a multiple of _GROUP columns."""
+    products = buffer()[: len(rows) * _filled_up(len(block))].view(len(rows), -1)
+    products[:, len(block) :] = -torch.inf
+    # NumPy's OpenBLAS needs a fifth less time for it than torch's MKL on an AMD processor.
     if products.is_cpu:
-        np.matmul(block.numpy(), rows.numpy().T, out=products[: len(block)].numpy())
+        np.matmul(rows.numpy(), block.numpy().T, out=products[:, : len(block)].numpy())
     else:
-        torch.mm(block, rows.T, out=products[: len(block)])
+        torch.mm(rows, block.T, out=products[:, : len(block)])
     return products
 
 
@@ -258,24 +303,27 @@ def _filled_up(count: int) -> int:
     return -(-count // _GROUP) * _GROUP
 
 
-def _merge_block(best, found, rows, block, products, slack, offset: int) -> None:
+def _merge_block(best, found, rows, block, itself, slack, offset: int, buffer) -> None:
     """Put what the block has into the k best so far. Most products are never looked at: a group whose largest one stays
     below what k others surpass, by more than rounding can tell, is skipped.
     """
-    k = best.shape[1]
-    groups = products.view(_GROUP, -1, len(rows))  # a group's references lie apart, as neighbours in a set are often alike
-    largest = groups.amax(0).T.contiguous()
+    k, products = best.shape[1], _products(rows, block, buffer)
+    if itself is not None:
+        here = (itself >= 0).nonzero()[:, 0]
+        products[here, itself[here]] = -torch.inf
+    groups = products.view(len(rows), _GROUP, -1)  # a group's references lie apart, as neighbours in a set are often alike
+    largest = groups.amax(1)
     bound = best[:, -1].to(products.dtype)
-    if k <= len(products):
+    if k <= products.shape[1]:
         # k groups with a maximum of at least x hold k products of at least x.
-        these = largest if k <= largest.shape[1] else products.T
+        these = largest if k <= largest.shape[1] else products
         bound = torch.maximum(bound, these.topk(k, dim=1).values[:, -1])
     bound = bound - slack
     row, group = ((largest >= bound[:, None]) & (largest > -torch.inf)).nonzero(as_tuple=True)
     for part in _parts(len(row), _PRODUCTS // _GROUP):
-        near = groups[:, group[part], row[part]]
-        member, which = ((near >= bound[row[part]]) & (near > -torch.inf)).nonzero(as_tuple=True)
-        column = member * len(groups[0]) + group[part][which]
+        near = groups[row[part], :, group[part]]
+        which, member = ((near >= bound[row[part], None]) & (near > -torch.inf)).nonzero(as_tuple=True)
+        column = member * groups.shape[2] + group[part][which]
         which = row[part][which]
         _merge(best, found, which, _again(rows, which, block, column), column + offset)
 
@@ -337,7 +385,7 @@ def _through_shortlist(q: _Rows, r: _Rows, k: int, own, chunk, probes, seed) -> 
     best, found = _nothing_yet(q, r, k)
     width = 2 * k + _SPARE
     candidates = torch.from_numpy(shortlist(q.values, r.values, width, probes=probes, seed=seed)).to(q.device)
-    for some in _parts(len(q), chunk[0]):
+    for some in _parts(len(q), (chunk or _CHUNK)[0]):
         near, rows = candidates[some], q[some]
         kept = near >= 0
         if own is not None:

@@ -22,6 +22,12 @@ def by_hand(q, r, k):
     return np.take_along_axis(products, order, 1), order
 
 
+@pytest.fixture(autouse=True, params=["products", "faiss"])
+def engine(request, monkeypatch):
+    """Everything holds with FAISS picking the candidates of a chunk, which it else does for large ones only, and without."""
+    monkeypatch.setattr(neighbours, "_WORTH", 1 if request.param == "faiss" else 1 << 62)
+
+
 @pytest.mark.parametrize("chunk", [(1024, 16384), (7, 11), (1, 1), (64, 13)])
 def test_equals_a_full_sort_whatever_the_chunks(chunk):
     q, r = unit(50, 24, 0), unit(101, 24, 1)
