@@ -223,6 +223,8 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
             "base_model": Path(base).name if Path(base).is_dir() else base,
             "data": store.hash,
             "images": len(store),
+            "prediction_type": schedule.prediction_type,
+            "resolution": store.manifest["fingerprint"]["latent"]["resolution"],
             "step": step,
         }
 

@@ -21,6 +21,7 @@ from sdxl_ambient.manifest import atomic, read_json, write_json
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INFO_FILE = "training.json"
 INFO_KEY = "sdxl_ambient"  # the same information inside an adapter's own file, under this metadata key
+ARCHITECTURE = "stable-diffusion-xl-v1-base"  # as ModelSpec names SDXL; "/lora" is appended as kohya's scripts do
 STATE_FILE = "checkpoint.json"
 MODEL_FILE = "model.safetensors"  # a fully fine-tuned UNet in a training state, as accelerate stores it
 
@@ -52,7 +53,7 @@ def save_lora(unet, folder: str | Path, info: dict) -> Path:
     with atomic(path) as temporary:
         _write_lora(unet, temporary)
         _add_info(temporary, info)
-    write_json(Path(folder) / INFO_FILE, info)
+    write_json(Path(folder) / INFO_FILE, public_info(info))
     return path
 
 
@@ -70,9 +71,51 @@ def _write_lora(unet, path: Path) -> None:
 
 def _add_info(path: Path, info: dict) -> None:
     with safe_open(str(path), "pt") as file:
-        own = {**(file.metadata() or {}), INFO_KEY: json.dumps(info, sort_keys=True)}
+        own = {**(file.metadata() or {}), **model_metadata(info, f"{ARCHITECTURE}/lora", "diffusers")}
     # From bytes: load_file maps the file, and writing to a mapped file pulls the tensors from under one's feet.
     save_file(load(path.read_bytes()), str(path), metadata=own)
+
+
+def public_info(info: dict) -> dict:
+    """What may stand in a file that is shared: all but what is named after a key, since the noise's must never be."""
+    return {name: value for name, value in info.items() if "key" not in name.lower()}
+
+
+def model_metadata(info: dict, architecture: str, implementation: str, title: str | None = None) -> dict[str, str]:
+    """A safetensors file's metadata: Stability's ModelSpec 1.0.0, and ``info`` whole and in its main points.
+
+    No date unless ``info`` has one, so that the same weights are saved with the same words.
+
+    Args:
+        info: what training records; ``resolution`` (pixels, or width and height) and ``prediction_type`` are used if there.
+        implementation: whose names the tensors have, such as "diffusers".
+    """
+    info = public_info(info)
+    t_n, objective = info.get("t_n"), info.get("low_noise") if "t_n" in info else None
+    size = info.get("resolution")
+    size = [size, size] if isinstance(size, int) else size
+    found = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.title": title or _title(info),
+        "modelspec.date": info.get("date"),
+        "modelspec.resolution": size and "x".join(map(str, size)),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(info.get("prediction_type"), info.get("prediction_type")),
+        # Levels that were never trained: a loader that heeds this keeps them the base model's.
+        "modelspec.timestep_range": f"{t_n + 1},999" if objective == "skip" and isinstance(t_n, int) else None,
+        f"{INFO_KEY}.t_n": ("none" if t_n is None else t_n) if "t_n" in info else None,
+        f"{INFO_KEY}.objective": objective and ("denoising" if t_n is None else f"ambient, {objective} at t <= t_n"),
+        f"{INFO_KEY}.base_model": info.get("base_model"),
+        f"{INFO_KEY}.data": info.get("data"),
+        INFO_KEY: json.dumps(info, sort_keys=True),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _title(info: dict) -> str:
+    facts = [f"{name} {info[name]}" for name in ("t_n", "step") if info.get(name) is not None]
+    return " ".join(["SDXL Ambient", info.get("finetune") or "LoRA", *([f"({', '.join(facts)})"] if facts else [])])
 
 
 def load_lora_state(unet, path: str | Path) -> None:
@@ -101,7 +144,7 @@ def save_unet(unet, folder: str | Path, info: dict) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     unet.save_pretrained(str(temporary), safe_serialization=True)
     replace_folder(temporary, final)
-    write_json(Path(folder) / INFO_FILE, info)
+    write_json(Path(folder) / INFO_FILE, public_info(info))
     return final
 
 
@@ -248,7 +291,7 @@ def save_checkpoint(
 def _record(folder: Path, info: dict) -> None:
     if (folder / LORA_FILE).is_file():
         _add_info(folder / LORA_FILE, info)
-    write_json(folder / INFO_FILE, info)
+    write_json(folder / INFO_FILE, public_info(info))
 
 
 def step_of(folder: str | Path) -> int | None:

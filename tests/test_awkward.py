@@ -106,7 +106,9 @@ def test_an_interrupted_embedding_keeps_what_it_did_and_computes_only_the_rest(t
     assert len(before) == 2  # a whole shard and what was pending
     resumed = embed_images(images, interrupted, tmp_path / "cache", batch_size=2)
     assert resumed.computed == 4 and batches == [2] * 6
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and all(not path.name.startswith(".") for path in folder.iterdir())
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items()) and all(
+        not path.name.startswith(".") for path in folder.iterdir()
+    )
     whole = embed_images(images, plain, tmp_path / "other", batch_size=2)
     assert whole.computed == 10
     np.testing.assert_array_equal(resumed.embeddings, whole.embeddings)
