@@ -148,12 +148,6 @@ class AttackOptions(GenerationOptions):
 # -- both sets' answers -----------------------------------------------------------
 
 
-def evenly(images: ImageSet, count: int) -> ImageSet:
-    """At most ``count`` images, evenly from the set."""
-    size = min(count, len(images))
-    return images.subset([i * len(images) // size for i in range(size)])
-
-
 def readable(images: ImageSet) -> tuple[ImageSet, list]:
     """The images that can be opened, and their pictures; the others are listed as excluded."""
     kept, pictures, excluded = [], [], []
@@ -259,7 +253,7 @@ def attack(
     Raises:
         StageError: ``folder`` has the answers to another question, a set has no usable image, or an answer isn't finite.
     """
-    sets = {key: evenly(images, options.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
+    sets = {key: images.thinned(options.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
     settings = attack_settings(options, checkpoint, sets["train"], sets["heldout"], embedder)
     path = Path(folder) / "attack.json"
     # The main process looks, for all: another could look when the file is already written, and miss the work to share.

@@ -61,13 +61,9 @@ class Subject:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Latents (n, 4, h, w) as the UNet sees them → images."""
-        vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor
-        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
-        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
-        return self.pipe.image_processor.postprocess(pixels.float())
+        from sdxl_ambient.latents import decode_latents
+
+        return self.pipe.image_processor.postprocess(decode_latents(self.pipe.vae, latents))
 
     @torch.no_grad()
     def conditioning(self, prompts: Sequence[str | None]) -> Conditioning:

@@ -30,7 +30,7 @@ from eval.checkpoints import (
     resolve_device,
     tuned,
 )
-from eval.images import StageError
+from eval.images import StageError, evenly
 from eval.processes import collect, is_main, share, wait
 from eval.samplers import MODES as SAMPLERS
 from eval.samplers import Sampler, own_samplers
@@ -161,12 +161,6 @@ def plan(
         chosen = [prompt for prompt in evenly(chosen, max(1, len(chosen) // mean_of)) for _ in range(mean_of)]
     asked = [(run, i, prompt) for run in range(seed, seed + num_seeds) for i, prompt in enumerate(chosen)]
     return [Draw(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(asked)]
-
-
-def evenly(items: list, count: int) -> list:
-    """``count`` of the items, at most all of them, evenly spaced."""
-    size = min(count, len(items))
-    return [items[i * len(items) // size] for i in range(size)]
 
 
 def image_seed(seed: int, index: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from sdxl_ambient.manifest import hash_file
 
 class StageError(ValueError):
     """A stage can't go on because of what it was given. The message is one line: what, its value, what to do."""
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """``count`` of the items, at most all of them, evenly spaced."""
+    size = min(count, len(items))
+    return [items[i * len(items) // size] for i in range(size)]
 
 
 @dataclass
@@ -32,6 +39,10 @@ class ImageSet:
     def name(self, index: int) -> str:
         """The image's path relative to the folder, with forward slashes."""
         return self.records[index].path.relative_to(self.folder).as_posix()
+
+    def thinned(self, most: int) -> ImageSet:
+        """At most ``most`` of the images, evenly."""
+        return self.subset(evenly(range(len(self)), most))
 
     def subset(self, indices, excluded: list[dict] = ()) -> ImageSet:
         """The images at ``indices``; ``excluded`` is added to what was left out before."""

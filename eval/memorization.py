@@ -27,7 +27,7 @@ from eval.controls import MOST, TRANSFORMS, planted, recompressed, vae_round_tri
 from eval.duplicates import Fingerprints, drop_near_duplicates, drop_near_embeddings, jpeg_limit
 from eval.embed import Embedded, embed
 from eval.embedders import Embedder, load_embedder
-from eval.generate import captions_of, evenly, generate, open_vae, read_prompts
+from eval.generate import captions_of, generate, open_vae, read_prompts
 from eval.images import ImageSet, StageError, drop_duplicates, read_folder
 from eval.options import BASE, STAGES, Options
 from eval.processes import is_main
@@ -107,7 +107,7 @@ class Embedding:
 
     def pooled(self, images: ImageSet) -> Embedded:
         """Pooled pixels of at most as many images as a Fréchet distance is taken of."""
-        return self(images.subset(evenly(list(range(len(images))), FRECHET_MOST)), self.pooled_pixels)
+        return self(images.thinned(FRECHET_MOST), self.pooled_pixels)
 
 
 def read_sets(options: Options) -> tuple[ImageSet, ImageSet | None]:

@@ -61,6 +61,16 @@ def encode_image(vae, pixels: torch.Tensor) -> torch.Tensor:
     return (latent * vae.config.scaling_factor)[0].float().cpu()
 
 
+@torch.no_grad()
+def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (n, 4, h, w) as the UNet sees them → float32 pixels (n, 3, 8h, 8w) in about [−1, 1]."""
+    latents = latents / vae.config.scaling_factor
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
+    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+
+
 # -- drawing ----------------------------------------------------------------------
 
 
@@ -281,12 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             encoders.to(state.device),
             load_schedule(base, **where),
             Geometry(options.resolution, options.center_crop),
-            t_n=options.t_n,
-            caption_column=options.caption_column,
-            instance_prompt=options.instance_prompt,
-            noise_key_file=options.noise_key_file,
-            allow_second_observation=options.allow_second_observation,
-            shard_size=options.shard_size,
+            **options.of_a_store(),
             state=state,
         )
     except (ImagesMissing, StoreError, NoiseKeyError, ModelError, OSError) as error:

@@ -52,6 +52,11 @@ class DataOptions(ModelOptions):
     )
     shard_size: int = option(256, "images or captions per stored file", minimum=1)
 
+    def of_a_store(self) -> dict:
+        """What :func:`sdxl_ambient.latents.build_store` is told, by its names."""
+        names = ("t_n", "caption_column", "instance_prompt", "noise_key_file", "allow_second_observation", "shard_size")
+        return {name: getattr(self, name) for name in names}
+
     def validate_data(self) -> None:
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise OptionError(f"--train_data_dir: {self.train_data_dir!r} is not a folder")

@@ -33,7 +33,7 @@ from sdxl_ambient.chain import Denoise, posterior_mean, restore
 from sdxl_ambient.conditioning import encode_prompts, time_ids
 from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.images import ImageError, ImagesMissing, list_images, load_rgb
-from sdxl_ambient.latents import check_resolution, encode_image
+from sdxl_ambient.latents import check_resolution, decode_latents, encode_image
 from sdxl_ambient.manifest import atomic, differences, hash_json, hash_tensors, read_json, versions, write_json
 from sdxl_ambient.models import (
     Conditioning,
@@ -265,14 +265,9 @@ def encode_candidates(
 # -- latents => pixels ----------------------------------------------------------------------
 
 
-@torch.no_grad()
 def decode_latent(vae, latent: torch.Tensor) -> Image.Image:
-    """Latent (4, h, w) as the UNet sees it → RGB picture: the way back from :func:`sdxl_ambient.latents.encode_image`."""
-    latent = latent[None].to(vae.device, torch.float32) / vae.config.scaling_factor
-    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        latent = latent * latent.new_tensor(std).view(1, -1, 1, 1) + latent.new_tensor(mean).view(1, -1, 1, 1)
-    return _to_image(vae.decode(latent.to(vae.dtype)).sample[0])
+    """Latent (4, h, w) as the UNet sees it → RGB picture."""
+    return _to_image(decode_latents(vae, latent[None].to(vae.device, torch.float32))[0])
 
 
 def _to_image(pixels: torch.Tensor) -> Image.Image:

@@ -34,12 +34,7 @@ def open_stores(options: TrainOptions, accelerator, schedule) -> tuple[LatentSto
                 encoders,
                 schedule,
                 Geometry(options.resolution, options.center_crop),
-                t_n=options.t_n,
-                caption_column=options.caption_column,
-                instance_prompt=options.instance_prompt,
-                noise_key_file=options.noise_key_file,
-                allow_second_observation=options.allow_second_observation,
-                shard_size=options.shard_size,
+                **options.of_a_store(),
                 say=accelerator.print,
             )
         # VAE and text encoders are out of memory from here on.

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from running import ENV
 
-from eval.attack import Options, attack_settings, evenly, interrogate, interrogate_sets, main
+from eval.attack import Options, attack_settings, interrogate, interrogate_sets, main
 from eval.checkpoints import Checkpoint
 from eval.denoise import Subject, conditional_magnitude, denoising_errors, image_generator, reconstruct
 from eval.embedders import load_embedder
@@ -251,8 +251,8 @@ def test_figures_compare_with_the_base_model_on_the_same_images():
 
 def test_a_sample_of_a_set_comes_from_all_over(tmp_path):
     images = read_folder(copy_emoji(tmp_path / "a", 10))
-    assert [images.name(i) for i in (0, 2, 5, 7)] == [evenly(images, 4).name(i) for i in range(4)]
-    assert len(evenly(images, 99)) == 10
+    assert [images.name(i) for i in (0, 2, 5, 7)] == [images.thinned(4).name(i) for i in range(4)]
+    assert len(images.thinned(99)) == 10
 
 
 def options(*more):
