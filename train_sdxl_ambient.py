@@ -24,6 +24,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gathe
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
+from sdxl_ambient.averaging import Average
 from sdxl_ambient.checkpoint import (
     CheckpointError,
     check_checkpoint,
@@ -38,17 +39,9 @@ from sdxl_ambient.config import OptionError, parse_options
 from sdxl_ambient.data import Stream, check_stores, common_t_n, loader
 from sdxl_ambient.images import ImagesMissing
 from sdxl_ambient.interruption import Interruption, Rescue, Skipped, not_finite
+from sdxl_ambient.lora import add_lora, trainable_to_float32
 from sdxl_ambient.manifest import differences, environment, write_json
-from sdxl_ambient.models import (
-    Average,
-    Denoiser,
-    ModelError,
-    add_lora,
-    check_sdxl,
-    load_schedule,
-    load_unet,
-    trainable_to_float32,
-)
+from sdxl_ambient.models import Denoiser, ModelError, check_sdxl, load_schedule, load_unet
 from sdxl_ambient.objective import ambient_objective
 from sdxl_ambient.observation import NoiseKeyError
 from sdxl_ambient.options import TrainOptions

@@ -41,7 +41,7 @@ from sdxl_ambient.checkpoint import (
     public_info,
     read_training_info,
 )
-from sdxl_ambient.models import trainable_to_float32
+from sdxl_ambient.lora import trainable_to_float32
 
 LAYOUTS = ("sgm", "diffusers")
 GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's name for whose names these are

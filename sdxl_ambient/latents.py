@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 from sdxl_ambient.conditioning import encode_prompts, is_truncated
 from sdxl_ambient.config import parse_options
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import ImagesMissing, list_images, load_rgb
 from sdxl_ambient.manifest import atomic, hash_bytes, hash_json, hash_tensors, versions, write_json
 from sdxl_ambient.models import Encoders, ModelError, load_encoders, load_schedule
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.observation import NoiseKeyError, draw_z, key_id, noise_key
-from sdxl_ambient.plan import Geometry, StoreError, content_hash, fingerprint, make_plan, scan, settle_plan, shards
+from sdxl_ambient.plan import StoreError, content_hash, fingerprint, make_plan, scan, settle_plan, shards
 
 PROMPT_BATCH = 16
 MAXIMUM_REPORTED = 20
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             options.output_dir,
             encoders.to(state.device),
             load_schedule(base, **where),
-            Geometry(options.resolution, options.center_crop),
+            options.geometry(),
             **options.of_a_store(),
             state=state,
         )

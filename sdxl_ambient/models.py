@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_ambient.noise import NoiseSchedule
 
-# Module-name endings that a LoRA attaches to. Anything else given as a target is taken for such endings itself.
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_LINEAR = [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj"]
-LORA_TARGETS = {
-    "attention": _ATTENTION,
-    "linear": _LINEAR,
-    "all": [*_LINEAR, "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"],
-}
 _PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, LookupError)
 # Where the original layout's and diffusers' UNet files keep the UNet's weights.
@@ -223,53 +212,6 @@ def load_encoders(
 # -- training ----------------------------------------------------------------------
 
 
-def lora_targets(targets: list[str]) -> list[str]:
-    """Preset names (``attention``, ``linear``, ``all``) or module-name endings → module-name endings."""
-    return list(dict.fromkeys(name for target in targets for name in LORA_TARGETS.get(target, [target])))
-
-
-def add_lora(
-    unet: UNet2DConditionModel,
-    *,
-    rank: int,
-    alpha: float,
-    targets: list[str],
-    dropout: float = 0.0,
-    use_dora: bool = False,
-) -> None:
-    """Freeze ``unet`` and attach one trainable float32 LoRA, named "default" as the diffusers examples do.
-
-    Raises:
-        ModelError: a target that no module of this UNet matches.
-    """
-    endings = lora_targets(targets)
-    names = [name for name, _ in unet.named_modules()]
-    unmatched = [e for e in endings if not any(n == e or n.endswith("." + e) for n in names)]
-    # A preset lists what some SDXL-like UNet has; names that the user spelled out must be there.
-    spelled_out = [e for e in unmatched if e in targets]
-    if spelled_out or len(unmatched) == len(endings):
-        raise ModelError(f"--lora_targets: no module of this UNet is named {', '.join(spelled_out or endings)}")
-    unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules=[e for e in endings if e not in unmatched],
-            lora_dropout=dropout,
-            use_dora=use_dora,
-            init_lora_weights="gaussian",
-        )
-    )
-    trainable_to_float32(unet)
-
-
-def trainable_to_float32(module: torch.nn.Module) -> None:
-    """Weights that the optimizer changes are kept in float32: half precision loses small updates, and can't be unscaled."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 @dataclass
 class Conditioning:
     """What the UNet is told beside x_t and t. ``prompt_embeds`` (batch, tokens, width), ``pooled`` (batch, width),
@@ -296,52 +238,6 @@ class Conditioning:
             torch.cat([self.pooled, other.pooled]),
             torch.cat([self.time_ids, other.time_ids]),
         )
-
-
-class Average:
-    """Exponential moving average of the weights that are trained; called, it is the module with the averaged weights.
-
-    It draws the samples that training needs of the model itself: without graph only, in evaluation mode.
-    """
-
-    def __init__(self, module: torch.nn.Module, decay: float):
-        self.module = module
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.ema = EMAModel(self.parameters, decay=decay, foreach=True)
-
-    def update(self) -> None:
-        """After every optimizer step."""
-        self.ema.step(self.parameters)
-
-    @contextmanager
-    def weights(self):
-        """Within it, the module has the averaged weights and is in evaluation mode. Nothing is copied."""
-        was_training = self.module.training
-        self._swap()
-        self.module.eval()
-        try:
-            yield
-        finally:
-            self._swap()
-            self.module.train(was_training)
-
-    @torch.no_grad()
-    def __call__(self, *args, **keywords):
-        with self.weights():
-            return self.module(*args, **keywords)
-
-    def _swap(self) -> None:
-        for parameter, shadow in zip(self.parameters, self.ema.shadow_params, strict=True):
-            parameter.data, shadow.data = shadow.data, parameter.data
-
-    def state_dict(self) -> dict:
-        return self.ema.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.ema.load_state_dict(state)
-        self.ema.shadow_params = [
-            s.to(p.device, p.dtype) for s, p in zip(self.ema.shadow_params, self.parameters, strict=True)
-        ]
 
 
 class Denoiser:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from sdxl_ambient.chain import Denoise, posterior_mean, restore
 from sdxl_ambient.conditioning import encode_prompts, time_ids
 from sdxl_ambient.config import OptionError, option, parse_options
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import ImageError, ImagesMissing, list_images, load_rgb
 from sdxl_ambient.latents import check_resolution, decode_latents, encode_image
 from sdxl_ambient.manifest import atomic, differences, hash_json, hash_tensors, read_json, versions, write_json
@@ -47,7 +48,7 @@ from sdxl_ambient.models import (
 )
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.options import MAXIMUM_T_N, ModelOptions, check_writable
-from sdxl_ambient.plan import Geometry, Scanned, content_hash, hash_tokenizer, scan
+from sdxl_ambient.plan import Scanned, content_hash, hash_tokenizer, scan
 from sdxl_ambient.randomness import Randomness
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

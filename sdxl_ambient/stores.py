@@ -10,7 +10,6 @@ from sdxl_ambient.data import LatentStore
 from sdxl_ambient.latents import build_store
 from sdxl_ambient.models import load_encoders
 from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.plan import Geometry
 
 
 def open_stores(options: TrainOptions, accelerator, schedule) -> tuple[LatentStore, LatentStore | None]:
@@ -33,7 +32,7 @@ def open_stores(options: TrainOptions, accelerator, schedule) -> tuple[LatentSto
                 store,
                 encoders,
                 schedule,
-                Geometry(options.resolution, options.center_crop),
+                options.geometry(),
                 **options.of_a_store(),
                 say=accelerator.print,
             )

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.latents import build_store
 from sdxl_ambient.models import load_encoders, load_schedule, load_unet
-from sdxl_ambient.plan import Geometry
 
 REPOSITORY = Path(__file__).parents[1]
 torch.set_num_threads(2)

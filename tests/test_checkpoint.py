@@ -12,7 +12,8 @@ from safetensors.torch import load, load_file, save_file
 
 from sdxl_ambient import checkpoint
 from sdxl_ambient.checkpoint import CheckpointError
-from sdxl_ambient.models import Conditioning, Denoiser, add_lora
+from sdxl_ambient.lora import add_lora
+from sdxl_ambient.models import Conditioning, Denoiser
 
 INFO = {"t_n": 500, "low_noise": "skip"}
 

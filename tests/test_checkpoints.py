@@ -12,7 +12,7 @@ from safetensors.torch import load, save_file
 from eval.checkpoints import Checkpoint, check_checkpoint, hash_weights, run_checkpoints, weight_files
 from sdxl_ambient import checkpoint
 from sdxl_ambient.config import OptionError
-from sdxl_ambient.models import add_lora
+from sdxl_ambient.lora import add_lora
 from sdxl_ambient.pipeline import load_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"

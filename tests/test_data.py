@@ -9,9 +9,10 @@ from conftest import copy_emoji
 from safetensors.torch import load
 
 from sdxl_ambient.data import Batch, LatentStore, Stream, loader, sample_generator
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.latents import build_store
 from sdxl_ambient.noise import CLEAN
-from sdxl_ambient.plan import Geometry, StoreError
+from sdxl_ambient.plan import StoreError
 
 
 def positions(stream) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from eval.memorization import Options as Evaluation
 from eval.samplers import own_samplers, samplers_of
 from sdxl_ambient.checkpoint import save_lora
 from sdxl_ambient.config import OptionError, load_options
-from sdxl_ambient.models import add_lora
+from sdxl_ambient.lora import add_lora
 
 PROMPTS = ["red apple", "green heart", "penguin", "yellow star", "blue car"]
 

@@ -32,7 +32,8 @@ from sdxl_ambient.interchange import (
     unet_names,
     unet_shapes,
 )
-from sdxl_ambient.models import LORA_TARGETS, load_unet
+from sdxl_ambient.lora import LORA_TARGETS
+from sdxl_ambient.models import load_unet
 from sdxl_ambient.pipeline import load_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"

@@ -18,11 +18,12 @@ from PIL import Image
 from scipy import stats
 from stores import equal, latents_in, load_file, snapshot
 
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import ImagesMissing, load_rgb
 from sdxl_ambient.latents import encode_image, main
 from sdxl_ambient.models import ModelError, load_encoders
 from sdxl_ambient.observation import NoiseKeyError, noise_key
-from sdxl_ambient.plan import Geometry, StoreError, content_hash
+from sdxl_ambient.plan import StoreError, content_hash
 
 
 def clean_latents(images: Path, encoders, resolution=64) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from eval.summary import References
 from eval.verdict import judge, model_figures, over_budget
 from sdxl_ambient.checkpoint import save_lora, save_unet
 from sdxl_ambient.config import OptionError, load_options
+from sdxl_ambient.lora import add_lora
 from sdxl_ambient.manifest import read_json
-from sdxl_ambient.models import add_lora
 
 DATA = REPOSITORY / "miniature" / "data"
 SETS = ["--train_data_dir", str(DATA / "finetune"), "--heldout_data_dir", str(DATA / "heldout")]

@@ -7,18 +7,8 @@ import shutil
 import pytest
 import torch
 
-from sdxl_ambient.models import (
-    Conditioning,
-    Denoiser,
-    ModelError,
-    add_lora,
-    check_sdxl,
-    load_encoders,
-    load_schedule,
-    load_unet,
-    lora_targets,
-    trainable_to_float32,
-)
+from sdxl_ambient.lora import add_lora, lora_targets, trainable_to_float32
+from sdxl_ambient.models import Conditioning, Denoiser, ModelError, check_sdxl, load_encoders, load_schedule, load_unet
 
 
 def one_line(error) -> str:

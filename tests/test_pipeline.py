@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient.checkpoint import save_lora, save_unet
-from sdxl_ambient.models import LORA_TARGETS, ModelError, add_lora
+from sdxl_ambient.lora import LORA_TARGETS, add_lora
+from sdxl_ambient.models import ModelError
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import adapter_t_n, euler_like, first_timestep, load_pipeline, sample, timestep_grid
 

@@ -12,10 +12,11 @@ from PIL import Image
 from stores import snapshot
 
 from sdxl_ambient import preview
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import load_rgb
 from sdxl_ambient.latents import encode_image
 from sdxl_ambient.noise import levels
-from sdxl_ambient.plan import Geometry, content_hash
+from sdxl_ambient.plan import content_hash
 
 T_N = ("300", "800")
 

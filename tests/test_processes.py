@@ -13,8 +13,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from eval.embed import FeatureCache
 from sdxl_ambient.checkpoint import save_lora
+from sdxl_ambient.lora import add_lora
 from sdxl_ambient.manifest import read_json
-from sdxl_ambient.models import add_lora
 
 LAUNCHERS = {"one": [], "two": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]}
 

@@ -8,10 +8,12 @@ from conftest import copy_emoji
 from running import arguments, assert_identical, launch, states
 from safetensors.torch import load_file
 
+from sdxl_ambient.averaging import Average
 from sdxl_ambient.data import LatentStore, check_stores, collate
+from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.latents import build_store
-from sdxl_ambient.models import Average, Denoiser
-from sdxl_ambient.plan import Geometry, StoreError, content_hash
+from sdxl_ambient.models import Denoiser
+from sdxl_ambient.plan import StoreError, content_hash
 from sdxl_ambient.restoration import Restoration, RestoreOptions
 
 
