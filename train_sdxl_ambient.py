@@ -13,6 +13,7 @@ import datetime
 import logging
 import math
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,45 +26,37 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from sdxl_ambient.averaging import Average
-from sdxl_ambient.checkpoint import (
-    CheckpointError,
-    check_checkpoint,
-    find_checkpoint,
-    refuse_to_overwrite,
-    register_lora_hooks,
-    save_checkpoint,
-    save_lora,
-    save_unet,
-)
+from sdxl_ambient.checkpoint import CheckpointError, refuse_to_overwrite, register_lora_hooks, save_checkpoint
 from sdxl_ambient.config import OptionError, parse_options
-from sdxl_ambient.data import Stream, check_stores, common_t_n, loader
+from sdxl_ambient.data import Showing, Stream, check_stores, loader, small_groups, spoken_levels
+from sdxl_ambient.dryrun import dry_run
+from sdxl_ambient.hub import HubError, check_hub, push, repository
 from sdxl_ambient.images import ImagesMissing
+from sdxl_ambient.interchange import InterchangeError
 from sdxl_ambient.interruption import Interruption, Rescue, Skipped, not_finite
-from sdxl_ambient.lora import add_lora, trainable_to_float32
-from sdxl_ambient.manifest import differences, environment, write_json
-from sdxl_ambient.models import Denoiser, ModelError, check_sdxl, load_schedule, load_unet
+from sdxl_ambient.manifest import environment, write_json
+from sdxl_ambient.meter import Meter
+from sdxl_ambient.models import Denoiser, ModelError, check_sdxl, load_schedule
 from sdxl_ambient.objective import ambient_objective
 from sdxl_ambient.observation import NoiseKeyError
+from sdxl_ambient.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
 from sdxl_ambient.options import TrainOptions
 from sdxl_ambient.plan import StoreError
-from sdxl_ambient.restoration import Restoration, RestoreOptions
+from sdxl_ambient.restoration import Restoration
+from sdxl_ambient.runs import find_start, run_record, training_info
+from sdxl_ambient.sharding import as_number, check_sharding, full_state, is_sharded, tell_deepspeed
 from sdxl_ambient.stores import open_stores
-from sdxl_ambient.validation import heldout_loss, track_images, validation_images
+from sdxl_ambient.trainee import load_trainee
+from sdxl_ambient.validation import Validation
 
 logger = get_logger(__name__)
-USER_ERRORS = (OptionError, ImagesMissing, StoreError, NoiseKeyError, ModelError, CheckpointError)
+USER_ERRORS = (
+    OptionError, ImagesMissing, StoreError, NoiseKeyError, ModelError, CheckpointError, InterchangeError, HubError
+)  # fmt: skip
 
 
 class TrainingError(RuntimeError):
     """Training that can't go on, since gradients are no numbers step after step. Checkpoints stay."""
-
-
-def optimizer_class(options: TrainOptions):
-    if options.use_8bit_adam:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit
-    return torch.optim.AdamW
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,110 +88,101 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(options: TrainOptions, accelerator: Accelerator, interruption: Interruption, stack: ExitStack) -> None:
-    output = Path(options.output_dir)
+    output, say = Path(options.output_dir), accelerator.print
     refuse_to_overwrite(output, options.resume_from_checkpoint)
+    check_sharding(options, accelerator)
+    hub = repository(options.hub_model_id, output) if options.push_to_hub else None
+    if hub and accelerator.is_main_process:
+        hub = check_hub(hub, options.hub_private)
     set_seed(options.seed)
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    accumulation = options.gradient_accumulation_steps
+    samples_per_step = options.train_batch_size * accelerator.num_processes * accumulation
+    tell_deepspeed(
+        accelerator,
+        batch_size=options.train_batch_size,
+        samples_per_step=samples_per_step,
+        max_grad_norm=options.max_grad_norm,
+    )
 
-    # -- models and data ----------------------------------------------------------------------------------------------
+    # -- data and models ----------------------------------------------------------------------------------------------
 
     base = options.pretrained_model_name_or_path
-    check_sdxl(base, options.revision)
+    zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, options.revision)
-    store, heldout = open_stores(options, accelerator, schedule)
-    check_stores(store, heldout, schedule, options.low_noise)
-
-    lora = options.finetune == "lora"
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    # Frozen weights may be half; weights that are trained are float32 and autocast in the forward pass.
-    dtype = half if lora and half else torch.float32
-    unet = load_unet(base, dtype=dtype, revision=options.revision, variant=options.variant)
-    if lora:
-        add_lora(
-            unet,
-            rank=options.rank,
-            alpha=options.lora_alpha or options.rank,
-            targets=options.lora_targets,
-            dropout=options.lora_dropout,
-            use_dora=options.use_dora,
-        )
-    else:
-        unet.requires_grad_(True)
-        trainable_to_float32(unet)
-    if options.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
+    showing = Showing(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
+    store, heldout = open_stores(options, accelerator, schedule, showing)
+    for line in check_stores(store, heldout, schedule, options.low_noise):
+        say(line)
+    trainee = load_trainee(options, accelerator, zero_empty)
+    trained = trainee.trained
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
 
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    samples_per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
-    optimizer = optimizer_class(options)(
-        parameters,
-        lr=options.learning_rate * (samples_per_step if options.scale_lr else 1),
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-    )
+    def optimizer_of(groups):
+        return make_optimizer(
+            options.optimizer_name,
+            groups,
+            lr=options.learning_rate * scale,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            epsilon=options.adam_epsilon,
+            warmup_steps=options.lr_warmup_steps,
+            extra=parse_extra(options.optimizer_args),
+        )
+
+    scale = samples_per_step if options.scale_lr else 1
+    groups = trainee.groups(options.text_encoder_lr, scale)
+    fused = options.fused_backward_pass
+    optimizer = FusedBackward(optimizer_of, groups, trainee.names) if fused else optimizer_of(groups)
     max_train_steps = options.max_train_steps or math.ceil(options.num_train_epochs * len(store) / samples_per_step)
     # Counted in optimizer steps and stepped by hand: prepared, it would advance once per process.
     lr_scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
+        num_warmup_steps=0 if options.optimizer == "adamw_schedulefree" else options.lr_warmup_steps,
         num_training_steps=max_train_steps,
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,
     )
-    model = unet
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    unet, *encoders, optimizer = accelerator.prepare(*trainee.modules, optimizer)
+    trainee.encoders = tuple(encoders)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]  # sharding has replaced them
     accelerator.register_for_checkpointing(lr_scheduler)
-    if lora:
-        register_lora_hooks(accelerator, model)
+    sharded = is_sharded(accelerator)
+    if options.finetune == "lora" and not sharded:
+        register_lora_hooks(accelerator, trainee.unet, trainee.text_encoders or None)
 
-    # -- resume -------------------------------------------------------------------------------------------------------
+    # -- averages, restoration, resume --------------------------------------------------------------------------------
 
     objective = options.objective()
-    # Averaged weights draw the samples that restore trains on, and the consistency loss's where that is asked for.
-    average, restoration = None, None
+    restoration = None
     if options.low_noise == "restore":
-        refresh = options.restored_per_batch // 4 if options.restore_refresh is None else options.restore_refresh
-        how = RestoreOptions(options.restored_per_batch, refresh, options.restore_steps, options.restore_levels)
+        how = options.restore_options()
         restoration = Restoration(store, how, options.seed, accelerator.process_index, accelerator.num_processes)
-    if restoration or options.consistency_teacher == "ema":
-        average = Average(model, options.ema_decay)
+    # Averaged weights are what is exported, or draw the samples of restore's and the consistency loss's reverse steps.
+    first_round = restoration and options.restore_teacher == "base"
+    average = start = None
+    if options.use_ema or options.consistency_teacher == "ema" or (restoration and not first_round):
+        average = Average(trainee.modules, options.ema_decay, options.offload_ema)
         accelerator.register_for_checkpointing(average)
-    # What a checkpoint must agree in: a resume under another of these would not continue the same run.
-    run = {
-        "finetune": options.finetune,
-        "store": store.hash,
-        "seed": options.seed,
-        "samples_per_step": samples_per_step,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        **{n: getattr(options, n) for n in ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")},
-        **asdict(objective),
-        **(asdict(restoration.options) if restoration else {}),
-        **({n: getattr(options, n) for n in ("restore_start", "restore_teacher")} if restoration else {}),
-        **({"ema_decay": options.ema_decay} if average else {}),
-    }
+    if first_round:
+        start = Average(trainee.modules, options.ema_decay)  # never updated: the weights that training started from
+        accelerator.register_for_checkpointing(start)
     skipped = Skipped(options.max_skipped_steps)
-    progress = {"step": 0, "run": run, "heldout": [], "best": None, "skipped": skipped.state_dict()}
-    if options.resume_from_checkpoint:
-        found = find_checkpoint(output, options.resume_from_checkpoint, accelerator.print)
-        if found is None:
-            accelerator.print(f"No checkpoint in {output}: starting from the beginning.")
-        else:
-            progress = check_checkpoint(found)["progress"]
-            if changed := differences(progress["run"], run):
-                raise CheckpointError(f"{found} is of another run: {'; '.join(changed)}")
-            accelerator.load_state(str(found))
-            skipped.load_state_dict(progress.get("skipped", skipped.state_dict()))
-            if restoration:
-                restoration.load(found)
-            accelerator.print(f"Resuming from {found}.")
+    validation = Validation(options, accelerator, trainee, schedule, store, heldout, quick_look(options, accelerator, stack))
+    run = run_record(options, store, samples_per_step, trainee.record)
+    progress = {"step": 0, "run": run, "processes": accelerator.num_processes}
+    if found := find_start(output, options, run, accelerator, sharded):
+        folder, progress = found
+        accelerator.load_state(str(folder))
+        skipped.load_state_dict(progress["skipped"])
+        validation.load_state_dict(progress)
+        if restoration:
+            restoration.load(folder)
+        say(f"Resuming from {folder}.")
+        progress.update(run=run, processes=accelerator.num_processes)
     if accelerator.is_main_process:
         record = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
         write_json(output / "options.json", {"options": record, "environment": environment()})
@@ -207,32 +191,38 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
 
     # -- loop ---------------------------------------------------------------------------------------------------------
 
-    def info(step: int) -> dict:
-        return {
-            "t_n": common_t_n(store),
-            "low_noise": options.low_noise,
-            "loss_space": options.loss_space,
-            "finetune": options.finetune,
-            "base_model": Path(base).name if Path(base).is_dir() else base,
-            "data": store.hash,
-            "images": len(store),
-            "prediction_type": schedule.prediction_type,
-            "resolution": store.manifest["fingerprint"]["latent"]["resolution"],
-            "step": step,
-        }
+    def shown(batch):
+        return trainee.conditioning(batch, accelerator.device)
 
-    def on_device(batch):
-        return batch.conditioning.to(accelerator.device, dtype)
+    def evaluating():
+        """The weights that are exported and validated, which may be averages."""
+        return average.weights() if options.use_ema else evaluated(optimizer)
 
-    def export(folder: Path, step: int) -> Path:
-        return (save_lora if lora else save_unet)(model, folder, info(step))
+    def export(folder: Path, step: int) -> None:
+        with evaluating():
+            state = full_state(accelerator, unet)
+            if accelerator.is_main_process:
+                trainee.export(folder, training_info(options, store, schedule, step), state)
+
+    def save(step: int) -> None:
+        def more(folder: Path) -> None:
+            if restoration:
+                restoration.save(folder)
+            if sharded and options.finetune == "lora":
+                export(folder, step)
+
+        progress.update(step=step, skipped=skipped.state_dict(), **validation.state_dict())
+        info = training_info(options, store, schedule, step)
+        with evaluated(optimizer):
+            save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, more, info)
 
     first = progress["step"]
-    accelerator.print(
-        f"Training {sum(p.numel() for p in parameters):,} weights ({options.finetune}) on {len(store)} images at "
-        f"t_n = {common_t_n(store)}: steps {first} to {max_train_steps}, {samples_per_step} samples each."
+    say(
+        f"Training {trained:,} weights ({options.finetune}) on {len(store)} images at t_n = {spoken_levels(store)}: "
+        f"steps {first} to {max_train_steps}, {samples_per_step} samples each."
     )
-    accumulation = options.gradient_accumulation_steps
+    for line in small_groups(store.groups, samples_per_step // accumulation):
+        say(line)
     stream = Stream(
         len(store),
         options.train_batch_size,
@@ -241,50 +231,62 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         stop=max(first, max_train_steps) * accumulation,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
+        groups=list(store.groups.values()),
     )
-    more = restoration.batches(stream.start, stream.stop, options.dataloader_num_workers) if restoration else None
+    if options.dry_run:
+        epochs = max_train_steps * samples_per_step / len(store)
+        plan = {"steps": max_train_steps, "samples_per_step": samples_per_step, "epochs": epochs, "trained": trained}
+        dry_run(options, accelerator, trainee, schedule, store, stream, objective, plan)
+        return
+    extras = restoration.batches(stream.start, stream.stop, options.dataloader_num_workers) if restoration else None
+    with evaluating():
+        validation.begin(unet)
+    meter = Meter(samples_per_step, max_train_steps, first, device=accelerator.device)
     bar = tqdm(
         total=max_train_steps, initial=first, desc="steps", unit="step", disable=not accelerator.is_local_main_process
     )
-
-    def save(step: int) -> None:
-        progress.update(step=step, skipped=skipped.state_dict())
-        own = restoration.save if restoration else None
-        save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, own, info(step))
-
     step, summed, seen = first, {}, []
     rescue = stack.enter_context(Rescue(accelerator, save, first))
     for batch in loader(store, stream, options.dataloader_num_workers):
-        with accelerator.accumulate(unet):
+        with accelerator.accumulate(unet, *encoders):
             generators, restored = batch.generators(options.seed), None
-            extra = next(more) if restoration else None
+            extra = next(extras) if restoration else None
+            denoise = Denoiser(unet, shown(batch), trainee.dtype)
             if restoration and step >= options.restore_start:
-                drawn = restoration.generators(extra)
-                restored = restoration.restored(extra, Denoiser(average, on_device(extra), dtype), schedule, drawn)
+                drawn, shown_extra = restoration.generators(extra), shown(extra)
+                model = Denoiser(start or average, shown_extra, trainee.dtype)
+                restored = restoration.restored(extra, model, schedule, drawn)
                 batch = batch.first(0) if options.restore_levels == "all" else batch
                 generators = [*generators[: len(batch.x_n)], *drawn]
-                batch.conditioning = batch.conditioning.followed_by(extra.conditioning)
-            denoise = Denoiser(unet, on_device(batch), dtype)
-            teacher = Denoiser(average, denoise.conditioning, dtype) if options.consistency_teacher == "ema" else None
+                denoise = Denoiser(
+                    unet, denoise.conditioning.rows(slice(len(batch.x_n))).followed_by(shown_extra), trainee.dtype
+                )
+            teacher = None
+            if options.consistency_teacher == "ema":
+                teacher = Denoiser(average, denoise.conditioning, trainee.dtype)
             due = step >= options.consistency_start and step % options.consistency_every == 0
             asked = objective if due else replace(objective, consistency_weight=0.0)
             x_n = batch.x_n.to(accelerator.device)
             losses = ambient_objective(denoise, schedule, x_n, batch.t_n, generators, asked, restored, teacher)
             seen += [(batch.contents, losses.ambient), (extra.contents if restored is not None else [], losses.restored)]
+            if fused and not math.isfinite(losses.total.detach()):
+                raise TrainingError(f"step {step + 1}: the loss is {float(losses.total)}; lower --learning_rate")
+            rescue.whole = not fused  # it changes the weights in the backward pass
             accelerator.backward(losses.total)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(parameters, options.max_grad_norm or math.inf)
+                norm = None
+                if not fused:
+                    norm = as_number(accelerator.clip_grad_norm_(parameters, options.max_grad_norm or math.inf))
                 # In float16 the gradient scaler leaves such steps out by itself, and lowers its scale.
                 finite = norm is None or accelerator.scaler is not None or math.isfinite(norm)
                 if not finite and skipped.note(gather_object(not_finite(seen))):
                     raise TrainingError(f"{skipped}, {skipped.in_a_row} of them in a row; lower --learning_rate")
-                rescue.whole = not finite
+                rescue.whole = not finite and not fused
             if not accelerator.sync_gradients or finite:
                 optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
-                # Never updated, the average is the weights that training started from.
-                if finite and average and options.restore_teacher == "ema":
+                if finite and average:
                     average.update()
             optimizer.zero_grad()
         stop = torch.tensor(float(interruption.reason is not None), device=accelerator.device)
@@ -297,71 +299,53 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         if finite:
             skipped.passed()
         else:
-            accelerator.print(f"\nstep {step}: left out; so far {skipped}")
+            say(f"\nstep {step}: left out; so far {skipped}")
         rescue.finished(step)
+        meter.step()
         bar.update()
-        bar.set_postfix({k: f"{v:.4f}" for k, v in logged.items()}, lr=f"{lr_scheduler.get_last_lr()[0]:.2e}")
-        accelerator.log({**logged, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+        rate = lr_scheduler.get_last_lr()[0]
+        bar.set_postfix({k: f"{v:.4f}" for k, v in logged.items()}, lr=f"{rate:.2e}", **meter.postfix())
+        accelerator.log({**logged, "lr": rate, **meter.scalars()}, step=step)
 
-        if step % options.validation_steps == 0 or step == max_train_steps:
-            validate(options, accelerator, model, schedule, heldout, objective, dtype, step, progress, export)
-        if step % options.checkpointing_steps == 0 or step == max_train_steps or told_to_stop:
-            rescue.save(step)
-        if told_to_stop and step < max_train_steps:
+        last = step == max_train_steps
+        with meter.pause():
+            enough = None
+            if validation.due(step, last):
+                with evaluating():
+                    enough = validation.run(unet, step, last, export)
+            if step % options.checkpointing_steps == 0 or last or told_to_stop or enough:
+                rescue.save(step)
+        if enough:
+            say(f"\nStopped after step {step}: {enough}.")
+            break
+        if told_to_stop and not last:
             reason = interruption.reason or "another process, which was told to stop"
-            accelerator.print(f"\nStopped by {reason} after step {step}; --resume_from_checkpoint latest goes on from here.")
+            say(f"\nStopped by {reason} after step {step}; --resume_from_checkpoint latest goes on from here.")
             return
     bar.close()
 
     # -- save ---------------------------------------------------------------------------------------------------------
 
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        path = export(output, step)
-        accelerator.print(f"Saved {path}")
-        if progress["best"]:
-            accelerator.print(
-                f"Lowest held-out loss {progress['best'][1]:.4f} at step {progress['best'][0]}: {output / 'best'}"
-            )
+    export(output, step)
+    say(f"Saved {output}")
+    if validation.best:
+        say(f"Lowest held-out loss {validation.best[1]:.4f} at step {validation.best[0]}: {output / 'best'}")
+    if hub and accelerator.is_main_process:
+        push(output, repo_id=hub, private=options.hub_private, license=options.hub_license,
+             report=options.memorization_report, say=say)  # fmt: skip
 
 
-def validate(options, accelerator, model, schedule, heldout, objective, dtype, step, progress, export) -> None:
-    """The held-out loss (the weights with the lowest are kept in ``best``) and images at fixed seeds."""
-    output = Path(options.output_dir)
-    if heldout is not None:
-        loss = heldout_loss(
-            accelerator, model, schedule, heldout, objective, batch_size=options.train_batch_size, dtype=dtype
-        )
-        accelerator.log({"heldout_loss": loss}, step=step)
-        progress["heldout"].append([step, loss])
-        accelerator.print(f"\nstep {step}: held-out loss {loss:.5f}")
-        if progress["best"] is None or loss < progress["best"][1]:
-            progress["best"] = [step, loss]
-            if accelerator.is_main_process:
-                export(output / "best", step)
-        if accelerator.is_main_process:
-            write_json(output / "heldout_loss.json", {"losses": progress["heldout"], "best": progress["best"]})
-    if options.validation_prompt and accelerator.is_main_process:
-        skip_below = options.t_n is not None and options.low_noise == "skip"
-        auto = "hybrid" if skip_below else "full"
-        drawn = validation_images(
-            accelerator,
-            model,
-            options.pretrained_model_name_or_path,
-            output / "validation" / f"step-{step:06d}",
-            options.validation_prompt,
-            count=options.num_validation_images,
-            sampler=auto if options.validation_sampler == "auto" else options.validation_sampler,
-            t_n=options.t_n,
-            steps=options.validation_inference_steps,
-            seed=options.seed,
-            full_finetune=options.finetune == "full",
-            vae=options.pretrained_vae_model_name_or_path,
-            revision=options.revision,
-            variant=options.variant,
-        )
-        track_images(accelerator, drawn, step)
-    accelerator.wait_for_everyone()
+def quick_look(options: TrainOptions, accelerator: Accelerator, stack: ExitStack):
+    """The evaluation's fast path, where it is asked for; embeddings of the images go to a folder that is removed."""
+    if options.memorization_every is None or not accelerator.is_main_process:
+        return None
+    from eval.quick import QuickLook
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    look = QuickLook(options.train_data_dir, options.heldout_data_dir, folder, options.memorization_embedder)
+    look.prepare()
+    return look
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ WHAT = {
     "consistency_over_official": "seconds per step, ambient + consistency / the official step's structure",
     "consistency_memory_over_official": "peak memory of that step, the same ratio",
     "ambient_over_encode_every_time": "seconds per step, ambient / encoding VAE and text in every step",
+    "full_fused_gib": "GiB of a full fine-tune at 1024², batch 1: checkpointing, Adafactor, fused backward pass; computed",
+    "lora_12gb_gib": "GiB of a LoRA at 1024², batch 4, with checkpointing; computed",
+    "memory_over_measured": "how far such figures are from four steps measured on an H100, at most, as a part of them",
+    "loader_over_step": "samples per second, the loader with one worker / training the miniature UNet",
+    "loader_memory_growth": "resident memory of the loader with its worker, after ten epochs / after one",
     "exact_over_faiss_flat": "seconds, exact nearest neighbours / FAISS's flat index, 5,000 × 100,000 × 1024",
     "peak_gib_1m": "peak memory in GiB of a search in a million × 1024 embeddings, exact or with a FAISS shortlist",
 }

@@ -258,6 +258,17 @@ def sampler_figures(
     }
 
 
+def share_figures(generated: Embedded, references: References) -> dict:
+    """Of :func:`sampler_figures` the copied share and its excess alone, with the similarities to the training set."""
+    clusters, to_train = prompts_of(generated), nearest(generated.embeddings, references.train.embeddings, 1)[0][:, 0]
+    return {
+        "n_generated": len(generated),
+        "similarity_to_train": _similarities(to_train),
+        **_share(to_train, references, clusters),
+        **_excess(generated, clusters, references),
+    }
+
+
 def _above(to_heldout: np.ndarray | None, references: References) -> float | None:
     if to_heldout is None or references.threshold is None:
         return None

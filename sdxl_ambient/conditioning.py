@@ -7,6 +7,13 @@ from collections.abc import Sequence
 import torch
 
 
+def tokenize(captions: Sequence[str], tokenizers) -> torch.Tensor:
+    """Captions → tokens (n, 2, 77) for the two text encoders, int64, cut and padded to what they read."""
+    how = dict(padding="max_length", truncation=True, return_tensors="pt")
+    tokens = [t(list(captions), max_length=t.model_max_length, **how).input_ids for t in tokenizers]
+    return torch.stack(tokens, dim=1)
+
+
 @torch.no_grad()
 def encode_prompts(captions: Sequence[str], tokenizers, text_encoders) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``StableDiffusionXLPipeline.encode_prompt``: both penultimate states side by side, and the second's pooled.
@@ -14,20 +21,33 @@ def encode_prompts(captions: Sequence[str], tokenizers, text_encoders) -> tuple[
     Returns:
         prompt_embeds (n, 77, 768 + 1280 for SDXL) and pooled (n, 1280), in the encoders' dtype, on their device.
     """
+    return encode_tokens(tokenize(captions, tokenizers), text_encoders)
+
+
+def encode_tokens(
+    tokens: torch.Tensor, text_encoders, dropped: torch.Tensor | None = None, *, zero_empty: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (n, 2, 77) of :func:`tokenize` → what :func:`encode_prompts` gives, with a graph for encoders that train.
+
+    Args:
+        text_encoders: both, each in or out of its distributed wrapper.
+        dropped: (n,) bool, samples shown without their caption. Their tokens must be the empty caption's; here it says for
+            whom ``zero_empty`` holds.
+        zero_empty: they are shown zeros in place of an empty caption's states, as a base model is whose pipeline has
+            ``force_zeros_for_empty_prompt``. They have no gradient, but stay in the graph, so that processes agree on it.
+    """
     states, pooled = [], None
-    for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
-        tokens = tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    for ids, encoder in zip(tokens.unbind(1), text_encoders, strict=True):
+        # A wrapper has no device of its own.
+        output = encoder(ids.to(next(encoder.parameters()).device), output_hidden_states=True)
         states.append(output.hidden_states[-2])
         # Element 0 is the projected, pooled embedding in the encoder with projection, which comes last.
         pooled = output[0]
-    return torch.cat(states, dim=-1), pooled
+    prompt_embeds = torch.cat(states, dim=-1)
+    if zero_empty and dropped is not None:
+        dropped = dropped.to(pooled.device)
+        prompt_embeds, pooled = prompt_embeds.masked_fill(dropped[:, None, None], 0), pooled.masked_fill(dropped[:, None], 0)
+    return prompt_embeds, pooled
 
 
 def is_truncated(caption: str, tokenizer) -> bool:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import io
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sdxl_ambient.metadata import Columns, ImagesMissing, describe
+
+__all__ = ["ImageError", "ImagesMissing", "Record", "list_files", "list_images", "load_rgb"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MINIMUM_SIDE = 8  # pixels; below this the VAE has nothing to encode
@@ -20,20 +26,38 @@ class ImageError(ValueError):
     """An image that can't be used; the message is the reason."""
 
 
-class ImagesMissing(ValueError):
-    """A folder without a single usable entry, or with broken metadata."""
-
-
 @dataclass(frozen=True)
 class Record:
-    """One picture of a data set: where it is, and its caption (None where there is none)."""
+    """One picture of a data set: its name in reports, the file it is in or the function that reads it, its captions, and its
+    own noise level (−1 clean, None: the set's)."""
 
-    path: Path
-    caption: str | None
+    name: str
+    source: Path | Callable[[], Path | bytes]
+    captions: tuple[str, ...] = ()
+    t_n: int | None = None
+
+    @property
+    def caption(self) -> str | None:
+        """Its first caption; None where there is none."""
+        return self.captions[0] if self.captions else None
+
+    @property
+    def path(self) -> Path:
+        """The file it is in, for pictures of a folder."""
+        assert isinstance(self.source, Path), "a row of a data set is no file"
+        return self.source
+
+    def read(self) -> Path | bytes:
+        """What :func:`load_rgb` takes. Raises ImageError for a row that holds nothing."""
+        return self.source if isinstance(self.source, Path) else self.source()
+
+    def captioned(self, instance_prompt: str | None) -> Record:
+        """With ``instance_prompt`` for its caption where it has none."""
+        return self if self.captions or not instance_prompt else replace(self, captions=(instance_prompt,))
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """Open any picture as 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
+def load_rgb(source: str | Path | bytes | BinaryIO) -> Image.Image:
+    """Open any picture as 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits to 8. Bytes are a file's.
 
     Raises:
         ImageError: unreadable, truncated, smaller than 8 pixels on a side, or implausibly large.
@@ -42,7 +66,7 @@ def load_rgb(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             # Our own limit stands in for Pillow's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 _check_size(image)
                 image.load()
                 image = ImageOps.exif_transpose(image)
@@ -80,51 +104,36 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def list_images(folder: str | Path, caption_column: str = "text") -> list[Record]:
-    """Every picture below ``folder``, in the order of their relative paths.
-
-    Captions come from a ``metadata.jsonl`` (imagefolder layout: ``file_name`` and ``caption_column``) or from a ``.txt``
-    file beside the picture.
+def list_files(folder: str | Path, suffixes) -> list[Path]:
+    """Files below ``folder`` with one of these endings, hidden ones left out, in the order of their relative paths.
 
     Raises:
-        ImagesMissing: no such folder, no pictures, or metadata that is damaged or names a file that isn't there.
+        ImagesMissing: no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ImagesMissing(f"{str(folder)!r} is not a folder")
-    captions = _metadata(folder, caption_column)
-    paths = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()),
+    return sorted(
+        (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()),
         key=lambda p: p.relative_to(folder).as_posix(),
     )
+
+
+def list_images(
+    folder: str | Path, caption_column: str = "text", t_n_column: str | None = None, captions_needed: bool = True
+) -> list[Record]:
+    """Every picture below ``folder``, in the order of their relative paths.
+
+    Captions and noise levels come from a ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: ``file_name``,
+    ``caption_column``, ``t_n_column``), captions also from a ``.txt`` file beside the picture.
+
+    Raises:
+        ImagesMissing: no such folder, no pictures, or metadata that is damaged, lacks a column or names a file that isn't
+            there.
+    """
+    folder = Path(folder)
+    paths = list_files(folder, SUFFIXES)
     if not paths:
         raise ImagesMissing(f"{str(folder)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return [Record(p, captions.get(p.relative_to(folder).as_posix()) or _sidecar(p)) for p in paths]
-
-
-def _metadata(folder: Path, caption_column: str) -> dict[str, str | None]:
-    path = folder / "metadata.jsonl"
-    if not path.exists():
-        return {}
-    captions = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, caption = Path(row["file_name"]), row.get(caption_column)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ImagesMissing(f"{path}, line {number}: not a JSON object with a 'file_name'") from None
-        if not (folder / name).is_file():
-            raise ImagesMissing(f"{path}, line {number}: {str(name)!r} is not in the folder")
-        if not isinstance(caption, str | None):
-            raise ImagesMissing(f"{path}, line {number}: {caption_column!r} is not a text: {caption!r}")
-        captions[name.as_posix()] = caption
-    if captions and all(c is None for c in captions.values()):
-        raise ImagesMissing(f"{path} has no column {caption_column!r}; it has: {', '.join(sorted(row))}")
-    return captions
-
-
-def _sidecar(path: Path) -> str | None:
-    text = path.with_suffix(".txt")
-    return text.read_text(encoding="utf-8", errors="replace").strip() or None if text.is_file() else None
+    told = describe(folder, paths, Columns(caption_column, t_n_column, captions_needed))
+    return [Record(p.relative_to(folder).as_posix(), p, t.captions, t.t_n) for p, t in zip(paths, told, strict=True)]

@@ -42,6 +42,7 @@ from sdxl_ambient.checkpoint import (
     read_training_info,
 )
 from sdxl_ambient.lora import trainable_to_float32
+from sdxl_ambient.manifest import hash_file
 
 LAYOUTS = ("sgm", "diffusers")
 GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's name for whose names these are
@@ -117,7 +118,9 @@ class Adapter:
                 if weights.magnitude is not None:
                     # peft keeps a convolution's as (1, out, 1, 1).
                     shape = (1, -1, *weights.up.shape[2:]) if weights.up.ndim > 2 else (-1,)
-                    state[f"{start}{name}.lora_magnitude_vector"] = weights.magnitude.reshape(shape)
+                    # The end that transformers reads.
+                    end = "" if part == "unet" else ".weight"
+                    state[f"{start}{name}.lora_magnitude_vector{end}"] = weights.magnitude.reshape(shape)
         return state
 
     def peft_config(self, part: str) -> dict:
@@ -545,7 +548,7 @@ def peft_file(adapter: Adapter, title: str | None = None) -> tuple[dict[str, tor
 
 
 def attach(unet: torch.nn.Module, adapter: Adapter, *, dropout: float = 0.0) -> None:
-    """Freeze ``unet`` and put the adapter in, trainable and in float32, as :func:`sdxl_ambient.models.add_lora` puts a new
+    """Freeze ``unet`` and put the adapter in, trainable and in float32, as :func:`sdxl_ambient.lora.add_lora` puts a new
     one: training then goes on from it, saves and resumes as from any other.
 
     Raises:
@@ -557,6 +560,7 @@ def attach(unet: torch.nn.Module, adapter: Adapter, *, dropout: float = 0.0) -> 
         )
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(**adapter.peft_config("unet"), lora_dropout=dropout))
+    trainable_to_float32(unet)  # before the weights, which a half base's dtype would round
     state = {name.removeprefix("unet."): tensor for name, tensor in adapter.peft_state().items()}
     try:
         result = set_peft_model_state_dict(unet, state, adapter_name="default")
@@ -565,7 +569,23 @@ def attach(unet: torch.nn.Module, adapter: Adapter, *, dropout: float = 0.0) -> 
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise InterchangeError(f"the LoRA doesn't fit the UNet: {[*missing, *result.unexpected_keys][0]}")
-    trainable_to_float32(unet)
+
+
+def start_from(unet: torch.nn.Module, lora: str | Path, *, dropout: float = 0.0) -> dict:
+    """Put a LoRA into ``unet`` to train on from: a file or folder of ours, of diffusers or of kohya's scripts.
+
+    Returns:
+        what the run's record says of it, which a resume must agree in: {"lora": the file's SHA-256}.
+
+    Raises:
+        InterchangeError: as :func:`read_adapter` and :func:`attach`.
+    """
+    try:
+        file = lora_file(Path(lora))
+        attach(unet, read_adapter(file, dict(unet.config)), dropout=dropout)
+    except InterchangeError as error:
+        raise InterchangeError(f"--lora: {error}") from None
+    return {"lora": hash_file(file)}
 
 
 # -- whole models in the original layout ----------------------------------------------------------------------

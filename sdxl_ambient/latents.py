@@ -6,8 +6,11 @@ A store is a folder of sharded safetensors:
 
     plan.json            what will be drawn; written before the first draw
     latents-00000.safetensors …   one tensor (4, h, w) per picture, named by the hash of its pixels
-    prompts-<hash>.safetensors …  two tensors per distinct caption: its states and its pooled embedding
+    prompts-<hash>.safetensors …  two tensors per distinct caption and the empty one: its states and its pooled embedding
+    tokens.safetensors   where text encoders are trained: one tensor (2, 77) per caption, its tokens for each of the two
     manifest.json        written last; a store without it is unfinished
+
+With --pre_noised the latents come from files that are noisy already (:mod:`sdxl_ambient.prenoised`); nothing is drawn.
 
 Every picture is drawn once. Shards that exist are never drawn anew, a store that differs from what is asked for is refused
 with the difference named, and a second draw of a picture is refused unless asked for.
@@ -15,28 +18,49 @@ with the difference named, and a second draw of a picture is refused unless aske
 
 from __future__ import annotations
 
+import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from sdxl_ambient.conditioning import encode_prompts, is_truncated
 from sdxl_ambient.config import parse_options
 from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.images import ImagesMissing, list_images, load_rgb
-from sdxl_ambient.manifest import atomic, hash_bytes, hash_json, hash_tensors, versions, write_json
+from sdxl_ambient.images import ImageError, ImagesMissing, Record, load_rgb
+from sdxl_ambient.manifest import hash_json, versions, write_json
 from sdxl_ambient.models import Encoders, ModelError, load_encoders, load_schedule
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.observation import NoiseKeyError, draw_z, key_id, noise_key
-from sdxl_ambient.plan import StoreError, content_hash, fingerprint, make_plan, scan, settle_plan, shards
+from sdxl_ambient.plan import (
+    StoreError,
+    content_hash,
+    fingerprint,
+    look,
+    look_closely,
+    make_plan,
+    plan_of,
+    scan,
+    settle_plan,
+    shards,
+)
+from sdxl_ambient.prenoised import (
+    fingerprint_of_latents,
+    ids_of_latent,
+    latent_hash,
+    list_latents,
+    load_latent,
+    look_at_latent,
+)
+from sdxl_ambient.shard_files import readable, write_shard
+from sdxl_ambient.sources import open_records
+from sdxl_ambient.texts import write_texts
+from sdxl_ambient.twins import settle_twins
 
-PROMPT_BATCH = 16
 MAXIMUM_REPORTED = 20
 
 
@@ -75,113 +99,90 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 # -- drawing ----------------------------------------------------------------------
 
 
-def readable(path: Path, names: Sequence[str]) -> bool:
-    """Whether a shard is there with exactly these tensors. A damaged one is a StoreError, not a reason to draw again."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(str(path), "pt") as file:
-            if set(file.keys()) == set(names):
-                return True
-    except (SafetensorError, OSError):
-        pass
-    raise StoreError(f"{path} is damaged; drawing it anew would be a second observation of its images. Restore the file")
+Make = Callable[[dict, Record], torch.Tensor]  # a plan's entry and its record => what the store holds of it
 
 
-def write_latents(
-    output_dir: Path,
-    plan: dict,
-    paths: dict[str, str],
-    encoders: Encoders,
-    schedule: NoiseSchedule,
-    geometry: Geometry,
-    key: bytes,
-    state: PartialState,
-) -> None:
-    """Encode and draw this process's share of the shards that aren't there yet."""
+@dataclass(frozen=True)
+class Draw:
+    """Makes noisy latents of pictures."""
+
+    settings: dict
+    encoders: Encoders
+    schedule: NoiseSchedule
+    geometry: Geometry
+    key: bytes
+
+    def __call__(self, entry: dict, record: Record) -> torch.Tensor:
+        """One picture's only observation x_n, (4, h, w) float32 on the CPU."""
+        image = load_rgb(record.read())
+        if content_hash(image) != entry["content"]:
+            raise ImageError("changed while it was being encoded")
+        pixels, _ = self.geometry.apply(image, entry["content"])
+        x_0 = encode_image(self.encoders.vae, pixels)
+        # With the picture's own level: the same z at two levels could be solved for the picture.
+        what = hash_json({**self.settings, "t_n": entry["t_n"]})
+        z = draw_z(self.key, what, entry["content"], x_0.shape).float()
+        return self.schedule.observe(x_0[None], levels(entry["t_n"], 1), z[None])[0].contiguous()
+
+
+def take(entry: dict, record: Record) -> torch.Tensor:
+    """A latent that is noisy already, as its file has it."""
+    latent = load_latent(record.path)
+    if latent_hash(latent) != entry["content"]:
+        raise ImageError("changed while it was being read")
+    return latent
+
+
+def write_latents(output_dir: Path, plan: dict, records: dict[str, Record], make: Make, state: PartialState) -> None:
+    """Make this process's share of the shards that aren't there yet. ``records`` are by content."""
     mine = shards(plan)[state.process_index :: state.num_processes]
     todo = [(n, e) for n, e in mine if not readable(output_dir / n, [i["content"] for i in e])]
-    what = hash_json(plan["fingerprint"]["latent"])
     total = sum(len(entries) for _, entries in todo)
     with tqdm(total=total, desc="encoding images", unit="img", disable=not state.is_main_process, mininterval=1) as bar:
         for name, entries in todo:
             tensors = {}
             for entry in entries:
-                image = load_rgb(paths[entry["content"]])
-                if content_hash(image) != entry["content"]:
-                    raise StoreError(f"{paths[entry['content']]} changed while it was being encoded")
-                pixels, _ = geometry.apply(image, entry["content"])
-                x_0 = encode_image(encoders.vae, pixels)
-                t_n = levels(entry["t_n"], 1)
-                z = draw_z(key, what, entry["content"], x_0.shape).float()
-                tensors[entry["content"]] = schedule.observe(x_0[None], t_n, z[None])[0].contiguous()
+                record = records[entry["content"]]
+                try:
+                    tensors[entry["content"]] = make(entry, record)
+                except ImageError as error:
+                    raise StoreError(f"{record.name}: {error}") from None
                 bar.update()
             write_shard(output_dir / name, tensors)
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a shard whole or not at all. A full disk is a StoreError; the shards before it stay."""
-    try:
-        with atomic(path) as temporary:
-            save_file(tensors, str(temporary))
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} can't be written: {error}; the same command goes on from here") from None
-
-
-def write_prompts(output_dir: Path, captions: dict[str, str], encoders: Encoders, size: int, state: PartialState) -> dict:
-    """Embed every distinct caption that no shard holds yet. Returns caption hash → file name, over all processes.
-
-    A shard's name starts with a hash of the text encoders and ends with one of its captions.
-    """
-    models = hash_json([hash_tensors(e.state_dict()) for e in encoders.text_encoders])[:12]
-    where: dict[str, str] = {}
-    for path in sorted(output_dir.glob(f"prompts-{models}-*.safetensors")):
-        try:
-            with safe_open(str(path), "pt") as file:
-                where.update({k.split(".")[0]: path.name for k in file.keys()})
-        except SafetensorError:
-            continue  # damaged; its captions are embedded again, which draws nothing
-    state.wait_for_everyone()  # all see the same files before anyone adds one
-    missing = sorted(set(captions) - set(where))
-    size = max(1, min(size, -(-len(missing) // state.num_processes)))
-    groups = [missing[i : i + size] for i in range(0, len(missing), size)]
-    names = [f"prompts-{models}-{hash_json(g)[:16]}.safetensors" for g in groups]
-    with tqdm(total=len(missing), desc="embedding captions", unit="caption", disable=not state.is_main_process) as bar:
-        for name, group in list(zip(names, groups, strict=True))[state.process_index :: state.num_processes]:
-            tensors = {}
-            for i in range(0, len(group), PROMPT_BATCH):
-                keys = group[i : i + PROMPT_BATCH]
-                embeds, pooled = encode_prompts([captions[k] for k in keys], encoders.tokenizers, encoders.text_encoders)
-                for j, k in enumerate(keys):
-                    tensors[f"{k}.embeds"] = embeds[j].cpu().contiguous().clone()
-                    tensors[f"{k}.pooled"] = pooled[j].cpu().contiguous().clone()
-                bar.update(len(keys) * state.num_processes)
-            if not all(bool(torch.isfinite(v).all()) for v in tensors.values()):
-                raise ModelError("the text encoders give values that are not finite; their weights are damaged")
-            write_shard(output_dir / name, tensors)
-    where.update({k: name for name, group in zip(names, groups, strict=True) for k in group})
-    return {k: where[k] for k in captions}
+# -- the whole store ----------------------------------------------------------------------
 
 
 def build_store(
-    train_data_dir: str | Path,
+    train_data_dir: str | Path | None,
     output_dir: str | Path,
     encoders: Encoders,
     schedule: NoiseSchedule,
     geometry: Geometry,
     *,
     t_n: int | None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    dataset_split: str = "train",
+    image_column: str = "image",
     caption_column: str = "text",
+    t_n_column: str | None = None,
+    pre_noised: bool = False,
     instance_prompt: str | None = None,
+    near_duplicates: str = "report",
     noise_key_file: str | None = None,
     allow_second_observation: bool = False,
     shard_size: int = 256,
+    keep_tokens: bool = False,
     state: PartialState | None = None,
     say=print,
 ) -> dict:
     """Make a store, finish an interrupted one, or confirm that the one there is what is asked for. Returns its manifest.
 
-    Every process calls it; each encodes its own share.
+    Every process calls it; each encodes its own share. With ``keep_tokens`` the store holds the captions' tokens, too, which
+    training text encoders needs. Without pictures (``pre_noised``) the VAE is not used, nor are geometry, key and
+    near-duplicates.
 
     Raises:
         ImagesMissing, StoreError, NoiseKeyError, ModelError: with one line that says what is wrong.
@@ -189,40 +190,49 @@ def build_store(
     state = state or PartialState()
     output_dir = Path(output_dir)
     say = say if state.is_main_process else (lambda message: None)
-    check_resolution(geometry.resolution, encoders.vae)
-    records = list_images(train_data_dir, caption_column)
-    pictures, skipped = scan(records, instance_prompt, state)
+    told = dict(caption_column=caption_column, t_n_column=t_n_column, captions_needed=not instance_prompt)
+    twins = None
+    if pre_noised:
+        records = list_latents(train_data_dir, t_n, **told)
+        pictures, skipped = scan(records, instance_prompt, state, look_at_latent)
+    else:
+        check_geometry(geometry, encoders.vae)
+        where = dict(dataset_name=dataset_name, dataset_config_name=dataset_config_name, dataset_split=dataset_split)
+        records = open_records(train_data_dir, **where, image_column=image_column, **told, state=state, say=say)
+        pictures, skipped = scan(records, instance_prompt, state, look if near_duplicates == "ignore" else look_closely)
+        pictures, dropped, twins = settle_twins(pictures, near_duplicates, state, say)
+        skipped += dropped
     report_skipped(skipped, len(records), say)
     if not pictures:
         raise ImagesMissing(
-            f"none of the {len(records)} images in {str(train_data_dir)!r} can be used: {skipped[0]['reason']}"
+            f"none of the {len(records)} images in {str(train_data_dir or dataset_name)!r} can be used: "
+            f"{skipped[0]['reason']}"
         )
-    even = -(-len({p.content for p in pictures}) // state.num_processes)
-    wanted = make_plan(fingerprint(encoders, schedule, geometry, t_n), pictures, geometry, max(1, min(shard_size, even)))
-    key = make_key(noise_key_file, state)
-    wanted["key_id"] = key_id(key) if noise_key_file is not None else None
+    size = max(1, min(shard_size, -(-len({p.content for p in pictures}) // state.num_processes)))
+    if pre_noised:
+        wanted = plan_of(fingerprint_of_latents(encoders, schedule, t_n), pictures, ids_of_latent, size)
+    else:
+        wanted = make_plan(fingerprint(encoders, schedule, geometry, t_n), pictures, geometry, size)
+    key = b"" if pre_noised else make_key(noise_key_file, state)
+    wanted["key_id"] = key_id(key) if noise_key_file is not None and not pre_noised else None
     plan = settle_on_main(output_dir, wanted, allow_second_observation, say, state)
-    if t_n is None:
-        say(f"note: t_n is none, so {output_dir} holds clean latents, which decode to the images")
-    write_latents(output_dir, plan, {p.content: p.path for p in pictures}, encoders, schedule, geometry, key, state)
-    captions = {hash_bytes(p.caption.encode()): p.caption for p in pictures}
-    where = write_prompts(output_dir, captions, encoders, shard_size, state)
-    state.wait_for_everyone()
-    truncated = sum(is_truncated(c, encoders.tokenizers[0]) for c in captions.values())
-    if truncated:
-        say(f"note: {truncated} of {len(captions)} captions are longer than the text encoders read and were cut")
+    report_clean(plan["images"], output_dir, say)
+    make = take if pre_noised else Draw(plan["fingerprint"]["latent"], encoders, schedule, geometry, key)
+    write_latents(output_dir, plan, {p.content: p.record for p in reversed(pictures)}, make, state)
+
+    texts = write_texts(output_dir, pictures, encoders, shard_size, keep_tokens, state, say)
     manifest = {
         **plan,
-        "prompts": where,
+        **texts,
         "counts": {
             "files": len(records),
             "images": len(plan["images"]),
             "exact_duplicates": len(pictures) - len(plan["images"]),
-            "captions": len(captions),
-            "captions_cut": truncated,
+            **texts["counts"],
             "skipped": len(skipped),
         },
         "skipped": skipped,
+        "near_duplicates": twins,
         "versions": versions(),
     }
     if state.is_main_process:
@@ -233,11 +243,18 @@ def build_store(
     return manifest
 
 
-def check_resolution(resolution: int, vae) -> None:
+def check_geometry(geometry: Geometry, vae) -> None:
+    """Every size that pictures are cropped to must fit the model. Raises ModelError."""
+    check_resolution(geometry.resolution, vae)
+    for side in sorted({side for size in geometry.buckets for side in size}):
+        check_resolution(side, vae, "aspect_ratio_buckets")
+
+
+def check_resolution(resolution: int, vae, option: str = "resolution") -> None:
     """The side must be a multiple of the VAE's factor times what the UNet halves twice (8 × 4 = 32 pixels for SDXL)."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if resolution % (factor * 4):
-        raise ModelError(f"--resolution: {resolution} is not a multiple of {factor * 4}, which this model needs")
+        raise ModelError(f"--{option}: {resolution} is not a multiple of {factor * 4}, which this model needs")
 
 
 def settle_on_main(output_dir: Path, wanted: dict, allowed: bool, say, state: PartialState) -> dict:
@@ -276,12 +293,25 @@ def report_skipped(skipped: list[dict], total: int, say) -> None:
         say(f"  … and {len(skipped) - MAXIMUM_REPORTED} more, all listed in manifest.json")
 
 
+def report_clean(entries: Sequence[dict], output_dir: Path, say) -> None:
+    clean = sum(entry["t_n"] is None for entry in entries)
+    if clean == len(entries):
+        say(f"note: t_n is none, so {output_dir} holds clean latents, which decode to the images")
+    elif clean:
+        say(
+            f"note: {clean} of {len(entries)} images are told to be clean, so {output_dir} holds their clean latents, which "
+            "decode to the images"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     from sdxl_ambient.options import LatentsOptions
 
     options = parse_options(LatentsOptions, argv, prog="sdxl_ambient.latents", description=__doc__)
     # Without a word on the CPU, PartialState leaves processes that torchrun started there unaware of each other.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    # One process may prepare a data set, or have the larger pictures, for longer than the usual ten minutes.
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
     try:
         base = options.pretrained_model_name_or_path
         where = dict(revision=options.revision)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DCon
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_ambient import quantization
 from sdxl_ambient.noise import NoiseSchedule
 
 _PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
@@ -74,10 +75,16 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    quantize: str = "none",
+    device: torch.device | str | None = None,
 ) -> UNet2DConditionModel:
-    """The UNet from a pipeline (its ``unet`` folder) or from a folder that is a UNet itself."""
+    """The UNet from a pipeline (its ``unet`` folder) or from a folder that is a UNet itself.
+
+    With ``quantize`` int8 or nf4 its attention blocks are put onto ``device`` in fewer bits, frozen, for a LoRA on top (see
+    :func:`sdxl_ambient.quantization.quantize`, also for the OptionError where that can't be).
+    """
     bare = Path(name_or_path).is_dir() and not (Path(name_or_path) / "unet").is_dir()
-    return load_part(
+    unet = load_part(
         UNet2DConditionModel,
         name_or_path,
         "UNet",
@@ -87,6 +94,9 @@ def load_unet(
         use_safetensors=True,
         **in_precision(dtype),
     )
+    if quantize != "none":
+        quantization.quantize(unet.requires_grad_(False), quantize, device)
+    return unet
 
 
 def unet_file(path: str | Path) -> Path | None:

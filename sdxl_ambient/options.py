@@ -98,8 +98,9 @@ class DataOptions(ModelOptions):
 
     def of_a_store(self) -> dict:
         """What :func:`sdxl_ambient.latents.build_store` is told, by its names."""
-        names = ("t_n", "caption_column", "instance_prompt", "noise_key_file", "allow_second_observation", "shard_size")
-        return {name: getattr(self, name) for name in names}
+        where = ("dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column", "t_n_column")
+        how = ("t_n", "pre_noised", "instance_prompt", "near_duplicates", "noise_key_file")
+        return {name: getattr(self, name) for name in (*where, *how, "allow_second_observation", "shard_size")}
 
     @property
     def has_images(self) -> bool:
@@ -115,6 +116,11 @@ class DataOptions(ModelOptions):
             raise OptionError("--pre_noised: true needs --train_data_dir, a folder of noisy latents")
         if self.pre_noised and self.aspect_ratio_buckets is not None:
             raise OptionError("--aspect_ratio_buckets: excludes --pre_noised, whose latents have their sizes")
+        if self.pre_noised and self.near_duplicates in ("drop", "refuse"):
+            raise OptionError(
+                f"--near_duplicates: {self.near_duplicates!r} excludes --pre_noised, as noise hides them; allowed are "
+                "report, ignore"
+            )
         if self.pre_noised and self.t_n is None and self.t_n_column is None:
             raise OptionError("--t_n: none excludes --pre_noised; the level of the noisy latents is needed")
 
@@ -197,6 +203,9 @@ class TrainOptions(
         self.validate_watching()
         self.validate_hub()
         self._validate_memorization()
+        other = sorted({"early_stop", "hybrid"} & set(self.validation_sampler))
+        if self.prompts and self.t_n is None and other:
+            raise OptionError(f"--validation_sampler: {other[0]!r} needs a noise level; allowed at --t_n none is full")
 
     def _validate_heldout(self) -> None:
         if self.heldout_data_dir is not None and not Path(self.heldout_data_dir).is_dir():
@@ -237,6 +246,13 @@ class TrainOptions(
         """Restored samples in a forward pass."""
         whole = self.restore_levels == "all"
         return self.restore_batch_size or (self.train_batch_size if whole else -(-self.train_batch_size // 2))
+
+    def restore_options(self):
+        """How samples are restored."""
+        from sdxl_ambient.restoration import RestoreOptions
+
+        refresh = self.restored_per_batch // 4 if self.restore_refresh is None else self.restore_refresh
+        return RestoreOptions(self.restored_per_batch, refresh, self.restore_steps, self.restore_levels)
 
     def scalars(self) -> dict:
         """Options as trackers take them, without the place of the key."""

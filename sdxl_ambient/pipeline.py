@@ -332,7 +332,8 @@ def _early_stop(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
 
 def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
     _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
-    adapted = [] if base_unet is not None else [m for m in _models(pipe) if getattr(m, "peft_config", None)]
+    replaced = pipe.unet if base_unet is not None else None
+    adapted = [m for m in _models(pipe) if getattr(m, "peft_config", None) and m is not replaced]
     if base_unet is None and not adapted:
         raise ValueError("sampler 'hybrid' needs a LoRA to switch off, or the base model's UNet to hand over to")
     # t_n itself becomes a step, so that the fine-tuned weights act on (t_n, T) and nowhere else.

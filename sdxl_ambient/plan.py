@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
 from sdxl_ambient.conditioning import time_ids
+from sdxl_ambient.duplicates import fingerprint as perceptual
 from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import ImageError, Record, load_rgb
 from sdxl_ambient.manifest import differences, hash_bytes, hash_json, hash_tensors, read_json
 from sdxl_ambient.models import Encoders
-from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.noise import CLEAN, NoiseSchedule
 
 FORMAT_VERSION = 1
+TOKENS = "tokens.safetensors"
 
 
 class StoreError(ValueError):
@@ -36,31 +39,58 @@ def content_hash(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class Scanned:
-    """One usable picture: content hash, (height, width) in pixels, caption, and where it lies."""
+    """One usable picture: content hash, (height, width) in pixels, its record with the captions that it is shown with, and
+    its perceptual fingerprint (400 bytes) where that was asked for."""
 
     content: str
     size: tuple[int, int]
-    caption: str
-    path: str
+    record: Record
+    print: bytes | None = None
+
+    @property
+    def caption(self) -> str:
+        """Its first caption."""
+        return self.record.captions[0]
 
 
-def scan(records: Sequence[Record], instance_prompt: str | None, state: PartialState) -> tuple[list[Scanned], list[dict]]:
-    """Open every picture once, each process its share. Returns the usable ones and ``{"file", "reason"}`` for the others."""
+Look = Callable[[Record], tuple[str, tuple[int, int], bytes | None]]
+
+
+def look(record: Record) -> tuple[str, tuple[int, int], None]:
+    """Content hash and (height, width) of a picture. Raises ImageError."""
+    image = load_rgb(record.read())
+    return content_hash(image), (image.height, image.width), None
+
+
+def look_closely(record: Record) -> tuple[str, tuple[int, int], bytes]:
+    """The same with its perceptual fingerprint."""
+    image = load_rgb(record.read())
+    return content_hash(image), (image.height, image.width), perceptual(image).astype(np.uint8).tobytes()
+
+
+def scan(
+    records: Sequence[Record], instance_prompt: str | None, state: PartialState, look: Look = look
+) -> tuple[list[Scanned], list[dict]]:
+    """Open every picture once, each process its share. Returns the usable ones and ``{"file", "reason"}`` for the others.
+
+    Records stay where they are: all processes have the same ones.
+    """
     found, skipped = [], []
     mine = range(state.process_index, len(records), state.num_processes)
     for i in tqdm(mine, desc="reading images", unit="img", disable=not state.is_main_process, mininterval=1):
-        record = records[i]
-        caption = record.caption or instance_prompt
         try:
-            if not caption:
-                raise ImageError("no caption (metadata.jsonl, a .txt file beside it, or --instance_prompt)")
-            image = load_rgb(record.path)
-            found.append((i, Scanned(content_hash(image), (image.height, image.width), caption, str(record.path))))
+            if not records[i].captioned(instance_prompt).captions:
+                raise ImageError("no caption (a metadata file, a .txt file beside it, a column, or --instance_prompt)")
+            found.append((i, look(records[i])))
         except ImageError as error:
-            skipped.append((i, {"file": record.path.name, "reason": str(error)}))
+            skipped.append((i, {"file": records[i].name, "reason": str(error)}))
     if state.num_processes > 1:
         found, skipped = gather_object(found), gather_object(skipped)
-    return [s for _, s in sorted(found, key=lambda p: p[0])], [s for _, s in sorted(skipped, key=lambda p: p[0])]
+    usable = [
+        Scanned(content, size, records[i].captioned(instance_prompt), mark)
+        for i, (content, size, mark) in sorted(found, key=lambda p: p[0])
+    ]
+    return usable, [s for _, s in sorted(skipped, key=lambda p: p[0])]
 
 
 def hash_tokenizer(tokenizer) -> str:
@@ -75,41 +105,67 @@ def hash_tokenizer(tokenizer) -> str:
 
 def fingerprint(encoders: Encoders, schedule: NoiseSchedule, geometry: Geometry, t_n: int | None) -> dict:
     """Everything but the pictures that a store depends on. ``latent`` shapes the noisy latents, ``text`` the embeddings."""
+    latent = {
+        "vae": hash_tensors(encoders.vae.state_dict()),
+        "scaling_factor": encoders.vae.config.scaling_factor,
+        "schedule": schedule.hash,
+        "resolution": geometry.resolution,
+        "center_crop": geometry.center_crop,
+        "t_n": t_n,
+    }
+    if geometry.buckets:
+        # Only where there are any: the noise is made from these settings, and stores without buckets keep theirs.
+        latent["buckets"] = [list(size) for size in geometry.buckets]
+    return {"format_version": FORMAT_VERSION, "latent": latent, "text": fingerprint_of_text(encoders)}
+
+
+def fingerprint_of_text(encoders: Encoders) -> dict:
+    """What the embeddings of captions depend on."""
     return {
-        "format_version": FORMAT_VERSION,
-        "latent": {
-            "vae": hash_tensors(encoders.vae.state_dict()),
-            "scaling_factor": encoders.vae.config.scaling_factor,
-            "schedule": schedule.hash,
-            "resolution": geometry.resolution,
-            "center_crop": geometry.center_crop,
-            "t_n": t_n,
-        },
-        "text": {
-            "tokenizers": [hash_tokenizer(t) for t in encoders.tokenizers],
-            "text_encoders": [hash_tensors(e.state_dict()) for e in encoders.text_encoders],
-        },
+        "tokenizers": [hash_tokenizer(t) for t in encoders.tokenizers],
+        "text_encoders": [hash_tensors(e.state_dict()) for e in encoders.text_encoders],
     }
 
 
 def make_plan(marks: dict, pictures: Sequence[Scanned], geometry: Geometry, shard_size: int) -> dict:
     """What will be drawn: one entry per distinct picture, in the order of their hashes, with its files' captions."""
+
+    def placed(p: Scanned) -> list[int]:
+        return time_ids(p.size, geometry.place(p.size, p.content)[1], geometry.target(p.size))
+
+    return plan_of(marks, pictures, placed, shard_size)
+
+
+def plan_of(marks: dict, pictures: Sequence[Scanned], ids: Callable[[Scanned], list[int]], shard_size: int) -> dict:
+    """A plan with the time ids that ``ids`` gives.
+
+    Raises:
+        StoreError: copies of one picture at different noise levels.
+    """
     by_content: dict[str, dict] = {}
+    first: dict[str, Scanned] = {}
     for p in pictures:
-        entry = by_content.setdefault(
-            p.content,
-            {
-                "content": p.content,
-                "time_ids": time_ids(p.size, geometry.place(p.size, p.content)[1], (geometry.resolution,) * 2),
-                "t_n": marks["latent"]["t_n"],
-                "captions": [],
-            },
-        )
-        key = hash_bytes(p.caption.encode())
-        if key not in entry["captions"]:
-            entry["captions"].append(key)
+        t_n = own_level(p.record, marks["latent"]["t_n"])
+        entry = by_content.get(p.content)
+        if entry is None:
+            entry = by_content[p.content] = {"content": p.content, "time_ids": ids(p), "t_n": t_n, "captions": []}
+            first[p.content] = p
+        elif entry["t_n"] != t_n:
+            one, other = (CLEAN if t is None else t for t in (entry["t_n"], t_n))
+            raise StoreError(
+                f"{first[p.content].record.name} and {p.record.name} are the same picture at different noise levels, t_n = "
+                f"{one} and {other}; give both one level"
+            )
+        keys = (hash_bytes(caption.encode()) for caption in p.record.captions)
+        entry["captions"] += [k for k in dict.fromkeys(keys) if k not in entry["captions"]]
     images = [by_content[c] for c in sorted(by_content)]
     return {"fingerprint": marks, "shard_size": shard_size, "images": images}
+
+
+def own_level(record: Record, t_n: int | None) -> int | None:
+    """A record's noise level, or the set's where it has none of its own; None for clean."""
+    level = t_n if record.t_n is None else record.t_n
+    return None if level == CLEAN else level
 
 
 def shards(plan: dict) -> list[tuple[str, list[dict]]]:
@@ -124,31 +180,47 @@ def shards(plan: dict) -> list[tuple[str, list[dict]]]:
 def compare(stored: dict, wanted: dict) -> list[str]:
     """In what a stored plan differs from a wanted one, captions aside (they can change without a new draw)."""
     found = differences(stored["fingerprint"], wanted["fingerprint"])
-    have, want = ({i["content"] for i in plan["images"]} for plan in (stored, wanted))
-    if have != want:
-        found.append(f"images: {len(want - have)} are not in the store, {len(have - want)} are in the store only")
+    have, want = ({i["content"]: i["t_n"] for i in plan["images"]} for plan in (stored, wanted))
+    if have.keys() != want.keys():
+        more, less = want.keys() - have.keys(), have.keys() - want.keys()
+        found.append(f"images: {len(more)} are not in the store, {len(less)} are in the store only")
+    moved = [c for c in sorted(have.keys() & want.keys()) if have[c] != want[c]]
+    if moved:
+        levels = f"stored {have[moved[0]]}, wanted {want[moved[0]]}"
+        found.append(f"noise levels: {len(moved)} images have another t_n, the first: {levels}")
     return found
 
 
 def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
     """Another noisy store beside ``output_dir`` with other noise for pictures of this plan: its folder, and how many.
 
-    The same settings under the same key file are the same noise, and no second observation.
+    The same settings and noise levels under the same key file are the same noise, and no second observation.
     """
-    wanted, key_id = {i["content"] for i in plan["images"]}, plan.get("key_id")
+    wanted, key_id = _noisy(plan), plan.get("key_id")
     for path in sorted(output_dir.resolve().parent.glob("*/plan.json")):
         if path.parent == output_dir.resolve():
             continue
         try:
             other = read_json(path)
-            shared = wanted & {i["content"] for i in other["images"] if i["t_n"] is not None}
+            theirs = _noisy(other)
+            shared = wanted.keys() & theirs.keys()
             same_key = key_id is not None and other.get("key_id") == key_id
-            rebuild = same_key and other["fingerprint"]["latent"] == plan["fingerprint"]["latent"]
+            rebuild = same_key and _settings(other) == _settings(plan) and all(theirs[c] == wanted[c] for c in shared)
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             continue  # not one of ours
         if shared and not rebuild:
             return path.parent, len(shared)
     return None
+
+
+def _noisy(plan: dict) -> dict[str, int]:
+    """Noise levels of a plan's pictures, those that are stored clean left out."""
+    return {i["content"]: i["t_n"] for i in plan["images"] if i["t_n"] is not None}
+
+
+def _settings(plan: dict) -> dict:
+    """What shapes the latents beside the noise level, which each picture has for itself."""
+    return {name: value for name, value in plan["fingerprint"]["latent"].items() if name != "t_n"}
 
 
 SECOND = (
@@ -159,8 +231,8 @@ SECOND = (
 
 def check_first_observation(output_dir: Path, plan: dict, allowed: bool, warn) -> None:
     """Refuse to draw noise for pictures of which a neighbouring store already holds another draw."""
-    if plan["fingerprint"]["latent"]["t_n"] is None:
-        return
+    if plan["fingerprint"]["latent"].get("pre_noised"):
+        return  # nothing is drawn, and the same content is the same noise
     other = observed_elsewhere(output_dir, plan)
     if other is None:
         return
@@ -172,7 +244,7 @@ def check_first_observation(output_dir: Path, plan: dict, allowed: bool, warn) -
 
 def remove_store(folder: Path) -> None:
     """Delete a store's own files and no others. The plan goes last: latents without it would be taken for another plan's."""
-    for pattern in ("manifest.json", "latents-*.safetensors", "prompts-*.safetensors", "plan.json"):
+    for pattern in ("manifest.json", "latents-*.safetensors", "prompts-*.safetensors", TOKENS, "plan.json"):
         for path in folder.glob(pattern):
             path.unlink()
 

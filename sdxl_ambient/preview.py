@@ -214,7 +214,11 @@ def choose(options: PreviewOptions, state: PartialState, say) -> tuple[list[Scan
     Raises:
         ImagesMissing: no usable image.
     """
-    records = list_images(options.train_data_dir, options.caption_column)
+    records = list_images(
+        options.train_data_dir,
+        options.caption_column,
+        captions_needed=options.caption and not options.instance_prompt,
+    )
     some = [records[i] for i in evenly(len(records), options.num_candidates)]
     # Where captions aren't told, images need none; the placeholder is never read.
     prompt = options.instance_prompt if options.caption else options.instance_prompt or "-"
@@ -252,9 +256,9 @@ def encode_candidates(
     """Clean latents (n, 4, h, w) of all candidates, float32 on the CPU, and what is needed of those that are shown."""
     latents, found = [], []
     for i, picture in enumerate(tqdm(candidates, desc="encoding images", unit="image", mininterval=1)):
-        image = load_rgb(picture.path)
+        image = load_rgb(picture.record.path)
         if content_hash(image) != picture.content:
-            raise PreviewError(f"{picture.path} changed while it was being encoded")
+            raise PreviewError(f"{picture.record.path} changed while it was being encoded")
         pixels, corner = geometry.apply(image, picture.content)
         latents.append(encode_image(vae, pixels))
         if i in shown:
@@ -528,7 +532,7 @@ class Preview:
             images.append(
                 {
                     "content": content,
-                    "file": Path(image.picture.path).relative_to(self.options.train_data_dir).as_posix(),
+                    "file": image.picture.record.name,
                     "caption": image.picture.caption if self.options.caption else None,
                     "original": image.tile("original"),
                     "round_trip": self.round_trips[content],

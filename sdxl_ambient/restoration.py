@@ -44,12 +44,14 @@ class Restoration:
     """This process's share of the buffer, and the batches that are made from it.
 
     Raises:
-        StoreError: clean images in the store, or fewer images than processes.
+        StoreError: clean images in the store, images of several sizes, or fewer images than processes.
     """
 
     def __init__(self, store: LatentStore, options: RestoreOptions, seed: int, rank: int = 0, processes: int = 1):
         if any(i["t_n"] is None for i in store.images):
             raise StoreError("restore needs noisy latents: the store holds clean ones (t_n none)")
+        if len(store.groups) > 1:
+            raise StoreError("restore needs images of one size: the store was made with --aspect_ratio_buckets")
         self.mine = list(range(rank, len(store), processes))
         if not self.mine:
             raise StoreError(f"restore needs an image for each process: {len(store)} images, {processes} processes")
@@ -65,7 +67,7 @@ class Restoration:
             self.seed,
             start=start,
             stop=stop,
-            members=self.mine,
+            groups=[self.mine],
             purpose=self.purpose,
         )
         return iter(loader(self.store, stream, workers))
@@ -94,10 +96,11 @@ class Restoration:
             x_0 = restore(some, schedule, x_n.to(some.device), t_n, self.options.steps, randomness).float().cpu()
             if not bool(torch.isfinite(x_0).all()):
                 raise FloatingPointError("restoring gave latents that are not finite; lower --learning_rate")
-            self.samples.update((batch.contents[i], x_0[k]) for k, i in enumerate(stale))
+            self.samples.update((batch.contents[i], as_shown(x_0[k], batch.flipped[i])) for k, i in enumerate(stale))
         top = schedule.num_timesteps - 1
         t_max = torch.full_like(batch.t_n, top) if self.options.levels == "all" else batch.t_n
-        return Restored(torch.stack([self.samples[c] for c in batch.contents]), t_max)
+        shown = zip(batch.contents, batch.flipped, strict=True)
+        return Restored(torch.stack([as_shown(self.samples[content], flipped) for content, flipped in shown]), t_max)
 
     def save(self, folder: Path) -> None:
         """Write this process's samples into a checkpoint's folder."""
@@ -110,3 +113,8 @@ class Restoration:
         names = {self.store.images[i]["content"] for i in self.mine}
         for path in sorted((folder / FOLDER).glob("*.safetensors")):
             self.samples.update((name, x) for name, x in load_file(str(path)).items() if name in names)
+
+
+def as_shown(x_0: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    """A sample as a batch shows its image, or one drawn from what was shown as it is kept, which is never mirrored."""
+    return x_0.flip(-1) if flipped else x_0

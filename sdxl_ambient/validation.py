@@ -1,115 +1,157 @@
-"""What is looked at during training: the ambient loss on held-out images, and images drawn at fixed seeds."""
+"""What is looked at between training steps: held-out loss and denoising gap, images, and whether the weights copy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sdxl_ambient.data import LatentStore, collate, sample_generator
-from sdxl_ambient.manifest import atomic
-from sdxl_ambient.models import Denoiser
-from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
-from sdxl_ambient.pipeline import load_pipeline, sample
+from sdxl_ambient.data import LatentStore, Showing, common_t_n
+from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, evenly, scalars
+from sdxl_ambient.images import list_images
+from sdxl_ambient.manifest import write_json
+from sdxl_ambient.noise import CLEAN
+from sdxl_ambient.pictures import Painter, track_images
+
+HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
 
 
-@torch.no_grad()
-def heldout_loss(
-    accelerator,
-    unet,
-    schedule: NoiseSchedule,
-    store: LatentStore,
-    options: ObjectiveOptions,
-    *,
-    batch_size: int,
-    dtype: torch.dtype,
-) -> float:
-    """Mean ambient loss over a store of held-out images. All processes call it; each takes a share.
+class Validation:
+    """Runs what is due after a step, keeps the records, and says when there has been enough training.
 
-    It needs no clean image. Times and noise of every image are the same at each call, so that two steps of a run, or two
-    runs at one t_n, can be compared without the noise of the draw.
+    Args:
+        quick: a folder of drawn images → the evaluation's short figures of it; where ``--memorization_every`` asks for them.
     """
-    # The ambient loss alone: weights and what is done below t_n would make it incomparable between runs.
-    plain = ObjectiveOptions(loss_space=options.loss_space)
-    was_training = unet.training
-    unet.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    mine = range(accelerator.process_index, len(store), accelerator.num_processes)
-    for start in range(0, len(mine), batch_size):
-        batch = collate([store[i, i] for i in mine[start : start + batch_size]])
-        generators = [sample_generator(0, "heldout", i) for i in batch.positions]
-        denoise = Denoiser(unet, batch.conditioning.to(accelerator.device, dtype), dtype)
-        with accelerator.autocast():
-            losses = ambient_objective(denoise, schedule, batch.x_n.to(accelerator.device), batch.t_n, generators, plain)
-        total += losses.ambient.double().sum().cpu()
-    unet.train(was_training)
-    return float(accelerator.reduce(total.float().to(accelerator.device), "sum")) / len(store)
 
+    def __init__(self, options, accelerator, trainee, schedule, store: LatentStore, heldout: LatentStore | None, quick=None):
+        self.options, self.accelerator, self.schedule, self.quick = options, accelerator, schedule, quick
+        self.output, self.heldout = Path(options.output_dir), heldout
+        self.store = LatentStore(store.folder, showing=Showing())  # as they are: with captions, not mirrored
+        self.painter = Painter(options, accelerator, trainee)
+        self.trainee = trainee
+        self.stopping = EarlyStopping(options.early_stopping, options.max_denoising_gap)
+        self.memorization: list[dict] = []
+        self.start: Losses | None = None  # of the weights that training starts from
 
-@torch.no_grad()
-def validation_images(
-    accelerator,
-    unet,
-    base: str,
-    folder: Path,
-    prompts: Sequence[str],
-    *,
-    count: int,
-    sampler: str,
-    t_n: int | None,
-    steps: int,
-    seed: int,
-    full_finetune: bool,
-    vae: str | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-) -> dict[str, list]:
-    """Draw ``count`` images per prompt into ``folder`` at seeds that never change. Returns prompt → PIL images.
+    # -- state ----------------------------------------------------------------------
 
-    VAE and text encoders are loaded for this and dropped again.
-    """
-    where = dict(vae=vae, revision=revision, variant=variant)
-    was_training = unet.training
-    pipe = load_pipeline(base, dtype=unet.dtype, device=accelerator.device, **where)
-    base_unet = pipe.unet if sampler == "hybrid" and full_finetune else None
-    pipe.unet = unet.eval()
-    drawn = {}
-    try:
-        for i, prompt in enumerate(prompts):
-            generators = [sample_generator(seed, "validation", i * count + k) for k in range(count)]
-            with accelerator.autocast():
-                images = sample(
-                    pipe,
-                    [prompt] * count,
-                    sampler=sampler,
-                    t_n=t_n,
-                    base_unet=base_unet,
-                    generators=generators,
-                    num_inference_steps=steps,
+    @property
+    def best(self) -> list | None:
+        """Step and held-out loss of the weights in ``best``."""
+        return self.stopping.best and [self.stopping.best["step"], self.stopping.best["heldout"]]
+
+    def state_dict(self) -> dict:
+        """For a checkpoint's record."""
+        start = self.start and {"heldout": self.start.heldout.tolist(), "train": self.start.train.tolist()}
+        return {"heldout": self.stopping.records, "memorization": self.memorization, "start": start}
+
+    def load_state_dict(self, progress: dict) -> None:
+        # An earlier version kept pairs of step and loss, of other times and noise, which can't be compared with these.
+        self.stopping.records = [r for r in progress.get("heldout", []) if isinstance(r, dict)]
+        self.memorization = progress.get("memorization", [])
+        if start := progress.get("start"):
+            self.start = Losses(*(torch.tensor(start[s], dtype=torch.float64) for s in ("heldout", "train")))
+
+    # -- what is due ----------------------------------------------------------------------
+
+    def due(self, step: int, last: bool) -> bool:
+        every = self.options.memorization_every
+        return last or step % self.options.validation_steps == 0 or (every is not None and step % every == 0)
+
+    def run(self, unet, step: int, last: bool, export: Callable[[Path, int], None]) -> str | None:
+        """Everything that is due after ``step``. All processes call it. Returns why training should stop, if it should.
+
+        Args:
+            unet: as it is trained, in its wrapper. export: writes the current weights into a folder.
+        """
+        options, reason = self.options, None
+        if last or step % options.validation_steps == 0:
+            if self.heldout is not None:
+                reason = self._losses(unet, step, export)
+            if options.prompts:
+                self._images(step)
+        if options.memorization_every and (last or step % options.memorization_every == 0):
+            self._memorization(step)
+        self.accelerator.wait_for_everyone()
+        return None if last else reason
+
+    def begin(self, unet) -> None:
+        """Before the first step: the losses that later ones are compared with. All processes call it."""
+        if self.heldout is not None and self.start is None:
+            self.start = self._measure(unet)
+
+    def _measure(self, unet) -> Losses:
+        options, most = self.options, self.options.heldout_samples
+        pair = []
+        for store in (self.heldout, self.store):
+            pair.append(
+                band_losses(
+                    self.accelerator,
+                    unet,
+                    lambda batch: self.trainee.conditioning(batch, self.accelerator.device),
+                    self.schedule,
+                    store,
+                    evenly(len(store), min(most, len(self.heldout))),
+                    bands=options.heldout_bands,
+                    batch_size=options.train_batch_size,
+                    loss_space=options.loss_space,
+                    dtype=self.trainee.dtype,
                 )
-            for k, image in enumerate(images):
-                with atomic(folder / f"{i:02d}-{k:02d}.png") as temporary:
-                    image.save(temporary)
-            drawn[prompt] = images
-    finally:
-        unet.train(was_training)
-        del pipe
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return drawn
+            )
+        return Losses(*pair)
+
+    def _losses(self, unet, step: int, export) -> str | None:
+        record = compare(step, self._measure(unet), self.start, self._edges())
+        lowest = self.stopping.add(record)
+        self.accelerator.log(scalars(record), step=step)
+        own = record["gap"]
+        self.accelerator.print(
+            f"\nstep {step}: held-out loss {record['heldout']:.5f}, of as many training images {record['train']:.5f}, "
+            f"gap {100 * own['value']:.1f} ± {200 * own['standard_error']:.1f} %"
+        )
+        if lowest:
+            export(self.output / "best", step)
+        if self.accelerator.is_main_process:
+            write_json(self.output / HELDOUT_FILE, {"losses": self.stopping.records, "best": self.best})
+        return self.stopping.reason
+
+    def _edges(self) -> list[tuple[int, int]] | None:
+        level = common_t_n(self.heldout)
+        if level == "mixed" or level != common_t_n(self.store):
+            return None
+        return band_edges(self.schedule, CLEAN if level is None else level, self.options.heldout_bands)
+
+    def _images(self, step: int) -> None:
+        options, drawn = self.options, {}
+        for name in dict.fromkeys(self.painter.sampler(s) for s in options.validation_sampler):
+            folder = self.output / "validation" / f"step-{step:06d}" / name
+            files = self.painter.draw(folder, options.prompts, options.num_validation_images, name)
+            drawn |= {f"{name}: {p}": f for p, f in zip(options.prompts, files, strict=True)}
+        if self.accelerator.is_main_process:
+            track_images(self.accelerator, drawn, step)
+
+    def _memorization(self, step: int) -> None:
+        """Draw with training captions, and compare: the share of copies and its excess over held-out images."""
+        options = self.options
+        records = list_images(options.train_data_dir, options.caption_column)
+        captions = [r.captions[0] if r.captions else options.instance_prompt or "" for r in records]
+        prompts = [captions[i % len(captions)] for i in _spread(len(captions), options.memorization_images)]
+        folder = self.output / "memorization" / f"step-{step:06d}"
+        self.painter.draw(folder, prompts, 1, self.painter.sampler("auto"), purpose="memorization")
+        if self.accelerator.is_main_process:
+            figures = {"step": step, **self.quick(folder)}
+            self.memorization.append(figures)
+            write_json(self.output / MEMORIZATION_FILE, {"looks": self.memorization})
+            share, excess = figures["share_above_threshold"], figures["excess_over_heldout"]
+            low, high = figures["excess_interval"]
+            self.accelerator.print(
+                f"\nstep {step}: {share:.3f} of {len(prompts)} images above the threshold, "
+                f"excess over held-out {excess:.3f} [{low:.3f}, {high:.3f}]"
+            )
+            self.accelerator.log({"copied_share": share, "memorized_excess": excess}, step=step)
 
 
-def track_images(accelerator, drawn: dict, step: int) -> None:
-    """Show images (prompt → PIL images) in the trackers that take them."""
-    import numpy as np
-
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for prompt, images in drawn.items():
-                tracker.writer.add_images(prompt, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"validation": [wandb.Image(i, caption=p) for p, im in drawn.items() for i in im]}, step=step)
+def _spread(count: int, wanted: int) -> list[int]:
+    """``wanted`` of ``count`` indices, evenly spaced, more than once where there are fewer."""
+    return [k * count // wanted for k in range(wanted)] if wanted <= count else [k % count for k in range(wanted)]

@@ -17,7 +17,7 @@ from sdxl_ambient.latents import build_store
 from sdxl_ambient.models import load_encoders, load_schedule, load_unet
 
 REPOSITORY = Path(__file__).parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

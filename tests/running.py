@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,3 +74,16 @@ def assert_identical(a, b):
             assert_identical(x, y)
     else:
         assert a == b
+
+
+def train_here(arguments):
+    """The training script in this process, which spares the imports; its exit code. Nothing of it is left behind."""
+    import train_sdxl_ambient
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        return train_sdxl_ambient.main(arguments)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file, save_file
 
 from sdxl_ambient import checkpoint
 from sdxl_ambient.checkpoint import CheckpointError
-from sdxl_ambient.lora import add_lora
+from sdxl_ambient.lora import add_lora, add_text_lora
 from sdxl_ambient.models import Conditioning, Denoiser
 
 INFO = {"t_n": 500, "low_noise": "skip"}
@@ -138,6 +138,68 @@ def test_a_saved_unet_loads_and_is_equal(unet, tmp_path, inputs):
     loaded = UNet2DConditionModel.from_pretrained(folder)
     assert torch.equal(output(loaded, inputs), output(tuned, inputs))
     assert checkpoint.read_training_info(tmp_path) == checkpoint.read_training_info(folder) == INFO
+
+
+# -- weights that lie in pieces on several devices ---------------------------------------------------------------
+
+
+def gathered(model, add=0.5):
+    """As ``accelerator.get_state_dict`` gives them; other values than the module's own, which would be a piece."""
+    return {name: tensor.clone() + add for name, tensor in model.state_dict().items()}
+
+
+def test_a_gathered_state_is_saved_in_place_of_the_modules_own(unet, encoders, tmp_path):
+    models = [with_lora(unet), *copy.deepcopy(encoders.text_encoders)]
+    add_text_lora(models[1:], rank=2, alpha=4)
+    whole = [gathered(m, i + 1) for i, m in enumerate(models)]
+    path = checkpoint.save_lora(models[0], tmp_path, INFO, models[1:], state=whole[0], text_states=whole[1:])
+    for i, m in enumerate(models):
+        assert all(
+            torch.equal(w, checkpoint.lora_state(m)[n] + (i + 1)) for n, w in checkpoint.lora_state(m, whole[i]).items()
+        )
+    for m in models:
+        m.load_state_dict({n: torch.zeros_like(t) for n, t in m.state_dict().items()})
+    checkpoint.load_lora_state(models[0], path, models[1:])
+    for m, state in zip(models, whole, strict=True):
+        assert all(torch.equal(p, state[n]) for n, p in m.named_parameters() if p.requires_grad)
+
+
+def test_of_a_lora_that_changed_its_base_too(unet, miniature, tmp_path, inputs):
+    tuned = copy.deepcopy(unet)
+    add_lora(tuned, rank=4, alpha=6, targets=["attention"], init="pissa")
+    whole = {name: tensor + 0.1 if "lora_" in name else tensor for name, tensor in tuned.state_dict().items()}
+    checkpoint.save_lora(tuned, tmp_path, INFO, state=whole)
+    tuned.load_state_dict(whole)
+    pipe = StableDiffusionXLPipeline.from_pretrained(miniature, add_watermarker=False)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(pipe.unet, inputs), output(tuned, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gathered_unet_is_saved_whole(unet, tmp_path, monkeypatch):
+    whole = gathered(unet)
+    save = checkpoint.save_torch_state_dict
+    # In several files, as SDXL's is.
+    monkeypatch.setattr(checkpoint, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": "1MB"}))
+    sharded = copy.deepcopy(unet)
+    sharded.__class__ = type("FSDPUNet2DConditionModel", (type(unet),), {})  # as torch's fully_shard does
+    folder = checkpoint.save_unet(sharded, tmp_path, INFO, state=whole)
+    assert json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = UNet2DConditionModel.from_pretrained(folder)
+    assert all(torch.equal(t, whole[n]) for n, t in loaded.state_dict().items())
+
+
+def test_a_saved_unet_is_what_diffusers_saves(unet, tmp_path):
+    unet.save_pretrained(tmp_path / "theirs")
+    folder = checkpoint.save_unet(unet, tmp_path, INFO)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (tmp_path / "theirs").iterdir())
+    for path in folder.iterdir():
+        theirs = tmp_path / "theirs" / path.name
+        if path.suffix == ".json":
+            assert json.loads(path.read_text()) == json.loads(theirs.read_text())
+            continue
+        ours, want = load_file(path), load_file(theirs)
+        assert ours.keys() == want.keys() and all(torch.equal(ours[n], want[n]) for n in want)
 
 
 # -- training states ------------------------------------------------------------------------------------------

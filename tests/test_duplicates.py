@@ -1,15 +1,22 @@
-"""One picture in two guises is found, two pictures that look alike to a grey hash are not."""
+"""One picture in two guises is found, two pictures that look alike to a grey hash are not; and what a store does then."""
+
+import json
 
 import imagehash
 import numpy as np
 import pytest
+from accelerate import PartialState
 from PIL import Image, ImageOps
 from skimage import data
+from stores import snapshot
 
 from eval.controls import jpeg
 from eval.duplicates import Fingerprints, drop_near_duplicates, drop_near_embeddings, fingerprint, jpeg_limit, matches
 from eval.images import read_folder
-from sdxl_ambient.images import load_rgb
+from sdxl_ambient.duplicates import earlier_twins
+from sdxl_ambient.images import list_images, load_rgb
+from sdxl_ambient.plan import StoreError, look_closely, scan
+from sdxl_ambient.twins import settle_twins
 
 
 def photographs():
@@ -102,3 +109,103 @@ def test_images_as_near_as_a_jpeg_copy_are_one_picture(tmp_path):
 def test_the_limit_is_half_of_the_jpeg_copies_and_never_low():
     assert jpeg_limit(np.array([0.97, 0.98, 0.99])) == pytest.approx(0.98)
     assert jpeg_limit(np.array([0.1, 0.2, 0.3])) == 0.95
+
+
+# -- in a set that is trained on ---------------------------------------------------------------------------------
+
+
+def chain(*hashes):
+    """Fingerprints of grey pictures with these hashes, none of them like its mirror image."""
+    both = np.array([[h, h ^ (2**64 - 1)] for h in hashes], np.uint64)
+    return Fingerprints(both, np.zeros((len(hashes), 2, 192), np.float32))
+
+
+def test_each_picture_is_named_once_with_the_first_that_it_shows():
+    # a ~ b ~ c, but a and c differ in 8 bits; d is like all but a; e is like none.
+    prints = chain(0, 0b1111, 0b11111111, 0b111111, 2**63 + 2**40 * 0b1111111)
+    for pairs in (1, 1 << 24):
+        assert [(i, j) for i, j, _ in matches(prints, prints, pairs) if j < i] == [(1, 0), (2, 1), (3, 1), (3, 2)]
+    assert list(earlier_twins(prints)) == [(1, 0, False), (2, 1, False), (3, 1, False)]
+    # Where b goes, c shows nothing that stays; d shows c.
+    assert list(earlier_twins(prints, kept_only=True)) == [(1, 0, False), (3, 2, False)]
+
+
+def test_a_set_of_copies_takes_no_more_memory_than_a_set_of_others():
+    """Of each picture one twin is kept, not all pairs: here they would be half a million."""
+    same = Fingerprints(np.zeros((1000, 2), np.uint64), np.zeros((1000, 2, 192), np.float32))
+    assert list(earlier_twins(same)) == [(i, 0, False) for i in range(1, 1000)]
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Two photographs, and further guises of the first: b (an exact copy), c (JPEG) and d (mirrored)."""
+    images = tmp_path / "album"
+    images.mkdir()
+    rocket, coffee = (p.resize((80, 64)) for p in (photographs()["rocket"], photographs()["coffee"]))
+    guises = {"a": rocket, "b": rocket, "c": jpeg(rocket, 60), "d": ImageOps.mirror(rocket), "e": coffee}
+    for i, (name, picture) in enumerate(guises.items()):
+        picture.save(images / f"{name}.png", compress_level=i)
+        (images / f"{name}.txt").write_text(f"caption {name}")
+    return images
+
+
+def settled(images, policy, said=None):
+    pictures, _ = scan(list_images(images), None, PartialState(), look_closely)
+    say = [].append if said is None else said.append
+    kept, dropped, found = settle_twins(pictures, policy, PartialState(), say)
+    return [p.record.name for p in kept], dropped, found
+
+
+def test_near_duplicates_are_reported_dropped_refused_or_ignored(album):
+    said = []
+    kept, dropped, found = settled(album, "report", said)
+    assert len(kept) == 5 and not dropped
+    assert [(t["file"], t["shows"], t["mirrored"]) for t in found] == [("c.png", "a.png", False), ("d.png", "a.png", True)]
+    assert said[0].startswith("note: 2 images show another one again; two noisy latents of one picture tell more of it")
+    assert said[1:] == ["  c.png: near-duplicate of a.png", "  d.png: near-duplicate of a.png (mirrored)"]
+    kept, dropped, _ = settled(album, "drop")
+    assert kept == ["a.png", "b.png", "e.png"]  # an exact copy shares its draw
+    assert dropped == [
+        {"file": "c.png", "reason": "near-duplicate of a.png"},
+        {"file": "d.png", "reason": "near-duplicate of a.png (mirrored)"},
+    ]
+    with pytest.raises(
+        StoreError, match="--near_duplicates refuse: 2 images show another one again, the first is c.png: near"
+    ):
+        settled(album, "refuse")
+    assert settled(album, "ignore") == (["a.png", "b.png", "c.png", "d.png", "e.png"], [], None)
+
+
+def test_the_first_in_the_order_of_the_files_stays_with_its_copies(album):
+    (album / "c.png").rename(album / "Z.png")  # before a in that order
+    (album / "c.txt").rename(album / "Z.txt")
+    kept, dropped, _ = settled(album, "drop")
+    assert kept == ["Z.png", "e.png"] and [d["file"] for d in dropped] == ["a.png", "b.png", "d.png"]
+    assert {d["reason"] for d in dropped} == {"near-duplicate of Z.png", "near-duplicate of Z.png (mirrored)"}
+
+
+def test_no_more_than_twenty_are_printed(album):
+    for i in range(25):
+        jpeg(Image.open(album / "a.png"), 41 + 2 * i).save(album / f"x{i:02d}.png")
+        (album / f"x{i:02d}.txt").write_text("a caption")
+    said = []
+    _, _, found = settled(album, "report", said)
+    assert len(found) == 27 and len(said) == 22 and said[-1] == "  … and 7 more, all listed in manifest.json"
+
+
+def test_a_store_tells_what_was_found_and_refuses_to_lose_pictures(album, build, tmp_path):
+    store = tmp_path / "stores" / "s"
+    with pytest.raises(StoreError, match="--near_duplicates refuse: 2 images"):
+        build(album, store, near_duplicates="refuse")
+    assert not store.exists()
+    manifest = build(album, store)
+    assert manifest["counts"]["images"] == 4 and [t["file"] for t in manifest["near_duplicates"]] == ["c.png", "d.png"]
+    assert json.loads((store / "manifest.json").read_text())["near_duplicates"] == manifest["near_duplicates"]
+    before = snapshot(store)
+    with pytest.raises(StoreError, match="images: 0 are not in the store, 2 are in the store only"):
+        build(album, store, near_duplicates="drop")
+    assert snapshot(store) == before
+    assert build(album, store, near_duplicates="ignore")["near_duplicates"] is None
+    manifest = build(album, tmp_path / "other" / "s", near_duplicates="drop")
+    assert manifest["counts"] == {**manifest["counts"], "files": 5, "images": 2, "exact_duplicates": 1, "skipped": 2}
+    assert [s["reason"] for s in manifest["skipped"]] == ["near-duplicate of a.png", "near-duplicate of a.png (mirrored)"]

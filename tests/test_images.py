@@ -103,6 +103,15 @@ def test_unusable_pictures_have_a_reason(tmp_path, kind, reason):
     assert "\n" not in str(error.value)
 
 
+def test_bytes_and_open_files_are_pictures_too(tmp_path):
+    Image.fromarray(COFFEE).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(load_rgb((tmp_path / "a.png").read_bytes())), COFFEE)
+    with open(tmp_path / "a.png", "rb") as file:
+        np.testing.assert_array_equal(np.asarray(load_rgb(file)), COFFEE)
+    with pytest.raises(ImageError, match="not an image"):
+        load_rgb(b"this is no picture")
+
+
 def test_missing_file_has_a_reason(tmp_path):
     with pytest.raises(ImageError, match="No such file"):
         load_rgb(tmp_path / "a.png")
@@ -142,7 +151,8 @@ def test_pictures_without_a_caption_have_none(emoji):
         (b'{"file_name": 5, "text": "a"}', "line 3: not a JSON object with a 'file_name'"),
         (b'{"file_name": "\xff.png"}', "line 3: not a JSON object with a 'file_name'"),
         (b'{"file_name": "gone.png", "text": "a"}', "line 3: 'gone.png' is not in the folder"),
-        (b'{"file_name": "%s", "text": 5}', "line 3: 'text' is not a text: 5"),
+        (b'{"file_name": "%s", "text": 5}', "line 3: 'text' is not a text or a list of texts: 5"),
+        (b'{"file_name": "%s", "text": ["a", 5]}', "line 3: 'text' is not a text or a list of texts: ['a', 5]"),
     ],
 )
 def test_broken_metadata_is_named_with_its_line(emoji, line, message):
@@ -163,8 +173,77 @@ def test_line_separators_inside_a_caption_do_not_break_lines(emoji):
 
 
 def test_a_wrong_caption_column_names_those_there_are(emoji):
-    with pytest.raises(ImagesMissing, match="has no column 'caption'; it has: file_name, text"):
+    with pytest.raises(ImagesMissing, match=r"--caption_column: 'caption' is not one of: file_name, text \(.*emoji\)"):
         list_images(emoji, "caption")
+    assert [r.captions for r in list_images(emoji, "caption", captions_needed=False)] == [()] * 6
+    next(emoji.glob("*.png")).with_suffix(".txt").write_text("metadata may say other things than captions")
+    assert sum(bool(r.captions) for r in list_images(emoji, "caption")) == 1
+
+
+def test_a_list_of_texts_is_several_captions(emoji):
+    names = sorted(p.name for p in emoji.glob("*.png"))
+    values = [["a", "b"], "c", [], None, ["", "d"], ["a", "a"]]
+    rows = [json.dumps({"file_name": n, "text": v}) for n, v in zip(names, values, strict=True)]
+    (emoji / "metadata.jsonl").write_text("\n".join(rows))
+    assert [r.captions for r in list_images(emoji)] == [("a", "b"), ("c",), (), (), ("d",), ("a", "a")]
+
+
+def as_csv(emoji, columns, *rows):
+    """Metadata as a spreadsheet writes it, in place of metadata.jsonl; further fields are for the first pictures."""
+    (emoji / "metadata.jsonl").unlink(missing_ok=True)
+    names = sorted(p.name for p in emoji.glob("*.png"))
+    lines = [",".join(["file_name", columns]), *(f"{name},{row}" for name, row in zip(names, rows, strict=False))]
+    (emoji / "metadata.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
+
+
+def test_metadata_may_be_a_csv_file(emoji):
+    as_csv(emoji, "text,level", '"one, two\nthree",300', "four,-1", "five,", ",7.0")
+    records = list_images(emoji, t_n_column="level")
+    assert [r.captions for r in records] == [("one, two\nthree",), ("four",), ("five",), (), (), ()]
+    assert [r.t_n for r in records] == [300, -1, None, 7, None, None]
+
+
+def test_broken_csv_files_are_named(emoji):
+    as_csv(emoji, "text", "a", "b,c")
+    with pytest.raises(ImagesMissing, match=r"metadata\.csv, line 3: not a row with a 'file_name' and one field"):
+        list_images(emoji)
+    (emoji / "metadata.csv").write_text("name,text\na.png,b\n")
+    with pytest.raises(ImagesMissing, match=r"metadata\.csv, line 2: not a row with a 'file_name'"):
+        list_images(emoji)
+    (emoji / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\n")
+    with pytest.raises(ImagesMissing, match=r"metadata\.csv: not a CSV file in UTF-8"):
+        list_images(emoji)
+    (emoji / "metadata.jsonl").write_text("")
+    with pytest.raises(ImagesMissing, match="holds metadata.jsonl and metadata.csv; keep one of them"):
+        list_images(emoji)
+
+
+def test_pictures_have_noise_levels_of_their_own(emoji):
+    names = sorted(p.name for p in emoji.glob("*.png"))
+    values = [0, 998, -1, None, 500.0]
+    rows = [json.dumps({"file_name": n, "text": "a", "level": v}) for n, v in zip(names, values, strict=False)]
+    (emoji / "metadata.jsonl").write_text("\n".join(rows))
+    assert [r.t_n for r in list_images(emoji, t_n_column="level")] == [0, 998, -1, None, 500, None]
+    assert [r.t_n for r in list_images(emoji)] == [None] * 6
+
+
+@pytest.mark.parametrize("value", [999, -2, 1.5, True, "high", [1]])
+def test_wrong_noise_levels_are_named_with_their_line(emoji, value):
+    names = sorted(p.name for p in emoji.glob("*.png"))
+    rows = [json.dumps({"file_name": n, "text": "a", "level": v}) for n, v in zip(names, [5, value], strict=False)]
+    (emoji / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ImagesMissing) as error:
+        list_images(emoji, t_n_column="level")
+    want = f"metadata.jsonl, line 2: --t_n_column: 'level' is {value!r}; allowed are 0 to 998, -1 for clean, and nothing"
+    assert want in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_t_n_column_is_named(emoji):
+    with pytest.raises(ImagesMissing, match=r"--t_n_column: 'level' is not one of: file_name, text \(.*emoji\)"):
+        list_images(emoji, t_n_column="level")
+    (emoji / "metadata.jsonl").unlink()
+    with pytest.raises(ImagesMissing, match="--t_n_column: 'level' needs a metadata.jsonl or metadata.csv in "):
+        list_images(emoji, t_n_column="level")
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):

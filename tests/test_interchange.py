@@ -28,11 +28,13 @@ from sdxl_ambient.interchange import (
     original_vae,
     peft_file,
     read_adapter,
+    start_from,
     to_kohya,
     unet_names,
     unet_shapes,
 )
-from sdxl_ambient.lora import LORA_TARGETS
+from sdxl_ambient.lora import LORA_TARGETS, add_lora, add_text_lora
+from sdxl_ambient.manifest import hash_file
 from sdxl_ambient.models import load_unet
 from sdxl_ambient.pipeline import load_pipeline
 
@@ -262,6 +264,27 @@ def test_text_encoders_go_along(miniature, all_parts, config, tmp_path, layout):
     assert_same(to_kohya(from_kohya(file, config), layout, config=config)[0], state)
     with pytest.raises(InterchangeError, match="weights of text_encoder and text_encoder_2; only one of the UNet alone"):
         attach(copy.deepcopy(pipe.unet), from_kohya(file, config))
+
+
+def test_doras_of_text_encoders_and_pissas_come_back_whole(miniature, config, tmp_path):
+    """Through kohya's format into a file that the stock loader takes."""
+    pipe = load_pipeline(str(miniature))
+    models = [pipe.unet, pipe.text_encoder, pipe.text_encoder_2]
+    add_lora(models[0], rank=4, alpha=3, targets=["attention"], use_rslora=True, init="pissa")
+    add_text_lora(models[1:], rank=2, alpha=3, targets=["linear"], use_dora=True)
+    for seed, model in enumerate(models):
+        randomize(model, seed)
+    saved = save_lora(models[0], tmp_path / "ours", INFO, models[1:])
+    file = write(tmp_path / "style.safetensors", *to_kohya(saved, config=config))
+    again = from_kohya(file, config)
+    assert_same(again.peft_state(), load_file(saved))
+    assert any(name.startswith("text_encoder.") and "magnitude" in name for name in again.peft_state())
+    (tmp_path / "peft").mkdir()
+    write(tmp_path / "peft" / LORA, *peft_file(again))
+    want = all_outputs(pipe)
+    for folder in ("ours", "peft"):
+        for got, wanted in zip(all_outputs(load_pipeline(str(miniature), lora=tmp_path / folder)), want, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
 # -- names --------------------------------------------------------------------------------------------------------------
@@ -551,6 +574,42 @@ def test_training_goes_on_from_a_kohya_lora(unet, tuned, loras, config, tmp_path
     assert torch.equal(output(fresh), output(ours))
     read = read_adapter(saved, config)
     assert {n: w.alpha for n, w in read.parts["unet"].items()} == {n: w.alpha for n, w in adapter.parts["unet"].items()}
+
+
+@pytest.mark.parametrize("kind", ["ours", "folder", "kohya", "diffusers"])
+def test_training_starts_from_any_format(unet, tuned, loras, config, tmp_path, kind):
+    like = "plain" if kind == "diffusers" else "patterns"
+    file, want = loras / like / LORA, output(tuned[like])
+    if kind == "kohya":
+        file = write(tmp_path / "style.safetensors", *to_kohya(file, config=config))
+    if kind == "diffusers":
+        # As its training scripts wrote them for long: other names, and no strength, which is 1.
+        state = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in load_file(file).items()}
+        file = write(tmp_path / "theirs.safetensors", state)
+        want = output(adapted(unet, 0, lora_alpha=4))
+    ours = copy.deepcopy(unet)
+    record = start_from(ours, loras / like if kind == "folder" else file, dropout=0.1)
+    assert record == {"lora": hash_file(file)}
+    torch.testing.assert_close(output(ours), want, rtol=1e-5, atol=1e-5)
+    assert ours.peft_config["default"].lora_dropout == 0.1
+
+
+def test_a_half_precision_base_does_not_round_the_lora(miniature, tuned, loras):
+    half = load_unet(miniature, dtype=torch.bfloat16)
+    start_from(half, loras / "dora")
+    assert_same(lora_state(half), lora_state(tuned["dora"]))
+
+
+def test_a_lora_that_training_can_not_start_from_is_one_line(unet, loras, all_parts, tmp_path):
+    file = write(tmp_path / "cut.safetensors", load_file(loras / "plain" / LORA))
+    file.write_bytes(file.read_bytes()[:-8])
+    other = write(tmp_path / "other.safetensors", {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 1)})
+    cases = [(all_parts[1], "weights of text_encoder and"), (file, "can't be read"), (other, "no module of the base")]
+    for path, message in [*cases, (tmp_path / "nothing", "no .*nothing"), (tmp_path, "holds 2 LoRA files; give one")]:
+        fresh = copy.deepcopy(unet)
+        with pytest.raises(InterchangeError, match=f"--lora: .*{message}") as error:
+            start_from(fresh, path)
+        assert "\n" not in str(error.value) and not hasattr(fresh, "peft_config")
 
 
 # -- full fine-tunes ----------------------------------------------------------------------------------------------------

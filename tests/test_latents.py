@@ -1,6 +1,7 @@
 """The store of noisy latents: one observation per image, ever (invariant 3), and nothing clean in it (invariant 4)."""
 
 import base64
+import inspect
 import json
 import os
 import re
@@ -18,11 +19,14 @@ from PIL import Image
 from scipy import stats
 from stores import equal, latents_in, load_file, snapshot
 
+from sdxl_ambient.conditioning import encode_prompts
 from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import ImagesMissing, load_rgb
-from sdxl_ambient.latents import encode_image, main
+from sdxl_ambient.latents import build_store, encode_image, main
+from sdxl_ambient.manifest import hash_bytes, hash_json
 from sdxl_ambient.models import ModelError, load_encoders
-from sdxl_ambient.observation import NoiseKeyError, noise_key
+from sdxl_ambient.observation import NoiseKeyError, draw_z, noise_key
+from sdxl_ambient.options import LatentsOptions
 from sdxl_ambient.plan import StoreError, content_hash
 
 
@@ -165,7 +169,9 @@ def test_new_captions_keep_the_latents_bitwise(build, emoji, tmp_path):
     after = build(emoji, store)
     got = snapshot(store)
     assert all(got[n] == want[n] for n in want if n.startswith("latents-"))
-    assert before["prompts"].keys().isdisjoint(after["prompts"]) and len(after["prompts"]) == len(before["prompts"])
+    empty = hash_bytes(b"")
+    assert before["prompts"].keys() & after["prompts"].keys() == {empty} and len(after["prompts"]) == 7
+    assert after["counts"]["captions"] == 6  # the empty caption, which training may show in their place, is nobody's
     for caption, file in after["prompts"].items():
         assert {f"{caption}.embeds", f"{caption}.pooled"} <= set(load_file(store / file))
 
@@ -262,7 +268,7 @@ def test_no_clean_latent_and_no_pixel_is_stored(build, emoji, tmp_path, encoders
     build(emoji, store)
     clean = clean_latents(emoji, encoders)
     tensors = [t for path in store.glob("*.safetensors") for t in load_file(path).values()]
-    assert len(tensors) == 6 + 2 * 6
+    assert len(tensors) == 6 + 2 * (6 + 1)
     for tensor in tensors:
         for x_0 in clean.values():
             assert tensor.shape != x_0.shape or (tensor - x_0).abs().mean() > 0.3
@@ -325,7 +331,7 @@ def test_unusable_pictures_are_skipped_counted_and_printed(build, emoji, tmp_pat
     manifest = build(emoji, tmp_path / "s", say=said.append)
     assert manifest["counts"]["images"] == 6 and manifest["counts"]["skipped"] == 3
     assert {s["file"]: s["reason"].split(",")[0].split(":")[0] for s in manifest["skipped"]} == {
-        "text.png": "not an image", "dot.png": "too small", "silent.png": "no caption (metadata.jsonl"
+        "text.png": "not an image", "dot.png": "too small", "silent.png": "no caption (a metadata file"
     }  # fmt: skip
     assert "3 of 9 images are skipped:" in said and "  dot.png: too small: 1x1 pixels" in " ".join(said)
     assert json.loads((tmp_path / "s" / "manifest.json").read_text())["skipped"] == manifest["skipped"]
@@ -355,7 +361,7 @@ def test_long_captions_are_counted(build, emoji, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--caption_column", "caption"], "has no column 'caption'; it has: file_name, text"),
+        (["--caption_column", "caption"], "--caption_column: 'caption' is not one of: file_name, text"),
         (["--pretrained_model_name_or_path", "/nowhere"], "'/nowhere'"),
         (["--pretrained_vae_model_name_or_path", "/nowhere"], "the VAE of '/nowhere' can't be loaded"),
         (["--resolution", "72"], "--resolution: 72 is not a multiple of 16"),
@@ -418,3 +424,150 @@ def test_shards_hold_float32_and_nothing_but_tensors(build, emoji, tmp_path):
         with safe_open(path, "pt") as file:
             assert not file.metadata()
     assert {t.dtype for t in latents_in(tmp_path / "s").values()} == {torch.float32}
+
+
+# -- noise levels of their own ----------------------------------------------------------------------------------
+
+
+def with_levels(emoji: Path, *values):
+    """Give the first pictures noise levels of their own, in the column ``level``."""
+    rows = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text().splitlines()]
+    for row, value in zip(sorted(rows, key=lambda r: r["file_name"]), values, strict=False):
+        row["level"] = value
+    (emoji / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [content_hash(load_rgb(p)) for p in sorted(emoji.glob("*.png"))]
+
+
+def noise_of(store: Path, images: Path, encoders, schedule) -> dict[str, torch.Tensor]:
+    """z of every noisy latent in a store."""
+    clean, noisy = clean_latents(images, encoders), latents_in(store)
+    entries = json.loads((store / "manifest.json").read_text())["images"]
+    t_n = {i["content"]: torch.tensor([i["t_n"]]) for i in entries if i["t_n"] is not None}
+    return {c: (noisy[c] - schedule.alpha(t) * clean[c]) / schedule.sigma(t) for c, t in t_n.items()}
+
+
+def test_a_uniform_store_is_drawn_as_ever(build, emoji, tmp_path, encoders, schedule):
+    """z follows from the key, the settings with the store's t_n, and the content: bit for bit what older stores hold."""
+    manifest = build(emoji, tmp_path / "s", noise_key_file=tmp_path / "key")
+    key, what = noise_key(tmp_path / "key"), hash_json(manifest["fingerprint"]["latent"])
+    assert set(manifest["fingerprint"]["latent"]) == {
+        *("vae", "scaling_factor", "schedule", "resolution", "center_crop", "t_n")
+    }  # fmt: skip
+    stored = latents_in(tmp_path / "s")
+    for content, x_0 in clean_latents(emoji, encoders).items():
+        z = draw_z(key, what, content, x_0.shape).float()
+        assert torch.equal(stored[content], schedule.observe(x_0[None], torch.tensor([500]), z[None])[0])
+
+
+def test_pictures_are_stored_at_their_own_levels(build, emoji, tmp_path, encoders, schedule):
+    contents, said = with_levels(emoji, 300, -1, None, 0, 998), []
+    manifest = build(emoji, tmp_path / "s", t_n_column="level", say=said.append)
+    assert {i["content"]: i["t_n"] for i in manifest["images"]} == dict(
+        zip(contents, [300, None, 500, 0, 998, 500], strict=True)
+    )
+    assert torch.equal(latents_in(tmp_path / "s")[contents[1]], clean_latents(emoji, encoders)[contents[1]])
+    assert any("1 of 6 images are told to be clean" in s for s in said)
+    noise = noise_of(tmp_path / "s", emoji, encoders, schedule)
+    del noise[contents[3]]  # float32 leaves little of the noise at t_n = 0
+    z = torch.cat([noise[c].double().flatten() for c in sorted(noise)])
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
+
+
+def test_one_picture_at_two_levels_has_independent_noise(build, emoji, tmp_path, encoders, schedule):
+    """Under one key and one --t_n, with the levels told by the column: the same z could be solved for the picture."""
+    noise = []
+    for level in (300, 600):
+        contents = with_levels(emoji, *[level] * 6)
+        store = tmp_path / str(level) / "s"
+        build(emoji, store, t_n_column="level", noise_key_file=tmp_path / "key")
+        z = noise_of(store, emoji, encoders, schedule)
+        noise.append(torch.stack([z[c] for c in contents]).flatten(1).numpy())
+    correlations = np.corrcoef(np.concatenate(noise))
+    assert np.abs(correlations - np.eye(12)).max() < 5 / np.sqrt(1024)
+
+
+def test_copies_of_a_picture_must_have_one_level(build, emoji, tmp_path):
+    first = sorted(emoji.glob("*.png"))[0]
+    Image.open(first).save(emoji / "zz.png", compress_level=1)
+    with open(emoji / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": "zz.png", "text": "a copy"}) + "\n")
+    with_levels(emoji, 500)
+    assert build(emoji, tmp_path / "s", t_n_column="level")["counts"]["images"] == 6  # 500, as the other has by default
+    for level, shown in ((300, 300), (-1, -1)):
+        with_levels(emoji, level)
+        message = f"{first.name} and zz.png are the same picture at different noise levels, t_n = {shown} and 500; give both"
+        with pytest.raises(StoreError, match=message):
+            build(emoji, tmp_path / "t", t_n_column="level")
+    assert not (tmp_path / "t").exists()
+
+
+# -- captions ---------------------------------------------------------------------------------------------------
+
+
+def test_all_captions_of_a_list_are_embedded(build, emoji, tmp_path):
+    rows = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text().splitlines()]
+    rows[0]["text"] = ["one", "two", "one"]
+    (emoji / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    manifest = build(emoji, tmp_path / "s")
+    assert sorted(len(i["captions"]) for i in manifest["images"]) == [1, 1, 1, 1, 1, 2]
+    assert manifest["counts"]["captions"] == 7 and len(manifest["prompts"]) == 8
+    want = [hash_bytes(caption.encode()) for caption in ("one", "two")]
+    assert want in [i["captions"] for i in manifest["images"]] and set(want) <= manifest["prompts"].keys()
+
+
+def test_the_instance_prompt_stands_in_for_a_missing_column(build, emoji, tmp_path):
+    manifest = build(emoji, tmp_path / "s", caption_column="caption", instance_prompt="a picture")
+    assert {c for i in manifest["images"] for c in i["captions"]} == {hash_bytes(b"a picture")}
+
+
+def test_the_empty_caption_is_embedded_as_the_pipeline_does(build, emoji, tmp_path, encoders):
+    manifest = build(emoji, tmp_path / "s")
+    empty = hash_bytes(b"")
+    embeds, pooled = encode_prompts([""], encoders.tokenizers, encoders.text_encoders)
+    stored = load_file(tmp_path / "s" / manifest["prompts"][empty])
+    torch.testing.assert_close(stored[f"{empty}.embeds"], embeds[0])
+    torch.testing.assert_close(stored[f"{empty}.pooled"], pooled[0])
+
+
+def test_tokens_are_kept_where_they_are_asked_for(build, emoji, tmp_path, encoders):
+    store = tmp_path / "s"
+    assert "tokens" not in build(emoji, store) and not (store / "tokens.safetensors").exists()
+    manifest = build(emoji, store, keep_tokens=True)
+    assert manifest["tokens"] == "tokens.safetensors"
+    tokens = load_file(store / "tokens.safetensors")
+    assert tokens.keys() == {f"{caption}.tokens" for caption in manifest["prompts"]}
+    text = json.loads((emoji / "metadata.jsonl").read_text().splitlines()[0])["text"]
+    for caption in (text, ""):
+        found = tokens[f"{hash_bytes(caption.encode())}.tokens"]
+        assert found.shape == (2, 77) and found.dtype == torch.int64
+        want = [t(caption, padding="max_length", max_length=77, truncation=True).input_ids for t in encoders.tokenizers]
+        assert found.tolist() == want
+    # A store that has them keeps them, with the captions that it has now.
+    (emoji / "metadata.jsonl").write_text((emoji / "metadata.jsonl").read_text().replace(text, "another"))
+    manifest = build(emoji, store)
+    assert manifest["tokens"] == "tokens.safetensors"
+    assert load_file(store / "tokens.safetensors").keys() == {f"{caption}.tokens" for caption in manifest["prompts"]}
+
+
+# -- aspect ratios ----------------------------------------------------------------------------------------------
+
+
+def test_latents_have_the_sizes_of_their_buckets(encoders, schedule, photographs, tmp_path):
+    geometry = Geometry(64, True, ((48, 64), (64, 48)))
+    manifest = build_store(photographs, tmp_path / "s", encoders, schedule, geometry, t_n=500, say=lambda message: None)
+    assert manifest["fingerprint"]["latent"]["buckets"] == [[48, 64], [64, 48]]
+    stored = latents_in(tmp_path / "s")
+    for entry in manifest["images"]:
+        height, width = entry["time_ids"][:2]
+        want = (64, 48) if height > width else (48, 64)
+        assert tuple(entry["time_ids"][4:]) == want and stored[entry["content"]].shape == (4, want[0] // 4, want[1] // 4)
+    with pytest.raises(StoreError, match=r"latent\.buckets: stored \[\[48, 64\], \[64, 48\]\], wanted None"):
+        build_store(photographs, tmp_path / "s", encoders, schedule, Geometry(64), t_n=500, say=lambda message: None)
+    with pytest.raises(ModelError, match="--aspect_ratio_buckets: 40 is not a multiple of 16"):
+        build_store(photographs, tmp_path / "t", encoders, schedule, Geometry(64, True, ((40, 64),)), t_n=500)
+
+
+def test_a_store_is_told_every_option_of_it():
+    parameters = {n for n, p in inspect.signature(build_store).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    options = LatentsOptions(train_data_dir="a", output_dir="b")
+    assert parameters - {"keep_tokens", "state", "say"} == options.of_a_store().keys()

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient.checkpoint import save_lora, save_unet
-from sdxl_ambient.lora import LORA_TARGETS, add_lora
+from sdxl_ambient.lora import LORA_TARGETS, add_lora, add_text_lora
 from sdxl_ambient.models import ModelError
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import adapter_t_n, euler_like, first_timestep, load_pipeline, sample, timestep_grid
@@ -395,6 +395,28 @@ def test_a_kohya_lora_of_one_part_leaves_the_others(miniature, reference, base, 
     adapted = [p for p in ("unet", "text_encoder", "text_encoder_2") if getattr(getattr(pipe, p), "peft_config", None)]
     assert adapted == [part]
     assert (outputs(pipe)[2] - outputs(base)[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", [dict(init="pissa", use_rslora=True), dict(use_dora=True, targets=["linear"])], ids=str)
+def test_our_loras_of_all_parts_load_whole(miniature, base, tmp_path, how):
+    trained = load_pipeline(str(miniature))
+    encoders = [trained.text_encoder, trained.text_encoder_2]
+    how = {"targets": ["attention"], **how}
+    add_lora(trained.unet, rank=4, alpha=6, **how)
+    add_text_lora(encoders, rank=2, alpha=3, **how)
+    for seed, model in enumerate((trained.unet, *encoders)):
+        randomize(model, seed)
+    save_lora(trained.unet, tmp_path, {"t_n": T_N}, encoders)
+    want, before = outputs(trained), outputs(base)
+    pipe = load_pipeline(str(miniature), lora=tmp_path)
+    for got, wanted, base_output in zip(outputs(pipe), want, before, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+        assert (wanted - base_output).abs().max() > 1e-2
+    # Switched off, what is left is the base, a part of which the LoRA was started from.
+    for model in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        model.disable_adapters()
+    for got, wanted in zip(outputs(pipe), before, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_hybrid_switches_the_text_encoders_off_too(miniature, reference, base, tmp_path):

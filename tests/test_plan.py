@@ -29,8 +29,8 @@ def test_time_ids_are_the_size_and_crop_that_the_pixels_have(photographs, resolu
     geometry = Geometry(resolution, center)
     pictures, entries = plan_of(photographs, geometry)
     for p in pictures:
-        name = p.path.rsplit("/", 1)[1]
-        image = load_rgb(p.path)
+        name = p.record.name
+        image = load_rgb(p.record.path)
         *size, top, left, height, width = entries[p.content]["time_ids"]
         assert tuple(size) == SIZES[name] == (image.height, image.width)
         assert (height, width) == (resolution, resolution)
@@ -112,10 +112,10 @@ def test_pictures_without_a_caption_are_skipped_unless_there_is_a_prompt(photogr
 
 
 def test_differences_are_named_but_captions_are_none():
-    images = [{"content": c, "captions": ["x"]} for c in "ab"]
+    images = [{"content": c, "captions": ["x"], "t_n": 500} for c in "ab"]
     stored = {"fingerprint": MARKS, "images": images}
-    assert compare(stored, {"fingerprint": MARKS, "images": [{"content": c, "captions": ["y"]} for c in "ab"]}) == []
-    wanted = {"fingerprint": {"latent": {"t_n": 300}, "text": {}}, "images": images[:1] + [{"content": "c"}]}
+    assert compare(stored, {"fingerprint": MARKS, "images": [{**i, "captions": ["y"]} for i in images]}) == []
+    wanted = {"fingerprint": {"latent": {"t_n": 300}, "text": {}}, "images": images[:1] + [{"content": "c", "t_n": 300}]}
     assert compare(stored, wanted) == [
         "latent.t_n: stored 500, wanted 300",
         "images: 1 are not in the store, 1 are in the store only",

@@ -112,3 +112,42 @@ def test_a_store_finished_under_another_key_is_nobodys_rebuild(build, emoji, tmp
     build(emoji, tmp_path / "a")  # agrees, and might have drawn what was missing with a random key
     with pytest.raises(StoreError, match="already have a noisy latent"):
         build(emoji, tmp_path / "b", noise_key_file=str(tmp_path / "key"))
+
+
+# -- noise levels of their own -----------------------------------------------------------------------------------
+
+
+def levels(emoji, *values):
+    rows = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text().splitlines()]
+    for row, value in zip(rows, values, strict=False):
+        row["level"] = value
+    (emoji / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_picture_at_another_level_is_another_observation(build, emoji, tmp_path):
+    """In the same store, and in one beside it, under the same key too."""
+    store, how = tmp_path / "a", dict(t_n_column="level", noise_key_file=str(tmp_path / "key"))
+    levels(emoji, 300)
+    build(emoji, store, **how)
+    before = snapshot(store)
+    build(emoji, tmp_path / "same", **how)  # a rebuild
+    assert equal(latents_in(store), latents_in(tmp_path / "same"))
+    for value in (301, None):
+        levels(emoji, value)
+        wanted = 500 if value is None else value
+        message = f"noise levels: 1 images have another t_n, the first: stored 300, wanted {wanted}"
+        with pytest.raises(StoreError, match=message):
+            build(emoji, store, **how)
+        with pytest.raises(StoreError, match="6 of these images already have a noisy latent in .*a"):
+            build(emoji, tmp_path / "b", **how)
+    assert snapshot(store) == before and not list(tmp_path.glob("b/*"))
+
+
+def test_pictures_that_are_stored_clean_are_no_observation(build, emoji, tmp_path):
+    levels(emoji, *[-1] * 5)
+    build(emoji, tmp_path / "a", t_n_column="level")
+    levels(emoji, *[500] * 5, -1)
+    build(emoji, tmp_path / "b", t_n_column="level")  # the one that is noisy in a is clean in b
+    levels(emoji, *[500] * 6)
+    with pytest.raises(StoreError, match="1 of these images already have a noisy latent in .*a|5 of these images .*b"):
+        build(emoji, tmp_path / "c", t_n_column="level")

@@ -1,0 +1,497 @@
+"""The Hugging Face Hub: what a result is described by, and its upload.
+
+    python -m sdxl_ambient.hub --output_dir DIR --hub_model_id NAME
+
+uploads what a training run left in DIR: the adapter or the UNet, training.json and a model card. The card says at what noise
+level and for what objective it was trained, how to sample it, and what has been measured of its memorisation. Nothing else
+leaves the machine: no checkpoint, latent, option, log or caption. The login is huggingface_hub's own (``hf auth login``, or
+HF_TOKEN).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from sdxl_ambient.checkpoint import INFO_FILE, LORA_FILE, CheckpointError, read_training_info
+from sdxl_ambient.config import OptionError, option, parse_options
+from sdxl_ambient.manifest import atomic, read_json
+
+CARD = "README.md"
+REPORT = Path("report") / "report.json"  # where a run's evaluation is looked for, below its folder
+REPORT_SCHEMA = 3
+IMAGES = "images"  # of the validation, in the repository
+# Of a UNet's folder: diffusers' own files, whole or in shards.
+_UNET_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_OFFLINE = "HF_HUB_OFFLINE is set; unset it, or leave out --push_to_hub and upload later (python -m sdxl_ambient.hub)"
+_NO_LOGIN = "no login for the Hub: run hf auth login, or set HF_TOKEN"
+
+
+class HubError(RuntimeError):
+    """An upload that can't be, or was not. The message is one line that says why and what to do."""
+
+
+# -- before training ----------------------------------------------------------------------
+
+
+def repository(hub_model_id: str | None, output_dir: str | Path) -> str:
+    """The repository's name: the one asked for, or the output folder's."""
+    return hub_model_id or Path(output_dir).resolve().name
+
+
+def check_hub(repo_id: str, private: bool = True) -> str:
+    """Make sure, before anything is trained, that the result can be uploaded. Returns the repository's full name.
+
+    Changes nothing on the Hub.
+
+    Args:
+        repo_id: NAME or OWNER/NAME.
+        private: a repository of that name that is there already must be a private one.
+
+    Raises:
+        HubError: no network wanted, no login or one that may only read, an impossible name, a public repository.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"--hub_model_id: {repo_id!r} is no name for a repository: {_one_line(error)}") from None
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"--push_to_hub: {_OFFLINE}")
+        if get_token() is None:
+            raise HubError(f"--push_to_hub: {_NO_LOGIN}")
+        api = HfApi(library_name="sdxl_ambient")
+        who = api.whoami()
+        if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+            raise HubError("--push_to_hub: the login may only read; log in with a token that may write")
+        name = repo_id if "/" in repo_id else f"{who['name']}/{repo_id}"
+        _refuse_public(api, name, private)
+    except HubError:
+        raise
+    # Whatever a network can do: an error here must be one line, not a traceback of its library.
+    except Exception as error:
+        raise HubError(f"--push_to_hub: {_reason(error)}") from None
+    return name
+
+
+def _refuse_public(api: HfApi, name: str, private: bool) -> None:
+    """A repository that is there keeps its visibility, so what was meant to be private would be public."""
+    try:
+        there = api.model_info(name)
+    except RepositoryNotFoundError:
+        return
+    if private and not there.private:
+        raise HubError(
+            f"--hub_private: the repository {name!r} is there and public; make it private, take another, or give "
+            "--hub_private false"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """One line for what went wrong in talking to the Hub."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return _OFFLINE
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status == 401:
+        return "the Hub does not accept the login (401): run hf auth login, or set HF_TOKEN anew"
+    if status == 403:
+        return "the login may not write there (403): another token or another --hub_model_id is needed"
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# -- upload ----------------------------------------------------------------------
+
+
+def push(
+    folder: str | Path,
+    *,
+    repo_id: str,
+    private: bool = True,
+    license: str = "openrail++",
+    report: str | Path | None = None,
+    validation_images: Sequence[str | Path] = (),
+    say=print,
+) -> str:
+    """Upload the adapter or the UNet in ``folder`` with its model card, in one commit. Returns the repository's address.
+
+    The card is written to ``folder/README.md`` first, so that what was or would have been uploaded can be read.
+
+    Args:
+        repo_id: NAME or OWNER/NAME; the repository is made if missing.
+        report: an evaluation's report.json; by default ``folder/report/report.json``, unless the weights are newer.
+        validation_images: pictures to upload and show; none unless asked, since they show what was learnt.
+
+    Raises:
+        HubError: nothing to upload, or the upload failed. Nothing in ``folder`` is changed or lost.
+    """
+    folder = Path(folder)
+    files = weight_files(folder)
+    try:
+        info = read_training_info(folder)
+        if "t_n" not in info:
+            raise HubError(f"{folder} has no record of its training ({INFO_FILE}), so the card could not say what it is")
+        report = Path(report) if report is not None else _own_report(folder, files, say)
+        name = check_hub(repo_id, private)
+        card = model_card(folder, info, repo_id=name, license=license, report=report, validation_images=validation_images)
+        with atomic(folder / CARD) as temporary:
+            temporary.write_text(card, encoding="utf-8")
+        files = [*files, folder / INFO_FILE, folder / CARD]
+        api = HfApi(library_name="sdxl_ambient")
+        address = api.create_repo(name, private=private, exist_ok=True)
+        # Once more: it may have been made since, by somebody else.
+        _refuse_public(api, name, private)
+        adds = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files if path.is_file()]
+        adds += [CommitOperationAdd(where, str(path)) for where, path in _named(validation_images)]
+        api.create_commit(name, adds, commit_message=f"Upload by sdxl_ambient, step {info.get('step', 'unknown')}")
+    # Training may have taken weeks: whatever goes wrong here, the message says that its result is there and what to do.
+    except Exception as error:
+        reason = str(error) if isinstance(error, (HubError, CheckpointError)) else _reason(error)
+        raise HubError(
+            f"the upload to {repo_id!r} failed: {reason}. Nothing is lost: the results are in {folder}; upload them with "
+            f"python -m sdxl_ambient.hub --output_dir {folder} --hub_model_id {repo_id}"
+        ) from None
+    say(f"Uploaded {', '.join(a.path_in_repo for a in adds)} to {address}")
+    return str(address)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of the trained weights in a run's folder. Raises HubError where there are none."""
+    folder = Path(folder)
+    if (folder / LORA_FILE).is_file():
+        return [folder / LORA_FILE]
+    found = sorted(path for pattern in _UNET_FILES for path in (folder / "unet").glob(pattern))
+    if not any(path.suffix == ".safetensors" for path in found):
+        raise HubError(f"{folder} holds neither {LORA_FILE} nor a UNet; a finished run's --output_dir is needed")
+    return found
+
+
+def _named(pictures: Sequence[str | Path]) -> list[tuple[str, Path]]:
+    """Pictures with their places in the repository: numbered, since names of files may tell of the data."""
+    return [(f"{IMAGES}/{i:02d}{Path(p).suffix.lower()}", Path(p)) for i, p in enumerate(pictures)]
+
+
+def _own_report(folder: Path, files: Sequence[Path], say) -> Path | None:
+    """The run's own report, unless it is older than the weights: then it was made of others."""
+    report = folder / REPORT
+    if not report.is_file():
+        return None
+    if report.stat().st_mtime < max(path.stat().st_mtime for path in files):
+        say(f"{report} is older than the weights and stays out of the model card; give it with --memorization_report")
+        return None
+    return report
+
+
+# -- model card ----------------------------------------------------------------------
+
+
+def model_card(
+    folder: str | Path,
+    info: dict,
+    *,
+    repo_id: str,
+    license: str,
+    report: str | Path | None = None,
+    validation_images: Sequence[str | Path] = (),
+) -> str:
+    """The text of README.md: YAML for the Hub, then what the model is, how to sample it, and what was measured.
+
+    Args:
+        folder: the run's, where the report looks for its model.
+        info: what training recorded (training.json). ``sigma`` is used if there; else t_n's σ is that of SDXL's schedule.
+        report: report.json of an evaluation of these weights; without it the card says that none was made.
+
+    Raises:
+        HubError: a report that can't be read or is of another model.
+    """
+    lora, base = info.get("finetune", "lora") != "full", str(info.get("base_model") or "")
+    known = base if _HUB_NAME.fullmatch(base) else None
+    data = ModelCardData(
+        license=license,
+        base_model=known,
+        base_model_relation=("adapter" if lora else "finetune") if known else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", *(["lora"] if lora else []), "stable-diffusion-xl", "ambient-diffusion"],
+    )
+    # A local folder's name says what was trained on; its place says something of the machine.
+    base = known or Path(base).name or "BASE_MODEL"
+    parts = [
+        f"# {repo_id.rpartition('/')[2]}",
+        _what(info, lora, base),
+        "## How to sample it",
+        _sampling(info, lora),
+        f"```python\n{snippet(info, repo_id=repo_id, base=base)}```",
+        *(["## Samples", *(f"![A sample]({where})" for where, _ in _named(validation_images))] if validation_images else []),
+        "## How it was trained",
+        _table(_training(info)),
+        "## Memorisation",
+        _memorisation(folder, info, report),
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+
+
+def _what(info: dict, lora: bool, base: str) -> str:
+    kind = "A LoRA for" if lora else "A fully fine-tuned UNet of"
+    text = f"{kind} Stable Diffusion XL (`{base}`), made with SDXL Ambient"
+    if info.get("t_n") is None:
+        return f"{text} from **clean** latents (t_n = none): the objective protects nothing of the images."
+    return (
+        f"{text} (arXiv 2404.10177): training saw each image only as one **noisy** latent, {_level(info)}, and no clean "
+        "one. This lowers what the model can copy; it does not rule copying out."
+    )
+
+
+def _level(info: dict) -> str:
+    if not isinstance(info["t_n"], int):
+        return "every image at a noise level of its own"
+    return f"at timestep t_n = {info['t_n']} (σ = {_sigma(info):.3f})"
+
+
+def _sigma(info: dict) -> float:
+    """σ at t_n: the recorded one, else that of SDXL's own schedule."""
+    if info.get("sigma") is not None:
+        return float(info["sigma"])
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return float((1 - schedule.alphas_cumprod[info["t_n"]]) ** 0.5)
+
+
+def fitting_sampler(info: dict) -> str:
+    """The sampler that uses the trained levels and no others: ``hybrid`` where those up to t_n were left out."""
+    skipped = isinstance(info.get("t_n"), int) and info.get("low_noise", "skip") == "skip"
+    return "hybrid" if skipped else "full"
+
+
+def _sampling(info: dict, lora: bool) -> str:
+    t_n, what = info.get("t_n"), "LoRA" if lora else "UNet"
+    if fitting_sampler(info) == "hybrid":
+        return (
+            f"Sampler: **hybrid**. The {what} was trained at timesteps above t_n = {t_n} only (`--low_noise skip`). A stock "
+            f"pipeline uses it at and below {t_n} too, where it was never trained, and may then draw noise; so hand over to "
+            f"the base model there. (`early_stop`, which ends at t_n with one estimate, is in "
+            f"`sdxl_ambient.pipeline.sample`.)"
+        )
+    if t_n is None:
+        return "Sampler: **full**, a stock pipeline: every timestep was trained on clean latents."
+    if info.get("low_noise", "skip") == "skip":
+        return (
+            "Sampler: **full**, a stock pipeline. Every image has its own t_n; timesteps below the lowest of them were not "
+            "trained (`--low_noise skip`)."
+        )
+    how = {
+        "consistency": "to agree with the levels above (`--low_noise consistency`)",
+        "restore": "on samples that a model drew given the noisy latents (`--low_noise restore`)",
+    }.get(info["low_noise"], f"as `--low_noise {info['low_noise']}` says")
+    return f"Sampler: **full**, a stock pipeline: the timesteps at and below t_n were trained too, {how}."
+
+
+_SNIPPET = """import torch
+from diffusers import StableDiffusionXLPipeline{unet_import}
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = StableDiffusionXLPipeline.from_pretrained("{base}").to(device)
+{load}{hand_over}image = pipe("a photograph of a lighthouse"{argument}).images[0]
+"""
+_LOAD = {
+    "lora": 'pipe.load_lora_weights("{repo_id}")\n',
+    "full": 'tuned = UNet2DConditionModel.from_pretrained("{repo_id}", subfolder="unet").to(device)\n{base_unet}'
+    "pipe.unet = tuned{again}\n",
+}
+_HAND_OVER = '''
+
+def hand_over(pipe, step, timestep, tensors):
+    """At and below t_n = {t_n} the base model goes on alone."""
+    rest = pipe.scheduler.timesteps[step + 1 :]
+    if len(rest) and rest[0] <= {t_n}:
+        {switch}
+    return tensors
+
+
+{before}'''
+
+
+def snippet(info: dict, *, repo_id: str, base: str) -> str:
+    """Python that loads the result into a stock diffusers pipeline and samples it as it was trained."""
+    kind, hybrid = "full" if info.get("finetune") == "full" else "lora", fitting_sampler(info) == "hybrid"
+    switch = {"lora": "pipe.disable_lora()", "full": "pipe.unet = base_unet"}[kind]
+    before = {"lora": "pipe.enable_lora()  # before every picture\n", "full": ""}[kind]
+    return _SNIPPET.format(
+        unet_import=", UNet2DConditionModel" if kind == "full" else "",
+        base=base,
+        load=_LOAD[kind].format(
+            repo_id=repo_id,
+            base_unet="base_unet = pipe.unet\n" if hybrid else "",
+            again="  # before every picture" if hybrid else "",
+        ),
+        hand_over=_HAND_OVER.format(t_n=info["t_n"], switch=switch, before=before) if hybrid else "",
+        argument=", callback_on_step_end=hand_over" if hybrid else "",
+    )
+
+
+def _training(info: dict) -> list[tuple[str, str]]:
+    t_n, resolution = info.get("t_n"), info.get("resolution")
+    objective = "denoising" if t_n is None else f"ambient denoising, `{info.get('low_noise', 'skip')}` at t ≤ t_n"
+    level = "none (clean)" if t_n is None else f"{t_n}, σ = {_sigma(info):.3f}" if isinstance(t_n, int) else "per image"
+    size = "×".join(map(str, resolution)) if isinstance(resolution, list) else resolution
+    rows = [
+        ("noise level t_n", level),
+        ("objective", objective),
+        ("space of the loss", info.get("loss_space")),
+        ("prediction type", info.get("prediction_type")),
+        ("trained weights", {"full": "the whole UNet"}.get(info.get("finetune"), "a LoRA")),
+        ("images", info.get("images")),
+        ("resolution", size),
+        ("optimizer steps", info.get("step")),
+        ("data (SHA-256 of the store's manifest)", f"`{info['data']}`" if info.get("data") else None),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+# -- measured memorisation ----------------------------------------------------------------------
+
+
+def _memorisation(folder: str | Path, info: dict, report: str | Path | None) -> str:
+    if report is None:
+        return "What this model has memorised of its training images **has not been measured**."
+    measured = read_report(report)
+    name, model = measured_model(measured, folder, info)
+    train, heldout = measured["data"]["train"], measured["data"]["heldout"]
+    sets = f"{train['n_images']} training images" + (f" and {heldout['n_images']} held-out ones" if heldout else "")
+    how = (
+        f"Measured by `eval.memorization` on {model['n_generated']} generated images against {sets}, compared by "
+        f"`{measured['embedder']['name']}`. A model is judged by the worst of its samplers and attacks; all intervals hold "
+        "at once."
+    )
+    rows = _figures(model)
+    verdict = f"Verdict, **{model['verdict']['level']}**: {model['verdict']['text']}"
+    return "\n\n".join([how, *([_table(rows)] if rows else []), verdict])
+
+
+def read_report(path: str | Path) -> dict:
+    """An evaluation's report.json of the schema that is understood here. Raises HubError."""
+    try:
+        report = read_json(path)
+        schema = report["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HubError(f"--memorization_report: {str(path)!r} can't be read: {_one_line(error)}") from None
+    if schema != REPORT_SCHEMA:
+        raise HubError(f"--memorization_report: {str(path)!r} is of schema {schema}, not {REPORT_SCHEMA}; evaluate anew")
+    return report
+
+
+def measured_model(report: dict, folder: str | Path, info: dict) -> tuple[str, dict]:
+    """Name and figures of the model in ``report`` that ``folder`` holds: the one at its path, or the only fine-tuned one
+    that was trained at the same t_n.
+
+    Raises:
+        HubError: there is none, so its figures would be another model's.
+    """
+    tuned = {name: m for name, m in report["models"].items() if m["kind"] in ("lora", "unet")}
+    places = {Path(folder).resolve() / part for part in ("", LORA_FILE, "unet")}
+    found = {name: m for name, m in tuned.items() if Path(m["path"]).resolve() in places}
+    if not found and len(tuned) == 1:
+        steps = (None, info.get("step"))
+        found = {n: m for n, m in tuned.items() if m["trained_t_n"] == info.get("t_n") and m["step"] in steps}
+    if len(found) != 1:
+        raise HubError(
+            f"--memorization_report: none of its models ({', '.join(tuned) or 'no fine-tuned one'}) is surely the one in "
+            f"{folder}; evaluate that"
+        )
+    return next(iter(found.items()))
+
+
+def _figures(model: dict) -> list[tuple[str, str]]:
+    """Rows for the worst sampler, its controls and the worst attack; none where there was no threshold."""
+    if model["worst_case"] is None:
+        return []
+    worst, figures = model["worst_sampler"], model["samplers"][model["worst_sampler"]]
+    rows = {row["name"]: row for row in model["worst_case"]["rows"]}
+    row = rows[worst]
+    found = [
+        ("worst sampler", f"`{worst}`"),
+        ("closer to a training image than the threshold", _interval(row["value"], row["low"], row["high"])),
+    ]
+    if row["copied"]:
+        found.append(("copied share, corrected", _interval(*(row["copied"][k] for k in ("value", "low", "high")))))
+    if (control := figures["share_above_threshold_as_many_heldout"]) is not None:
+        found.append(("control: as near to as many held-out images", f"{control:.1%}"))
+    found.append(("control: the most that the threshold, held-out images and base model reach", f"{row['control']:.1%}"))
+    if model["own_sampler"] != worst:
+        own = rows[model["own_sampler"]]
+        found.append((f"as its owner samples it (`{own['name']}`)", _interval(own["value"], own["low"], own["high"])))
+    attacks = [r for r in rows.values() if r["kind"] == "attack"]
+    if attacks:
+        most = max(attacks, key=lambda r: (r["above"], r["low"]))
+        told = f"{most['value']:.2f} ({most['low']:.2f} to {most['high']:.2f}), chance is 0.50"
+        found.append((f"AUC of the best of {len(attacks)} attacks (`{most['name']}`)", told))
+    return found
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+# -- command line ----------------------------------------------------------------------
+
+
+@dataclass
+class PushOptions:
+    """``python -m sdxl_ambient.hub``."""
+
+    output_dir: str | None = option(None, "the finished run's folder")
+    hub_model_id: str | None = option(None, "repository on the Hub [default: the folder's name]")
+    hub_private: bool = option(True, "make that repository a private one")
+    hub_license: str = option("openrail++", "licence in the model card; the default is SDXL's own")
+    memorization_report: str | None = option(
+        None, "report.json of an evaluation, for the model card [default: OUTPUT_DIR/report/report.json where it is there]"
+    )
+    validation_images: list[str] = option([], "pictures to upload and to show in the card [default: none]")
+
+    def validate(self) -> None:
+        if not self.output_dir or not Path(self.output_dir).is_dir():
+            raise OptionError(f"--output_dir: {self.output_dir!r} is not a folder; a finished run's is needed")
+        given = [
+            ("memorization_report", self.memorization_report),
+            *(("validation_images", p) for p in self.validation_images),
+        ]
+        for name, file in given:
+            if file is not None and not Path(file).is_file():
+                raise OptionError(f"--{name}: {file!r} is not a file")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(PushOptions, argv, prog="python -m sdxl_ambient.hub", description=__doc__)
+    try:
+        push(
+            options.output_dir,
+            repo_id=repository(options.hub_model_id, options.output_dir),
+            private=options.hub_private,
+            license=options.hub_license,
+            report=options.memorization_report,
+            validation_images=options.validation_images,
+        )
+    except HubError as error:
+        print(f"python -m sdxl_ambient.hub: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
