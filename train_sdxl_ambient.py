@@ -199,10 +199,10 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         return average.weights() if options.use_ema else evaluated(optimizer)
 
     def export(folder: Path, step: int) -> None:
-        with evaluating():
-            state = full_state(accelerator, unet)
-            if accelerator.is_main_process:
-                trainee.export(folder, training_info(options, store, schedule, step), state)
+        """Write the weights as they are now: within ``evaluating()``, those that are meant to be used."""
+        state = full_state(accelerator, unet)
+        if accelerator.is_main_process:
+            trainee.export(folder, training_info(options, store, schedule, step), state)
 
     def save(step: int) -> None:
         def more(folder: Path) -> None:
@@ -327,7 +327,8 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     # -- save ---------------------------------------------------------------------------------------------------------
 
     accelerator.wait_for_everyone()
-    export(output, step)
+    with evaluating():
+        export(output, step)
     say(f"Saved {output}")
     if validation.best:
         say(f"Lowest held-out loss {validation.best[1]:.4f} at step {validation.best[0]}: {output / 'best'}")

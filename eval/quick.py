@@ -7,57 +7,129 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eval.images import read_folder
-from eval.memorization import Embedding, embed_sets, plant, read_sets
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval.calibrate import smallest_null
+from eval.embed import Embedded, normalised
+from eval.embedders import Embedder
+from eval.images import ImageSet, StageError, read_folder
+from eval.memorization import Embedding, embed_sets, read_sets
 from eval.options import Options
 from eval.summary import References, make_references, share_figures
 from sdxl_ambient.config import OptionError
+from sdxl_ambient.images import ImageError, load_rgb
 
 
 class QuickLook:
     """Embeds both sets once, and then compares folders of drawn images with them.
 
+    One process does it by itself while others train or wait. Embeddings of the images, which are clean, stay in its memory;
+    the embedder is loaded for each look and dropped again, so that training has the device to itself.
+
     Args:
         train_data_dir, heldout_data_dir: the images trained on, and such as were not.
-        work_dir: embeddings are kept there; of clean images, so let it be a temporary folder.
+        work_dir: a folder outside both, since the evaluation's options name one; nothing is written into it.
         embedder: one of the evaluation's. alpha: share of held-out images above the threshold.
+        caption_column: key of the caption in both folders' metadata.
 
     Raises:
-        OptionError, StageError, ImagesMissing: as the evaluation raises them, among them too few held-out images.
+        OptionError: a folder or an embedder that can't be had.
     """
 
-    def __init__(self, train_data_dir: str, heldout_data_dir: str, work_dir: str | Path, embedder: str, alpha: float = 0.02):
+    def __init__(
+        self,
+        train_data_dir: str,
+        heldout_data_dir: str,
+        work_dir: str | Path,
+        embedder: str,
+        alpha: float = 0.02,
+        caption_column: str = "text",
+    ):
         self.options = Options(
             train_data_dir=train_data_dir,
             heldout_data_dir=heldout_data_dir,
             output_dir=str(work_dir),
             embedder=embedder,
             alpha=alpha,
-            generated_dir=[str(train_data_dir)],  # some folder; which one is said later
+            caption_column=caption_column,
+            generated_dir=[f"drawn={train_data_dir}"],  # some folder; which one is said later
             skip_attacks=True,
         )
         self.options.validate()
-        self.embedding = Embedding(self.options)
         self.references: References | None = None
 
     def __call__(self, folder: str | Path) -> dict:
         """Of a folder of images: the share above the threshold, its excess over the held-out share, both with intervals, and
-        the similarities to the training set, by the names of the evaluation's report."""
+        the similarities to the training set, by the names of the evaluation's report; ``threshold``, and ``highest``, the
+        largest of the similarities."""
         self.prepare()
-        return share_figures(self.embedding(read_folder(folder)), self.references)
+        drawn = _InMemory(self.options)(read_folder(folder))
+        _free()
+        highest = float((drawn.embeddings @ self.references.train.embeddings.T).max())
+        return {**share_figures(drawn, self.references), "threshold": self.references.threshold, "highest": highest}
 
     def prepare(self) -> None:
         """Embed both sets and calibrate, once.
 
         Raises:
-            OptionError: too few held-out images for a threshold.
+            OptionError: too few held-out images for a threshold, or an embedder that can't be loaded.
+            ImagesMissing: a folder without images.
         """
-        self.references = self.references or self._references()
-        if self.references.threshold is None:
-            raise OptionError(f"--memorization_every: {self.references.refusal}")
+        if self.references is None:
+            try:
+                self.references = self._references()
+            except StageError as error:
+                raise OptionError(f"--memorization_every: {error}") from None
+            _free()
 
     def _references(self) -> References:
-        train, heldout = embed_sets(self.options, *read_sets(self.options), self.embedding)
-        copies = plant(self.options, train, self.embedding.embedder)
+        sets = read_sets(self.options)
+        check_quick(len(sets[1]), self.options.alpha)
+        train, heldout = embed_sets(self.options, *sets, _InMemory(self.options))
+        check_quick(len(heldout), self.options.alpha)  # near-duplicates are left out by now
         asked = (self.options.alpha, self.options.confidence, self.options.embedder)
-        return make_references(train, heldout, None, None, *asked, copies, None)
+        return make_references(train, heldout, None, None, *asked, planted={})
+
+
+def check_quick(heldout: int, alpha: float) -> None:
+    """Raises OptionError where so many held-out images can't give a threshold at ``alpha``."""
+    if heldout < (needed := smallest_null(alpha)):
+        raise OptionError(
+            f"--memorization_every: {heldout} held-out images, without repeated ones, are too few to know chance from a copy "
+            f"at {alpha:g}; at least {needed} are needed (--heldout_data_dir)"
+        )
+
+
+class _InMemory(Embedding):
+    """Embeds without the cache's files and without other processes, which :func:`eval.embed.embed` shares its work with."""
+
+    def __call__(self, images: ImageSet, embedder: Embedder | None = None) -> Embedded:
+        embedder, kept, parts, excluded = embedder or self.embedder, [], [], []
+        with tqdm(total=len(images), unit="image", desc=f"embed {images.folder.name} ({embedder.name})", delay=2) as bar:
+            for start in range(0, len(images), self.batch_size):
+                pixels = []
+                for i in range(start, min(start + self.batch_size, len(images))):
+                    try:
+                        pixels.append(embedder.prepare(load_rgb(images.records[i].path)))
+                        kept.append(i)
+                    except ImageError as error:
+                        excluded.append({"file": images.name(i), "reason": str(error)})
+                if pixels:
+                    parts.append(embedder.encode(torch.stack(pixels)).numpy())
+                bar.update(min(self.batch_size, len(images) - start))
+        if not kept:
+            reason = excluded[0]["reason"] if excluded else "none there"
+            raise StageError(f"{images.folder}: no usable image; the first problem: {reason}")
+        features = np.concatenate(parts).astype(np.float32)
+        if not np.isfinite(features).all():
+            raise StageError(f"{images.folder}: an {embedder.name} embedding is not finite; the weights may be damaged")
+        norms = np.linalg.norm(features.astype(np.float64), axis=1).astype(np.float32)
+        return Embedded(images.subset(kept, excluded), normalised(features), norms, len(kept))
+
+
+def _free() -> None:
+    """Give the embedder's memory back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

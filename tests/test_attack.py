@@ -265,7 +265,7 @@ def options(*more):
 
 def test_images_without_a_caption_are_left_out_of_the_magnitude_alone(subject, tmp_path):
     images = read_folder(copy_emoji(tmp_path / "a", 3))
-    images.records[1] = replace(images.records[1], caption=None)
+    images.records[1] = replace(images.records[1], captions=())
     embedder, asked = load_embedder("pixel"), options()
     count, answers = interrogate(subject, embedder, images, asked)
     assert count == 3 and {name: len(v) for name, v in answers.items()} == {
@@ -277,7 +277,7 @@ def test_images_without_a_caption_are_left_out_of_the_magnitude_alone(subject, t
     np.testing.assert_allclose(alone, answers["magnitude"][1:], rtol=1e-4)
     # A set without any caption takes the attack from both.
     silent = read_folder(copy_emoji(tmp_path / "b", 2, "heldout"))
-    silent.records = [replace(record, caption=None) for record in silent.records]
+    silent.records = [replace(record, captions=()) for record in silent.records]
     sets = {"train": images, "heldout": silent}
     found = interrogate_sets(
         subject, embedder, sets, options("--attacks", "magnitude", "noise", "--attack_modes", "one_step")
@@ -357,7 +357,7 @@ def test_settings_are_what_determines_the_answers(tmp_path):
     assert settings("--attacks", "noise", "--mask_share", "0.4", "--guidance_scale", "2") == noise
     magnitude = settings("--attacks", "magnitude")
     assert settings("--attacks", "magnitude", "--attack_t", "400", "--attack_modes", "one_step") == magnitude
-    images.records[0] = replace(images.records[0], caption="something else")
+    images.records[0] = replace(images.records[0], captions=("something else",))
     assert settings() != plain
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import copy_emoji
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from running import ENV, ROOT, SCRIPT, arguments, assert_identical, error_line, launch, states
+from running import ENV, ROOT, SCRIPT, arguments, assert_identical, error_line, launch, states, train_here
 from safetensors.torch import load_file
 
 
@@ -83,16 +83,25 @@ def test_killed_and_resumed_equals_uninterrupted(emoji, tmp_path, uninterrupted)
     )
 
 
-def test_two_processes_train_and_resume_exactly(emoji, tmp_path):
+def test_two_processes_train_and_resume_exactly(emoji, tmp_path, capsys):
     common = dict(train_batch_size=2, max_train_steps=4, latents_dir=tmp_path / "latents", noise_key_file=tmp_path / "key")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     launch(arguments(emoji, whole, **common), processes=2)
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
     launch(arguments(emoji, parts, **common, resume_from_checkpoint="latest"), processes=2)
     assert_identical(states(whole / "checkpoint-4"), states(parts / "checkpoint-4"))
+    # One process goes on from it with the same samples, and says what that changes.
+    alone = tmp_path / "alone"
+    shutil.copytree(whole / "checkpoint-2", alone / "checkpoint-2")
+    changed = {**common, "train_batch_size": 4, "resume_from_checkpoint": "latest"}
+    assert train_here(arguments(emoji, alone, **changed)) == 0
+    said = capsys.readouterr().out
+    assert "was written by 2 processes and goes on with 1" in said and "--lora_dropout draws anew" in said
+    assert json.loads((alone / "training.json").read_text())["step"] == 4
 
 
-def test_two_processes_see_what_one_sees(emoji, tmp_path):
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_two_processes_see_what_one_sees(emoji, tmp_path, finetune):
     """The same global batch: the same samples, times and noise, so the same weights but for the order of the sums."""
     common = dict(
         max_train_steps=2,
@@ -101,16 +110,22 @@ def test_two_processes_see_what_one_sees(emoji, tmp_path):
         lora_dropout=0,
         # With ε = 1 an update is proportional to the gradient; else Adam blows rounding errors up to full steps.
         adam_epsilon=1.0,
-        learning_rate=1.0,
+        learning_rate={"lora": 1.0, "full": 1e-2}[finetune],
+        finetune=finetune,
     )
     single, double = tmp_path / "single", tmp_path / "double"
-    launch(arguments(emoji, single, **common, train_batch_size=4))
+    assert train_here(arguments(emoji, single, **common, train_batch_size=4)) == 0
     run = launch(arguments(emoji, double, **common, train_batch_size=2), processes=2)
     assert run.stdout.count("4 samples each") == 1  # two processes of two samples, one of which speaks
-    one, two = (load_file(d / "pytorch_lora_weights.safetensors") for d in (single, double))
+    file = {"lora": "pytorch_lora_weights.safetensors", "full": "unet/diffusion_pytorch_model.safetensors"}[finetune]
+    one, two = (load_file(d / file) for d in (single, double))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-3)
-    assert max(float(w.abs().max()) for name, w in one.items() if "lora_B" in name or "lora.up" in name) > 1e-4
+    if finetune == "lora":
+        assert max(float(w.abs().max()) for name, w in one.items() if "lora_B" in name) > 1e-4
+        return
+    start = UNet2DConditionModel.from_pretrained(ROOT / "miniature/pipeline", subfolder="unet").state_dict()
+    assert max(float((w - start[name]).abs().max()) for name, w in one.items()) > 1e-5
 
 
 def test_full_finetune_gives_a_loadable_unet(emoji, tmp_path):
@@ -123,25 +138,29 @@ def test_full_finetune_gives_a_loadable_unet(emoji, tmp_path):
 
 
 def test_heldout_loss_keeps_the_best_and_validation_draws_images(emoji, tmp_path):
-    output = tmp_path / "run"
+    output, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("# one in a line\na cat\n")
     changes = dict(
         heldout_data_dir=ROOT / "miniature/data/heldout",
         heldout_samples=8,
         validation_steps=2,
         max_train_steps=4,
         validation_prompt="grinning face",
+        validation_prompts_file=prompts,
         num_validation_images=1,
         validation_inference_steps=3,
         mixed_precision="bf16",
         gradient_checkpointing="true",
         report_to="tensorboard",
     )
-    launch(arguments(emoji, output, **changes))
+    launch([*arguments(emoji, output, **changes), "--validation_sampler", "auto", "early_stop"])
     record = json.loads((output / "heldout_loss.json").read_text())
-    assert [step for step, _ in record["losses"]] == [2, 4]
-    assert record["best"] == min(record["losses"], key=lambda r: r[1])
+    assert [r["step"] for r in record["losses"]] == [2, 4]
+    assert record["best"][1] == min(r["heldout"] for r in record["losses"])
+    assert [b["band"] for b in record["losses"][0]["bands"]] == ["501-624", "625-749", "750-874", "875-999"]
     assert (output / "best/pytorch_lora_weights.safetensors").is_file()
-    assert (output / "validation/step-000004/00-00.png").is_file()
+    for sampler in ("hybrid", "early_stop"):
+        assert (output / f"validation/step-000004/{sampler}/01-00.png").is_file()
     assert list((output / "logs").rglob("events.out.tfevents.*"))
 
 

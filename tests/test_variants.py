@@ -118,6 +118,18 @@ def test_a_rising_loss_stops_and_the_best_is_kept(emoji, stores, tmp_path, capsy
     assert json.loads((output / "best/training.json").read_text())["step"] == record["best"][0]
 
 
+def test_averages_are_what_is_validated_and_saved(emoji, stores, tmp_path):
+    output = tmp_path / "run"
+    changes = {
+        "heldout_data_dir": emoji, "heldout_latents_dir": stores["latents_dir"], "validation_steps": STEPS,
+        "use_ema": "true", "allow_second_observation": "true",
+    }  # fmt: skip
+    assert train_here(arguments(emoji, output, **{**stores, **changes})) == 0
+    assert_identical(weights(output), weights(output / "best"))
+    trained = weights(output / f"checkpoint-{STEPS}")
+    assert any(not torch.equal(trained[name], w) for name, w in weights(output).items())
+
+
 def test_a_dry_run_says_all_and_trains_nothing(emoji, stores, tmp_path, capsys):
     output = tmp_path / "run"
     assert train_here(arguments(emoji, output, **stores, dry_run="true")) == 0
