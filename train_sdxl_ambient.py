@@ -106,6 +106,8 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         max_grad_norm=options.max_grad_norm,
     )
 
+    look = quick_look(options, accelerator, stack)  # first, since it may refuse
+
     # -- data and models ----------------------------------------------------------------------------------------------
 
     base = options.pretrained_model_name_or_path
@@ -171,7 +173,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         start = Average(trainee.modules, options.ema_decay)  # never updated: the weights that training started from
         accelerator.register_for_checkpointing(start)
     skipped = Skipped(options.max_skipped_steps)
-    validation = Validation(options, accelerator, trainee, schedule, store, heldout, quick_look(options, accelerator, stack))
+    validation = Validation(options, accelerator, trainee, schedule, store, heldout, look)
     run = run_record(options, store, samples_per_step, trainee.record)
     progress = {"step": 0, "run": run, "processes": accelerator.num_processes}
     if found := find_start(output, options, run, accelerator, sharded):
@@ -338,13 +340,14 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
 
 
 def quick_look(options: TrainOptions, accelerator: Accelerator, stack: ExitStack):
-    """The evaluation's fast path, where it is asked for; embeddings of the images go to a folder that is removed."""
+    """The evaluation's fast path, where it is asked for; what it computes of the clean images stays in memory."""
     if options.memorization_every is None or not accelerator.is_main_process:
         return None
     from eval.quick import QuickLook
 
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    look = QuickLook(options.train_data_dir, options.heldout_data_dir, folder, options.memorization_embedder)
+    sets = options.train_data_dir, options.heldout_data_dir
+    look = QuickLook(*sets, folder, options.memorization_embedder, caption_column=options.caption_column)
     look.prepare()
     return look
 

@@ -31,7 +31,8 @@ class QuickLook:
     Args:
         train_data_dir, heldout_data_dir: the images trained on, and such as were not.
         work_dir: a folder outside both, since the evaluation's options name one; nothing is written into it.
-        embedder: one of the evaluation's. alpha: share of held-out images above the threshold.
+        embedder: one of the evaluation's, as NAME, or NAME=WEIGHTS with a local folder or file, or a name on the Hub.
+        alpha: share of held-out images above the threshold.
         caption_column: key of the caption in both folders' metadata.
 
     Raises:
@@ -47,11 +48,13 @@ class QuickLook:
         alpha: float = 0.02,
         caption_column: str = "text",
     ):
+        name, _, weights = embedder.partition("=")
         self.options = Options(
             train_data_dir=train_data_dir,
             heldout_data_dir=heldout_data_dir,
             output_dir=str(work_dir),
-            embedder=embedder,
+            embedder=name,
+            embedder_weights=weights or None,
             alpha=alpha,
             caption_column=caption_column,
             generated_dir=[f"drawn={train_data_dir}"],  # some folder; which one is said later
@@ -62,13 +65,11 @@ class QuickLook:
 
     def __call__(self, folder: str | Path) -> dict:
         """Of a folder of images: the share above the threshold, its excess over the held-out share, both with intervals, and
-        the similarities to the training set, by the names of the evaluation's report; ``threshold``, and ``highest``, the
-        largest of the similarities."""
+        the similarities to the training set, by the names of the evaluation's report; and the ``threshold``."""
         self.prepare()
         drawn = _InMemory(self.options)(read_folder(folder))
         _free()
-        highest = float((drawn.embeddings @ self.references.train.embeddings.T).max())
-        return {**share_figures(drawn, self.references), "threshold": self.references.threshold, "highest": highest}
+        return {**share_figures(drawn, self.references), "threshold": self.references.threshold}
 
     def prepare(self) -> None:
         """Embed both sets and calibrate, once.
@@ -97,8 +98,8 @@ def check_quick(heldout: int, alpha: float) -> None:
     """Raises OptionError where so many held-out images can't give a threshold at ``alpha``."""
     if heldout < (needed := smallest_null(alpha)):
         raise OptionError(
-            f"--memorization_every: {heldout} held-out images, without repeated ones, are too few to know chance from a copy "
-            f"at {alpha:g}; at least {needed} are needed (--heldout_data_dir)"
+            f"--memorization_every: {heldout} held-out images, without repeated ones, are too few to tell chance from "
+            f"copies at {alpha:g}; at least {needed} are needed (--heldout_data_dir)"
         )
 
 

@@ -362,7 +362,9 @@ class WatchOptions:
         minimum=1,
     )
     memorization_images: int = option(64, "images drawn for each of them", minimum=8)
-    memorization_embedder: str = option("dinov2", "what they are compared by: an embedder of the evaluation")
+    memorization_embedder: str = option(
+        "dinov2", "embedder of the evaluation that they are compared by, as NAME or NAME=WEIGHTS"
+    )
 
     def validate_watching(self) -> None:
         file = self.validation_prompts_file

@@ -164,7 +164,11 @@ class FolderOptions(DataOptions):
     heldout_split: str | None = option(None, "in its place, a split of --dataset_name")
     heldout_latents_dir: str | None = option(None, "their store [default: OUTPUT_DIR/latents_heldout]")
     output_dir: str | None = option(None, "folder for the results")
-    random_flip: bool = option(False, "mirror half of the stored noisy latents, drawn anew each time they are shown")
+    random_flip: bool = option(
+        False,
+        "mirror half of the stored noisy latents, drawn anew each time they are shown; VAEs are not symmetric, so that this "
+        "costs some fidelity",
+    )
     proportion_empty_prompts: float = option(
         0.0,
         "part of the samples that are shown without their caption, as the base model is without one",

@@ -98,12 +98,8 @@ class PreviewOptions(ModelOptions):
         if not Path(self.train_data_dir).is_dir():
             raise OptionError(f"--train_data_dir: {self.train_data_dir!r} is not a folder")
         self._validate_output()
-        if not self.t_n:
-            raise OptionError("--t_n: a value is required, one timestep or more")
-        twice = [t for t in self.t_n if self.t_n.count(t) > 1]
-        if twice:
-            raise OptionError(f"--t_n: {twice[0]} is given twice; allowed is each level once")
-        _check_device(self.device)
+        check_levels(self.t_n)
+        check_device(self.device)
 
     def _validate_output(self) -> None:
         """What is made to be kept apart from clean images must not come to hold them."""
@@ -134,7 +130,17 @@ def is_store(folder: Path) -> bool:
     return False
 
 
-def _check_device(device: str) -> None:
+def check_levels(t_n: list[int]) -> None:
+    """One level or more, each once; an OptionError else."""
+    if not t_n:
+        raise OptionError("--t_n: a value is required, one timestep or more")
+    twice = [t for t in t_n if t_n.count(t) > 1]
+    if twice:
+        raise OptionError(f"--t_n: {twice[0]} is given twice; allowed is each level once")
+
+
+def check_device(device: str) -> None:
+    """auto, cpu, or a CUDA GPU that is there; an OptionError else."""
     try:
         asked = torch.device("cpu" if device == "auto" else device)
     except RuntimeError:
@@ -618,7 +624,7 @@ def one_process(device: torch.device) -> PartialState:
     """The state of a lone process; several would write the same files."""
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
-        raise PreviewError("a preview is made by one process; start it with python -m")
+        raise PreviewError("this is made by one process; start it with python -m")
     return state
 
 

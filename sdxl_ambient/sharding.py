@@ -57,7 +57,11 @@ def full_state(accelerator, model) -> dict[str, torch.Tensor] | None:
 
     Every process calls it.
     """
-    return accelerator.get_state_dict(model) if is_sharded(accelerator) else None
+    if not is_sharded(accelerator):
+        return None
+    # DeepSpeed gives parts of a larger buffer, which can't be saved without it.
+    state = accelerator.get_state_dict(model) or {}
+    return {name: w.clone() if w.untyped_storage().nbytes() > w.nbytes else w for name, w in state.items()}
 
 
 def as_number(norm) -> float | None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import EulerDiscreteScheduler
 
-from sdxl_ambient.data import LatentStore, Showing, common_t_n
+from sdxl_ambient.config import OptionError
+from sdxl_ambient.data import LatentStore, Showing, common_t_n, levels_of
 from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, evenly, scalars
 from sdxl_ambient.images import list_images
 from sdxl_ambient.manifest import write_json
+from sdxl_ambient.models import load_part
 from sdxl_ambient.noise import CLEAN
 from sdxl_ambient.pictures import Painter, track_images
+from sdxl_ambient.pipeline import euler_like, timestep_grid
 
 HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
 
@@ -22,17 +27,45 @@ class Validation:
 
     Args:
         quick: a folder of drawn images → the evaluation's short figures of it; where ``--memorization_every`` asks for them.
+
+    Raises:
+        OptionError: a sampler that can't be had at the store's noise level.
     """
 
     def __init__(self, options, accelerator, trainee, schedule, store: LatentStore, heldout: LatentStore | None, quick=None):
         self.options, self.accelerator, self.schedule, self.quick = options, accelerator, schedule, quick
         self.output, self.heldout = Path(options.output_dir), heldout
         self.store = LatentStore(store.folder, showing=Showing())  # as they are: with captions, not mirrored
-        self.painter = Painter(options, accelerator, trainee)
+        # Handing over, or stopping, at the lowest level of the store leaves no level that training never saw. A store that
+        # was given has levels of its own, whatever --t_n says.
+        lowest = levels_of(store)[0]
+        self.painter = Painter(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainee)
+        self.samplers = list(dict.fromkeys(self.painter.sampler(s) for s in options.validation_sampler))
+        self._check_samplers()
         self.trainee = trainee
         self.stopping = EarlyStopping(options.early_stopping, options.max_denoising_gap)
         self.memorization: list[dict] = []
         self.start: Losses | None = None  # of the weights that training starts from
+
+    def _check_samplers(self) -> None:
+        options, level = self.options, self.painter.options.t_n
+        asked = [("validation_sampler", s) for s in self.samplers if options.prompts]
+        asked += [("memorization_every", self.painter.sampler("auto"))] if options.memorization_every else []
+        asked = [(flag, name) for flag, name in asked if name != "full"]
+        if not asked:
+            return
+        flag, name = asked[0]
+        if level is None:
+            raise OptionError(f"--{flag}: {name!r} needs a noise level; allowed for clean latents is full")
+        where = dict(subfolder="scheduler", revision=options.revision)
+        scheduler = load_part(EulerDiscreteScheduler, options.pretrained_model_name_or_path, "scheduler", **where)
+        steps = options.validation_inference_steps
+        first = timestep_grid(euler_like(scheduler), steps)[0]
+        if level >= first:
+            raise OptionError(
+                f"--{flag}: {name!r} begins at timestep {first} in {steps} steps, which is not above t_n = {level}; more "
+                f"--validation_inference_steps begin higher{', full always works' if flag == 'validation_sampler' else ''}"
+            )
 
     # -- state ----------------------------------------------------------------------
 
@@ -43,15 +76,30 @@ class Validation:
 
     def state_dict(self) -> dict:
         """For a checkpoint's record."""
-        start = self.start and {"heldout": self.start.heldout.tolist(), "train": self.start.train.tolist()}
+        start = self.start and {
+            "heldout": self.start.heldout.tolist(),
+            "train": self.start.train.tolist(),
+            "store": self.heldout.hash,
+        }
         return {"heldout": self.stopping.records, "memorization": self.memorization, "start": start}
 
     def load_state_dict(self, progress: dict) -> None:
         # An earlier version kept pairs of step and loss, of other times and noise, which can't be compared with these.
         self.stopping.records = [r for r in progress.get("heldout", []) if isinstance(r, dict)]
         self.memorization = progress.get("memorization", [])
-        if start := progress.get("start"):
+        if (start := progress.get("start")) and self.heldout is not None:
             self.start = Losses(*(torch.tensor(start[s], dtype=torch.float64) for s in ("heldout", "train")))
+            self._check_start(start.get("store", self.heldout.hash), progress.get("step"))
+
+    def _check_start(self, store: str, step: int | None) -> None:
+        """Losses of other pictures or bands can't be compared with those to come, which then begin anew."""
+        shapes = [(len(pictures), self.options.heldout_bands) for _, pictures in self._pictures()]
+        if store != self.heldout.hash or [tuple(x.shape) for x in (self.start.heldout, self.start.train)] != shapes:
+            self.start, self.stopping.records = None, []
+            self.accelerator.print(
+                f"note: --heldout_bands, --heldout_samples or the held-out images are others than before step {step}: the "
+                "held-out loss and the denoising gap are counted from here"
+            )
 
     # -- what is due ----------------------------------------------------------------------
 
@@ -81,10 +129,14 @@ class Validation:
         if self.heldout is not None and self.start is None:
             self.start = self._measure(unet)
 
+    def _pictures(self) -> list[tuple[LatentStore, list[int]]]:
+        """The held-out and the training pictures that losses are taken of: as many of each, where there are."""
+        most = min(self.options.heldout_samples, len(self.heldout))
+        return [(store, evenly(len(store), most)) for store in (self.heldout, self.store)]
+
     def _measure(self, unet) -> Losses:
-        options, most = self.options, self.options.heldout_samples
-        pair = []
-        for store in (self.heldout, self.store):
+        options, pair = self.options, []
+        for store, pictures in self._pictures():
             pair.append(
                 band_losses(
                     self.accelerator,
@@ -92,7 +144,7 @@ class Validation:
                     lambda batch: self.trainee.conditioning(batch, self.accelerator.device),
                     self.schedule,
                     store,
-                    evenly(len(store), min(most, len(self.heldout))),
+                    pictures,
                     bands=options.heldout_bands,
                     batch_size=options.train_batch_size,
                     loss_space=options.loss_space,
@@ -124,7 +176,7 @@ class Validation:
 
     def _images(self, step: int) -> None:
         options, drawn = self.options, {}
-        for name in dict.fromkeys(self.painter.sampler(s) for s in options.validation_sampler):
+        for name in self.samplers:
             folder = self.output / "validation" / f"step-{step:06d}" / name
             files = self.painter.draw(folder, options.prompts, options.num_validation_images, name)
             drawn |= {f"{name}: {p}": f for p, f in zip(options.prompts, files, strict=True)}
