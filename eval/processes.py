@@ -5,7 +5,6 @@ Whole batches are dealt out, never parts of one, so that every number comes from
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -17,8 +16,8 @@ from accelerate.utils.environment import parse_flag_from_env
 T = TypeVar("T")
 
 
-@functools.cache
 def _state() -> PartialState:
+    """The one state that there is; asked for anew, since it can be reset."""
     # Without a word on the CPU, PartialState leaves processes that torchrun started there unaware of each other.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import copy_emoji
-from running import arguments, assert_identical, launch, states
+from running import arguments, assert_identical, launch, states, train_here
 from safetensors.torch import load_file
 
 from sdxl_ambient.averaging import Average
@@ -166,15 +166,15 @@ def emoji(tmp_path_factory):
         dict(low_noise="restore", consistency_weight=0.1, antithetic="true", balance_cap=25, t_sampling="near"),
     ],
 )
-def test_resumed_equals_uninterrupted(emoji, tmp_path, changes):
+def test_resumed_equals_uninterrupted(emoji, tmp_path, changes, capsys):
     """Invariant 6 with what the low levels add: averaged weights and the buffer of restored samples."""
     common = dict(latents_dir=tmp_path / "latents", max_train_steps=4, restore_steps=3, **changes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run = launch(arguments(emoji, whole, **common))
+    assert train_here(arguments(emoji, whole, **common)) == 0
     part = "consistency" if changes["low_noise"] == "consistency" else "restored"
-    assert f"{part}=" in run.stderr
+    assert f"{part}=" in capsys.readouterr().err
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
-    launch(arguments(emoji, parts, **common, resume_from_checkpoint="latest"))
+    assert train_here(arguments(emoji, parts, **common, resume_from_checkpoint="latest")) == 0
     if changes.get("finetune") != "full":
         assert_identical(states(whole / "checkpoint-4"), states(parts / "checkpoint-4"))
     files = sorted(p.relative_to(whole / "checkpoint-4") for p in (whole / "checkpoint-4").rglob("*.safetensors"))
@@ -192,8 +192,9 @@ def test_the_base_restores_alike_whatever_was_learnt(emoji, tmp_path):
     for teacher in ("base", "ema"):
         for rate in (1e-4, 1e-2):
             out = tmp_path / f"{teacher}-{rate}"
-            launch(arguments(emoji, out, low_noise="restore", restore_steps=2, max_train_steps=2, learning_rate=rate,
-                             restore_teacher=teacher, latents_dir=tmp_path / "latents"))  # fmt: skip
+            changes = dict(low_noise="restore", restore_steps=2, max_train_steps=2, learning_rate=rate)
+            changes |= dict(restore_teacher=teacher, latents_dir=tmp_path / "latents")
+            assert train_here(arguments(emoji, out, **changes)) == 0
             found[teacher, rate] = load_file(out / "checkpoint-2/restored/rank-00000.safetensors")
     assert_identical(found["base", 1e-4], found["base", 1e-2])
     same = [torch.equal(a, found["ema", 1e-2][k]) for k, a in found["ema", 1e-4].items()]

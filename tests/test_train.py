@@ -130,7 +130,7 @@ def test_two_processes_see_what_one_sees(emoji, tmp_path, finetune):
 
 def test_full_finetune_gives_a_loadable_unet(emoji, tmp_path):
     output = tmp_path / "run"
-    launch(arguments(emoji, output, finetune="full", max_train_steps=2, gradient_accumulation_steps=2))
+    assert train_here(arguments(emoji, output, finetune="full", max_train_steps=2, gradient_accumulation_steps=2)) == 0
     tuned = UNet2DConditionModel.from_pretrained(output / "unet")
     base = UNet2DConditionModel.from_pretrained(ROOT / "miniature/pipeline", subfolder="unet", torch_dtype=torch.float32)
     moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
@@ -153,7 +153,7 @@ def test_heldout_loss_keeps_the_best_and_validation_draws_images(emoji, tmp_path
         gradient_checkpointing="true",
         report_to="tensorboard",
     )
-    launch([*arguments(emoji, output, **changes), "--validation_sampler", "auto", "early_stop"])
+    assert train_here([*arguments(emoji, output, **changes), "--validation_sampler", "auto", "early_stop"]) == 0
     record = json.loads((output / "heldout_loss.json").read_text())
     assert [r["step"] for r in record["losses"]] == [2, 4]
     assert record["best"][1] == min(r["heldout"] for r in record["losses"])
@@ -174,15 +174,17 @@ def test_key_is_in_no_artefact(uninterrupted):
     assert key not in log
 
 
-def test_another_run_is_not_overwritten_or_resumed(emoji, uninterrupted):
+def test_another_run_is_not_overwritten_or_resumed(emoji, uninterrupted, capsys):
     output, _ = uninterrupted
     key = output.parent / "key"
     run = launch(arguments(emoji, output, noise_key_file=key), check=False)
     assert "holds an earlier run" in error_line(run)
-    run = launch(arguments(emoji, output, noise_key_file=key, resume_from_checkpoint="latest", seed=1), check=False)
-    assert "another run: seed: stored 0, wanted 1" in error_line(run)
-    run = launch(arguments(emoji, output, noise_key_file=key, resume_from_checkpoint="latest", t_n=300), check=False)
-    assert "latent.t_n: stored 500, wanted 300" in error_line(run)
+    for change, message in [
+        ({"seed": 1}, "another run: seed: stored 0, wanted 1"),
+        ({"t_n": 300}, "latent.t_n: stored 500, wanted 300"),
+    ]:
+        assert train_here(arguments(emoji, output, noise_key_file=key, resume_from_checkpoint="latest", **change)) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
