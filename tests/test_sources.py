@@ -231,9 +231,10 @@ def test_two_processes_share_one_copy_and_see_one_order(tmp_path, broken, emoji)
         "state = PartialState(cpu=True)\n"
         "try:\n"
         "    records = open_records(sys.argv[1], state=state)\n"
-        "    print(hashlib.sha256(b''.join(r.read() for r in records)).hexdigest(), len(records), flush=True)\n"
+        "    said = f'{hashlib.sha256(b\"\".join(r.read() for r in records)).hexdigest()} {len(records)}'\n"
         "except ValueError as error:\n"
-        "    print('error:', error, flush=True)\n"
+        "    said = f'error: {error}'\n"
+        "sys.stdout.write(said + '\\n')\n"  # at once, as the other process writes too
     )
     (tmp_path / "program.py").write_text(program)
     run = subprocess.run(
