@@ -27,6 +27,7 @@ VARIANTS = {
     "eight_bits": {"use_8bit_adam": "true"},
     "quantised": {"quantize_base": "nf4"},
 }
+SLOW = ("prodigy", "eight_bits", "quantised")  # their states are compared in test_optimizers.py and test_quantization.py
 NEEDS = {"prodigy": "prodigyopt", "schedule_free": "schedulefree", "eight_bits": "bitsandbytes", "quantised": "bitsandbytes"}
 
 
@@ -50,7 +51,7 @@ def weights(folder):
     return load_file(file if file.is_file() else folder / "unet/diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v for v in VARIANTS])
 def test_stopped_and_resumed_equals_uninterrupted(emoji, stores, tmp_path, name):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
@@ -76,6 +77,23 @@ def loads_in_a_stock_pipeline(folder):
         p for m in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2) for n, p in m.named_parameters() if "lora_B" in n
     ]
     assert loaded and all(p.abs().max() > 0 for p in loaded)
+
+
+def test_pictures_of_several_shapes_train_in_batches_of_one(photographs, tmp_path, capsys):
+    """Buckets, mirrored latents and dropped captions, through the script; a resume in the middle ends the same."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = {
+        "aspect_ratio_buckets": "auto", "bucket_reso_steps": 16, "random_flip": "true", "proportion_empty_prompts": 0.5,
+        "train_batch_size": 2, "max_train_steps": STEPS, "latents_dir": tmp_path / "latents",
+    }  # fmt: skip
+    assert train_here(arguments(photographs, whole, **changes)) == 0
+    manifest = json.loads((tmp_path / "latents/manifest.json").read_text())
+    sizes = {tuple(i["time_ids"][4:]) for i in manifest["images"]}
+    assert len(sizes) == 2 and all(h * w <= 64 * 64 and h % 16 == w % 16 == 0 for h, w in sizes)
+    assert "are fewer than the 2 of a batch" in capsys.readouterr().out  # one photograph stands upright
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    assert train_here(arguments(photographs, parts, **changes, resume_from_checkpoint="latest")) == 0
+    assert_identical(weights(whole), weights(parts))
 
 
 def test_another_strength_is_another_run(emoji, stores, tmp_path, capsys):
