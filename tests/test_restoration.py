@@ -201,6 +201,7 @@ def test_the_base_restores_alike_whatever_was_learnt(emoji, tmp_path):
     assert not all(same)
 
 
+@pytest.mark.slow
 def test_two_processes_each_restore_their_own_share(emoji, tmp_path):
     common = dict(low_noise="restore", train_batch_size=2, max_train_steps=4, restore_steps=2, consistency_weight=0.1,
                   latents_dir=tmp_path / "latents", noise_key_file=tmp_path / "key")  # fmt: skip

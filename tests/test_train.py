@@ -55,6 +55,7 @@ def test_adapter_changes_the_stock_pipeline(uninterrupted):
     assert (draw() - base).abs().max() > 1e-3
 
 
+@pytest.mark.slow  # SIGTERM and halves of runs are resumed elsewhere
 def test_killed_and_resumed_equals_uninterrupted(emoji, tmp_path, uninterrupted):
     output = tmp_path / "run"
     # The same noise as the uninterrupted run.
