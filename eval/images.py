@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from sdxl_ambient.images import ImageError, Record, list_images, load_rgb
+from sdxl_ambient.images import ImageError, Record, evenly, list_images, load_rgb
 from sdxl_ambient.manifest import hash_file
 
 
 class StageError(ValueError):
     """A stage can't go on because of what it was given. The message is one line: what, its value, what to do."""
-
-
-def evenly(items: Sequence, count: int) -> list:
-    """``count`` of the items, at most all of them, evenly spaced."""
-    size = min(count, len(items))
-    return [items[i * len(items) // size] for i in range(size)]
 
 
 @dataclass

@@ -100,11 +100,6 @@ def _time(schedule: NoiseSchedule, t_n: int, bands: int, band: int, generator: t
     return first + int(torch.rand((), generator=generator, dtype=torch.float64) * (last - first + 1))
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` indices, evenly spaced."""
-    return list(range(count)) if count <= most else [k * count // most for k in range(most)]
-
-
 # -- the gap ----------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -54,6 +54,12 @@ class Record:
     def captioned(self, instance_prompt: str | None) -> Record:
         """With ``instance_prompt`` for its caption where it has none."""
         return self if self.captions or not instance_prompt else replace(self, captions=(instance_prompt,))
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """``count`` of the items, at most all of them, evenly spaced."""
+    size = min(count, len(items))
+    return [items[i * len(items) // size] for i in range(size)]
 
 
 def load_rgb(source: str | Path | bytes | BinaryIO) -> Image.Image:

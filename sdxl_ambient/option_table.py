@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sdxl_ambient.manifest import atomic
@@ -48,14 +49,19 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> int:
+def write(module: str, make: Callable[[], str], argv: list[str] | None) -> int:
+    """The command line of a module that writes one text to a file. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1:
-        print("usage: python -m sdxl_ambient.option_table FILE", file=sys.stderr)
+        print(f"usage: python -m sdxl_ambient.{module} FILE", file=sys.stderr)
         return 2
     with atomic(Path(argv[0])) as temporary:
-        temporary.write_text(page(), encoding="utf-8")
+        temporary.write_text(make(), encoding="utf-8")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return write("option_table", page, argv)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ python -m sdxl_ambient.option_template configs/template.yaml
 from __future__ import annotations
 
 import dataclasses
-import sys
 import textwrap
-from pathlib import Path
 
 import yaml
 
-from sdxl_ambient.manifest import atomic
-from sdxl_ambient.option_table import groups
+from sdxl_ambient.option_table import groups, write
 
 HEAD = """# Every option of train_sdxl_ambient.py with its default, to copy and uncomment.
 #   accelerate launch train_sdxl_ambient.py --config_file configs/template.yaml \\
@@ -49,13 +46,7 @@ def template() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1:
-        print("usage: python -m sdxl_ambient.option_template FILE", file=sys.stderr)
-        return 2
-    with atomic(Path(argv[0])) as temporary:
-        temporary.write_text(template(), encoding="utf-8")
-    return 0
+    return write("option_template", template, argv)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from sdxl_ambient.config import OptionError
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 # What swaps weights in place, holds a second set of them, or trains more than one module.
 _EXCLUDED = {
-    "use_ema": "true",
-    "train_text_encoder": "true",
-    "fused_backward_pass": "true",
+    "use_ema": (True,),
+    "train_text_encoder": (True,),
+    "fused_backward_pass": (True,),
+    "low_noise": ("restore",),
+    "consistency_teacher": ("ema",),
+    "quantize_base": ("int8", "nf4"),
+    "init_lora_weights": ("pissa", "olora"),
+    "optimizer": ("adamw_schedulefree",),
 }
-_EXCLUDED_VALUES = {"low_noise": "restore", "consistency_teacher": "ema", "quantize_base": ("int8", "nf4")}
-_EXCLUDED_VALUES |= {"init_lora_weights": ("pissa", "olora"), "optimizer": "adamw_schedulefree"}
 
 
 def is_sharded(accelerator) -> bool:
@@ -28,12 +31,10 @@ def check_sharding(options, accelerator) -> None:
     if not is_sharded(accelerator):
         return
     kind = str(accelerator.distributed_type).rpartition(".")[2]
-    for name in _EXCLUDED:
-        if getattr(options, name):
-            raise OptionError(f"--{name}: true can't be had with {kind}, which spreads the weights; leave it out")
-    for name, values in _EXCLUDED_VALUES.items():
-        if getattr(options, name) in (values if isinstance(values, tuple) else (values,)):
-            raise OptionError(f"--{name}: {getattr(options, name)!r} can't be had with {kind}, which spreads the weights")
+    for name, values in _EXCLUDED.items():
+        if (value := getattr(options, name)) in values:
+            shown = "true" if value is True else repr(value)
+            raise OptionError(f"--{name}: {shown} can't be had with {kind}, which spreads the weights; leave it out")
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise OptionError("accelerate's fsdp_version: 1 is not supported; allowed is 2 (configs/accelerate/fsdp.yaml)")

@@ -37,7 +37,7 @@ def open_stores(options: TrainOptions, accelerator, schedule, showing: Showing) 
         del encoders
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    held = LatentStore(heldout, options.heldout_samples) if options.has_heldout else None
+    held = LatentStore(heldout) if options.has_heldout else None
     return LatentStore(train, showing=showing), held
 
 

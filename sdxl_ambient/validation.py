@@ -11,8 +11,8 @@ from diffusers import EulerDiscreteScheduler
 
 from sdxl_ambient.config import OptionError
 from sdxl_ambient.data import LatentStore, Showing, common_t_n, levels_of
-from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, evenly, scalars
-from sdxl_ambient.images import list_images
+from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, scalars
+from sdxl_ambient.images import evenly, list_images
 from sdxl_ambient.manifest import write_json
 from sdxl_ambient.models import load_part
 from sdxl_ambient.noise import CLEAN
@@ -132,7 +132,7 @@ class Validation:
     def _pictures(self) -> list[tuple[LatentStore, list[int]]]:
         """The held-out and the training pictures that losses are taken of: as many of each, where there are."""
         most = min(self.options.heldout_samples, len(self.heldout))
-        return [(store, evenly(len(store), most)) for store in (self.heldout, self.store)]
+        return [(store, evenly(range(len(store)), most)) for store in (self.heldout, self.store)]
 
     def _measure(self, unet) -> Losses:
         options, pair = self.options, []
@@ -188,7 +188,7 @@ class Validation:
         options = self.options
         records = list_images(options.train_data_dir, options.caption_column)
         captions = [r.captions[0] if r.captions else options.instance_prompt or "" for r in records]
-        prompts = [captions[i % len(captions)] for i in _spread(len(captions), options.memorization_images)]
+        prompts = _spread(captions, options.memorization_images)
         folder = self.output / "memorization" / f"step-{step:06d}"
         self.painter.draw(folder, prompts, 1, self.painter.sampler("auto"), purpose="memorization")
         if self.accelerator.is_main_process:
@@ -204,6 +204,6 @@ class Validation:
             self.accelerator.log({"copied_share": share, "memorized_excess": excess}, step=step)
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """``wanted`` of ``count`` indices, evenly spaced, more than once where there are fewer."""
-    return [k * count // wanted for k in range(wanted)] if wanted <= count else [k % count for k in range(wanted)]
+def _spread(items: list, wanted: int) -> list:
+    """``wanted`` of the items, evenly spaced, more than once where there are fewer."""
+    return [items[k % len(items)] for k in range(wanted)] if wanted > len(items) else evenly(items, wanted)

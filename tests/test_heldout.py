@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from conftest import copy_emoji
 
 from sdxl_ambient.data import LatentStore
-from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, evenly, gap, scalars
+from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, gap, scalars
+from sdxl_ambient.images import evenly
 
 
 @pytest.fixture(scope="module")
@@ -149,4 +150,4 @@ def test_a_gap_stops_only_beyond_its_uncertainty():
 
 @pytest.mark.parametrize(("count", "most", "expected"), [(3, 5, [0, 1, 2]), (6, 3, [0, 2, 4]), (5, 2, [0, 2])])
 def test_fewer_pictures_are_evenly_spaced(count, most, expected):
-    assert evenly(count, most) == expected
+    assert evenly(range(count), most) == expected

@@ -214,4 +214,4 @@ def test_a_look_at_copies(accelerator, trainee, schedule, store, tmp_path):
 
 @pytest.mark.parametrize(("count", "wanted", "expected"), [(6, 3, [0, 2, 4]), (2, 5, [0, 1, 0, 1, 0]), (3, 3, [0, 1, 2])])
 def test_captions_are_taken_evenly(count, wanted, expected):
-    assert _spread(count, wanted) == expected
+    assert _spread(list(range(count)), wanted) == expected
