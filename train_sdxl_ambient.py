@@ -4,7 +4,8 @@
     accelerate launch train_sdxl_ambient.py --config_file configs/mini_lora.yaml [--flag value …]
 
 Images become noisy latents once, before training (``python -m sdxl_ambient.latents`` does the same alone); from then on
-nothing clean is read. Every option is described by ``--help`` and in docs/OPTIONS.md.
+nothing clean is read, unless ``--low_noise clean`` asks for it. Every option is described by ``--help`` and in
+docs/OPTIONS.md.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from tqdm.auto import tqdm
 
 from sdxl_ambient.averaging import Average
 from sdxl_ambient.checkpoint import CheckpointError, refuse_to_overwrite, register_lora_hooks, save_checkpoint
+from sdxl_ambient.clean_levels import CleanLevels
 from sdxl_ambient.config import OptionError, parse_options
-from sdxl_ambient.data import Showing, Stream, check_stores, loader, small_groups, spoken_levels
+from sdxl_ambient.data import LatentStore, Showing, Stream, check_stores, loader, small_groups, spoken_levels
 from sdxl_ambient.dryrun import dry_run
 from sdxl_ambient.hub import HubError, check_hub, push, repository
 from sdxl_ambient.images import ImagesMissing
@@ -156,13 +158,17 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     if options.finetune == "lora" and not sharded:
         register_lora_hooks(accelerator, trainee.unet, trainee.text_encoders or None)
 
-    # -- averages, restoration, resume --------------------------------------------------------------------------------
+    # -- averages, rows for t ≤ t_n, resume ---------------------------------------------------------------------------
 
     objective = options.objective()
-    restoration = None
+    restoration = clean = None
+    mine = options.seed, accelerator.process_index, accelerator.num_processes
     if options.low_noise == "restore":
-        how = options.restore_options()
-        restoration = Restoration(store, how, options.seed, accelerator.process_index, accelerator.num_processes)
+        restoration = Restoration(store, options.restore_options(), *mine)
+    if options.low_noise == "clean":
+        latents = LatentStore(options.stores["clean_latents_dir"], showing=showing)
+        clean = CleanLevels(latents, store, options.clean_per_batch, *mine)
+    low = restoration or clean  # gives each forward pass rows that follow the noisy ones
     # Averaged weights are what is exported, or draw the samples of restore's and the consistency loss's reverse steps.
     first_round = restoration and options.restore_teacher == "base"
     average = start = None
@@ -174,7 +180,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         accelerator.register_for_checkpointing(start)
     skipped = Skipped(options.max_skipped_steps)
     validation = Validation(options, accelerator, trainee, schedule, store, heldout, look)
-    run = run_record(options, store, samples_per_step, trainee.record)
+    run = run_record(options, store, samples_per_step, trainee.record | (clean.record if clean else {}))
     progress = {"step": 0, "run": run, "processes": accelerator.num_processes}
     if found := find_start(output, options, run, accelerator, sharded):
         folder, progress = found
@@ -240,7 +246,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         plan = {"steps": max_train_steps, "samples_per_step": samples_per_step, "epochs": epochs, "trained": trained}
         dry_run(options, accelerator, trainee, schedule, store, stream, objective, plan)
         return
-    extras = restoration.batches(stream.start, stream.stop, options.dataloader_num_workers) if restoration else None
+    extras = low.batches(stream.start, stream.stop, options.dataloader_num_workers) if low else None
     with evaluating():
         validation.begin(unet)
     meter = Meter(samples_per_step, max_train_steps, first, device=accelerator.device)
@@ -252,13 +258,16 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     for batch in loader(store, stream, options.dataloader_num_workers):
         with accelerator.accumulate(unet, *encoders):
             generators, restored = batch.generators(options.seed), None
-            extra = next(extras) if restoration else None
+            extra = next(extras) if low else None
             denoise = Denoiser(unet, shown(batch), trainee.dtype)
-            if restoration and step >= options.restore_start:
-                drawn, shown_extra = restoration.generators(extra), shown(extra)
-                model = Denoiser(start or average, shown_extra, trainee.dtype)
-                restored = restoration.restored(extra, model, schedule, drawn)
-                batch = batch.first(0) if options.restore_levels == "all" else batch
+            if clean or (restoration and step >= options.restore_start):
+                drawn, shown_extra = low.generators(extra), shown(extra)
+                if clean:
+                    restored = clean.restored(extra)
+                else:
+                    model = Denoiser(start or average, shown_extra, trainee.dtype)
+                    restored = restoration.restored(extra, model, schedule, drawn)
+                    batch = batch.first(0) if options.restore_levels == "all" else batch
                 generators = [*generators[: len(batch.x_n)], *drawn]
                 denoise = Denoiser(
                     unet, denoise.conditioning.rows(slice(len(batch.x_n))).followed_by(shown_extra), trainee.dtype

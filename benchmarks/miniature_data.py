@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 SPLITS = ("pretrain", "finetune", "heldout")
-IMAGE_FOLDER = "package/img/google/64/"
+IMAGE_FOLDER = "package/img/{vendor}/64/"
 
 # A pair is a near-duplicate if its pictures, shrunk to 16x16 on white, differ by little or are strongly correlated.
 # Chosen by looking at pairs: at 0.92, 88 mostly round yellow faces chain into one family (at 0.95 only 49 of them);
@@ -68,16 +68,16 @@ def composite_on_white(image):
     return rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
 
 
-def read_archive(archive):
-    """The base emoji of an emoji-datasource-google .tgz, sorted by file name."""
-    pngs = {}
+def read_archive(archive, vendor="google"):
+    """The base emoji of an emoji-datasource-VENDOR .tgz, sorted by file name."""
+    pngs, folder = {}, IMAGE_FOLDER.format(vendor=vendor)
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name == "package/emoji.json":
                 records = json.load(tar.extractfile(member))
-            elif member.name.startswith(IMAGE_FOLDER) and member.name.endswith(".png"):
-                pngs[member.name.removeprefix(IMAGE_FOLDER)] = tar.extractfile(member).read()
-    emoji = [Emoji(r["image"], r["name"].lower(), pngs[r["image"]]) for r in records if r["has_img_google"]]
+            elif member.name.startswith(folder) and member.name.endswith(".png"):
+                pngs[member.name.removeprefix(folder)] = tar.extractfile(member).read()
+    emoji = [Emoji(r["image"], r["name"].lower(), pngs[r["image"]]) for r in records if r[f"has_img_{vendor}"]]
     return sorted(emoji, key=lambda e: e.file_name)
 
 

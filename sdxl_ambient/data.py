@@ -25,7 +25,8 @@ from sdxl_ambient.geometry import Size, bucket_counts, mirrored, size_of
 from sdxl_ambient.manifest import hash_bytes, hash_json, read_json
 from sdxl_ambient.models import Conditioning
 from sdxl_ambient.noise import CLEAN
-from sdxl_ambient.plan import StoreError, shards
+from sdxl_ambient.plan import StoreError, observed_levels, rounds, shards
+from sdxl_ambient.plan import spoken_levels as in_words
 
 EMPTY = hash_bytes(b"")  # the caption of a sample that is shown without one
 _SMALL = ("t_n", "tokens", "dropped", "flipped")  # what of a batch travels as arrays
@@ -84,8 +85,8 @@ class Batch:
         return [sample_generator(seed, "train", p) for p in self.positions]
 
 
-def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A CPU generator for one sample; independent for every (seed, purpose, index)."""
+def sample_generator(seed: int, purpose: str, index: int | str) -> torch.Generator:
+    """A CPU generator for one sample; independent for every (seed, purpose, index), which may be a content hash."""
     # A hash, since neighbouring seeds of the Mersenne twister start alike.
     return torch.Generator().manual_seed(int(hash_json([seed, purpose, index])[:8], 16))
 
@@ -105,6 +106,9 @@ class Showing:
 class LatentStore(Dataset):
     """A finished store of noisy latents. An item is asked for as (position in the stream, index of the picture).
 
+    ``rounds`` tells how its latents were restored (:mod:`sdxl_ambient.loop`), and is empty where they are observations;
+    ``observed`` has the level that each picture was observed at, by content, which then is not the latent's own.
+
     Raises:
         StoreError: unfinished, damaged, of another format, or without what ``showing`` needs.
     """
@@ -118,6 +122,8 @@ class LatentStore(Dataset):
             self.images = self.manifest["images"][:limit]
             self._file_of = {i["content"]: name for name, entries in shards(self.manifest) for i in entries}
             self._prompts, self._tokens = self.manifest["prompts"], self.manifest.get("tokens")
+            self.observed = observed_levels(self.manifest)
+            self.rounds = rounds(self.manifest)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.folder / 'manifest.json'} is damaged: {error}") from None
         if self.showing.empty_prompts and not self.showing.zero_empty and EMPTY not in self._prompts:
@@ -139,7 +145,13 @@ class LatentStore(Dataset):
         own = [i["t_n"] for i in self.manifest["images"]]
         uniform = set(own) == {self.manifest["fingerprint"]["latent"]["t_n"]}
         contents = [i["content"] for i in self.manifest["images"]]
-        return hash_json([self.manifest["fingerprint"], contents, *([] if uniform else [own])])
+        restored = [self.chain, [self.observed[c] for c in contents]] if self.rounds else []
+        return hash_json([self.manifest["fingerprint"], contents, *([] if uniform else [own]), *restored])
+
+    @property
+    def chain(self) -> list[dict]:
+        """``rounds`` as artefacts that are shared tell them: without the key's id."""
+        return [{name: value for name, value in link.items() if name != "key_id"} for link in self.rounds]
 
     @property
     def schedule_hash(self) -> str:
@@ -217,19 +229,28 @@ def levels_of(store: LatentStore) -> list[int]:
 
 def common_t_n(store: LatentStore):
     """The store's noise level; None for clean, "mixed" where images have different ones."""
-    found = levels_of(store)
-    return "mixed" if len(found) > 1 else None if found == [CLEAN] else found[0]
+    return _common([i["t_n"] for i in store.manifest["images"]])
+
+
+def observed_t_n(store: LatentStore):
+    """The same of the observations that the store's latents are, or were restored from."""
+    return _common(store.observed.values())
+
+
+def _common(levels: Iterable[int | None]):
+    found = set(levels)
+    return "mixed" if len(found) > 1 else next(iter(found))
 
 
 def spoken_levels(store: LatentStore) -> str:
     """The store's noise levels, as a message names them."""
-    names = ["none" if t == CLEAN else str(t) for t in levels_of(store)]
-    return ", ".join(names) if len(names) < 5 else f"{names[0]} to {names[-1]} ({len(names)} levels)"
+    return in_words(i["t_n"] for i in store.manifest["images"])
 
 
 def check_stores(store: LatentStore, heldout: LatentStore | None, schedule, low_noise: str = "skip") -> list[str]:
     """The base model's schedule must be the one that the stores were made with, held-out images must be at levels that
-    training has, and there must be levels below t_n for what ``low_noise`` does there. Returns notes to print.
+    training has, and there must be levels below t_n for what ``low_noise`` does there. Returns notes to print, of restored
+    samples among them.
 
     Raises:
         StoreError: naming what is wrong.
@@ -240,13 +261,39 @@ def check_stores(store: LatentStore, heldout: LatentStore | None, schedule, low_
     for one in filter(None, (store, heldout)):
         if one.schedule_hash != schedule.hash:
             raise StoreError(f"the store {one.folder} was made with another noise schedule than the base model's")
+    if low_noise == "clean" and store.rounds:
+        raise StoreError(f"--low_noise: 'clean' needs observations, {store.folder} holds restored samples; use skip")
+    notes = restored_notes(store, heldout)
     if heldout is None or levels_of(heldout) == trained:
-        return []
+        return notes
     said = f"{heldout.folder} is at t_n = {spoken_levels(heldout)}, {store.folder} at {spoken_levels(store)}"
     seen = levels_of(heldout)
     if seen[0] < trained[0] or seen[-1] > trained[-1]:
         raise StoreError(said)
-    return [f"note: {said}; the held-out loss is that of its own levels"]
+    return [*notes, f"note: {said}; the held-out loss is that of its own levels"]
+
+
+def restored_notes(store: LatentStore, heldout: LatentStore | None) -> list[str]:
+    """What has to be said of stores of restored samples; nothing of observations."""
+    notes = []
+    if store.rounds:
+        images = store.manifest["images"]
+        drawn = [i for i in images if i["t_n"] != i["observed_t_n"]]
+        levels, observed = (in_words(i[name] for i in drawn) for name in ("t_n", "observed_t_n"))
+        promise = f"what protects the images stays what t_n = {observed} promises"
+        if any(link["foreign_model"] for link in store.rounds):
+            promise = "a model that may have seen more of the images drew them, so no t_n says what protects those"
+        notes.append(
+            f"note: {len(drawn)} of {len(images)} images of {store.folder} are restored samples at t_n = {levels}, drawn "
+            f"by a model from observations at t_n = {observed}: not observations, and {promise}"
+        )
+    if heldout is not None and bool(heldout.rounds) != bool(store.rounds):
+        which = (store, heldout) if store.rounds else (heldout, store)
+        notes.append(
+            f"note: {which[0].folder} holds restored samples and {which[1].folder} observations, so that their losses "
+            "differ by more than what was memorised"
+        )
+    return notes
 
 
 def small_groups(groups: Mapping[Size, Sequence[int]], batch_size: int) -> list[str]:

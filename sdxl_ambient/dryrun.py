@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sdxl_ambient.data import Batch, LatentStore, Stream, loader, spoken_levels
+from sdxl_ambient.data import Batch, LatentStore, Stream, loader, sample_generator, spoken_levels
 from sdxl_ambient.geometry import bucket_counts
 from sdxl_ambient.latents import decode_latents
 from sdxl_ambient.manifest import atomic, write_json
 from sdxl_ambient.memory import estimate
 from sdxl_ambient.models import Denoiser, load_vae
-from sdxl_ambient.objective import ambient_objective
+from sdxl_ambient.objective import Restored, ambient_objective
 from sdxl_ambient.optimizers import parse_extra
 
 RECORD, PICTURE = "dry_run.json", "dry_run.png"
@@ -75,11 +75,22 @@ def first_batch(store: LatentStore, batch: Batch) -> list[dict]:
 def memory(options, accelerator, trainee, schedule, batch: Batch, objective) -> dict[str, int]:
     """Bytes of one process, part by part; activations are counted in one real forward pass."""
 
+    rows = {"restore": options.restored_per_batch, "clean": options.clean_per_batch}.get(options.low_noise, 0)
+    more = [i % len(batch.x_n) for i in range(rows)]  # as many rows of some pictures as --low_noise adds
+
     def forward():
-        denoise = Denoiser(trainee.unet, trainee.conditioning(batch, accelerator.device), trainee.dtype)
+        given, generators, restored = trainee.conditioning(batch, accelerator.device), batch.generators(options.seed), None
+        x_n, t_n = batch.x_n.to(accelerator.device), batch.t_n
+        if rows:
+            restored = Restored(x_n[more], t_n[more].clamp(min=0))
+            if options.low_noise == "restore" and options.restore_levels == "all":
+                given, x_n, t_n, generators = given.rows(more), x_n[:0], t_n[:0], []
+            else:
+                given = given.followed_by(given.rows(more))
+            generators += [sample_generator(options.seed, "dry run", i) for i in range(rows)]
+        denoise = Denoiser(trainee.unet, given, trainee.dtype)
         with accelerator.autocast():
-            x_n = batch.x_n.to(accelerator.device)
-            return ambient_objective(denoise, schedule, x_n, batch.t_n, batch.generators(options.seed), objective).total
+            return ambient_objective(denoise, schedule, x_n, t_n, generators, objective, restored).total
 
     return estimate(
         trainee.modules,

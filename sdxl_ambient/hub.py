@@ -247,6 +247,17 @@ def _what(info: dict, lora: bool, base: str) -> str:
     text = f"{kind} Stable Diffusion XL (`{base}`), made with SDXL Ambient"
     if info.get("t_n") is None:
         return f"{text} from **clean** latents (t_n = none): the objective protects nothing of the images."
+    if info.get("low_noise") == "clean":
+        return (
+            f"{text} (arXiv 2502.21278): above t_n training saw each image as one noisy latent, {_level(info)}; at and "
+            "below t_n it was trained on their **clean** latents, and noise protects nothing of the images there."
+        )
+    if info.get("restored"):
+        return (
+            f"{text} (arXiv 2404.10177, 2405.13712): training saw each image only as a sample {_level(info)} that a model "
+            f"drew given its one **noisy** latent, which was observed {_observed(info)}; the samples are no observations. "
+            f"{_drawn_by(info)}"
+        )
     return (
         f"{text} (arXiv 2404.10177): training saw each image only as one **noisy** latent, {_level(info)}, and no clean "
         "one. This lowers what the model can copy; it does not rule copying out."
@@ -257,6 +268,24 @@ def _level(info: dict) -> str:
     if not isinstance(info["t_n"], int):
         return "every image at a noise level of its own"
     return f"at timestep t_n = {info['t_n']} (σ = {_sigma(info):.3f})"
+
+
+def _observed(info: dict) -> str:
+    return "at a level of its own" if info["observed_t_n"] == "mixed" else f"at t_n = {info['observed_t_n']}"
+
+
+def _drawn_by(info: dict) -> str:
+    """What the samples' models had seen, for restored samples."""
+    if any(link["foreign_model"] for link in info["restored"]):
+        return "A model that may have seen more of the images drew some of them, so the noise level says nothing of those."
+    return "What the noisy latents show bounds what the model can copy; it does not rule copying out."
+
+
+def _rounds(info: dict) -> str | None:
+    """The rounds of restored samples, the oldest first: their level and the model that drew them."""
+    models = {"base": "the base model", "lora": "a LoRA", "unet": "a fine-tuned UNet"}
+    told = [f"to t_n = {link['t_n']} by {models[link['model']['kind']]}" for link in info.get("restored") or []]
+    return f"observed {_observed(info)}; restored {', then '.join(told)}" if told else None
 
 
 def _sigma(info: dict) -> float:
@@ -294,6 +323,7 @@ def _sampling(info: dict, lora: bool) -> str:
     how = {
         "consistency": "to agree with the levels above (`--low_noise consistency`)",
         "restore": "on samples that a model drew given the noisy latents (`--low_noise restore`)",
+        "clean": "on clean latents (`--low_noise clean`)",
     }.get(info["low_noise"], f"as `--low_noise {info['low_noise']}` says")
     return f"Sampler: **full**, a stock pipeline: the timesteps at and below t_n were trained too, {how}."
 
@@ -348,6 +378,7 @@ def _training(info: dict) -> list[tuple[str, str]]:
     size = "×".join(map(str, resolution)) if isinstance(resolution, list) else resolution
     rows = [
         ("noise level t_n", level),
+        ("restored samples", _rounds(info)),
         ("objective", objective),
         ("space of the loss", info.get("loss_space")),
         ("prediction type", info.get("prediction_type")),

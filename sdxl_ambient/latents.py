@@ -44,6 +44,7 @@ from sdxl_ambient.plan import (
     look_closely,
     make_plan,
     plan_of,
+    refuse_restored,
     scan,
     settle_plan,
     shards,
@@ -192,8 +193,12 @@ def build_store(
     say = say if state.is_main_process else (lambda message: None)
     told = dict(caption_column=caption_column, t_n_column=t_n_column, captions_needed=not instance_prompt)
     twins = None
+    if train_data_dir is not None:
+        refuse_restored("train_data_dir", train_data_dir)
     if pre_noised:
         records = list_latents(train_data_dir, t_n, **told)
+        for folder in sorted({record.path.parent for record in records}):
+            refuse_restored("train_data_dir", folder)
         pictures, skipped = scan(records, instance_prompt, state, look_at_latent)
     else:
         check_geometry(geometry, encoders.vae)

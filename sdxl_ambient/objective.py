@@ -1,4 +1,4 @@
-"""The objective, one value per sample: ambient denoising score matching, consistency, and restored samples.
+"""The objective, one value per sample: ambient denoising score matching, consistency, and restored or clean samples.
 
 ``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers. Where it is called
 with fewer rows than the batch has, they are the batch's first ones; with twice as many (``antithetic``), the batch twice.
@@ -33,7 +33,7 @@ class ObjectiveOptions:
     antithetic: every sample stands in the forward pass twice, with noise ξ and −ξ; its loss is the mean of the two. What
     the target's noise adds to the gradient is odd in ξ to first order in ν, so just above t_n nearly all of it cancels.
     consistency_weight: 0 turns it off. For the rest of its options see :func:`consistency_loss`.
-    restore_weight: of the loss on restored samples, beside the ambient one's 1.
+    restore_weight: of the loss on restored (or clean) samples, beside the ambient one's 1.
     """
 
     loss_space: str = "epsilon"
@@ -67,11 +67,13 @@ class ObjectiveOptions:
 class Restored:
     """Samples x̃_0 (m, …) that the model itself drew, and the highest timestep (m,) that each is trained at.
 
-    In the batch that ``denoise`` sees they follow the noisy samples.
+    In the batch that ``denoise`` sees they follow the noisy samples. Clean latents in their place are trained alike;
+    ``name`` says in the log what they are.
     """
 
     x_0: torch.Tensor
     t_max: torch.Tensor
+    name: str = "restored"
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Losses:
 
     ``consistency``: (batch or consistency_batch,) where the consistency loss is on, unweighted, an unbiased estimate that
     may be negative; 0 for samples that have no pair. ``restored``: (m,) where restored samples were given. Else None.
+    ``name``: what the latter are called in the log.
     """
 
     ambient: torch.Tensor
@@ -87,10 +90,11 @@ class Losses:
     total: torch.Tensor
     consistency: torch.Tensor | None = None
     restored: torch.Tensor | None = None
+    name: str = "restored"
 
     def means(self) -> dict[str, torch.Tensor]:
         """Scalars to log: the total, and each part's mean before its weight."""
-        parts = {"ambient": self.ambient, "consistency": self.consistency, "restored": self.restored}
+        parts = {"ambient": self.ambient, "consistency": self.consistency, self.name: self.restored}
         means = {name: values.detach().mean() for name, values in parts.items() if values is not None and len(values)}
         return {"loss": self.total.detach(), **means}
 
@@ -261,7 +265,7 @@ def ambient_objective(
         x_n: (batch, …) noisy data; the batch may be empty where restored samples are all there is to train on.
         t_n: (batch,) its levels, −1 for clean.
         generator: one for the batch, or a list with one per sample, of the restored ones too.
-        restored: samples of the model, trained with plain denoising at t ≤ t_max in the same forward pass.
+        restored: samples of the model, or clean ones, trained with plain denoising at t ≤ t_max in the same forward pass.
         teacher: the averaged model, for the reverse steps of the consistency loss; None: the model itself.
 
     Raises:
@@ -289,7 +293,7 @@ def ambient_objective(
         weighted = per_sample * weight.to(per_sample)
     losses = Losses(ambient=per_sample[:count], t=t[:count], total=weighted[:count].sum() / max(1, count))
     if restored is not None:
-        losses.restored = per_sample[count:]
+        losses.restored, losses.name = per_sample[count:], restored.name
         losses.total = losses.total + options.restore_weight * weighted[count:].mean()
     if options.consistency_weight > 0 and count:
         n = min(count, options.consistency_batch or count)

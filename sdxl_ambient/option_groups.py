@@ -111,8 +111,9 @@ class LossOptions:
     low_noise: str = option(
         "skip",
         "what is done at t <= t_n: skip leaves those levels to the base model, consistency trains them to agree with the "
-        "levels above, restore trains them on samples that the model draws given the noisy latents",
-        choices=("skip", "consistency", "restore"),
+        "levels above, restore trains them on samples that the model draws given the noisy latents, clean trains them on "
+        "clean latents, which are then stored, so that t_n protects nothing there",
+        choices=("skip", "consistency", "restore", "clean"),
     )
     loss_space: str = option("epsilon", "space of the loss", choices=("epsilon", "x_n"))
     snr_gamma: float | None = option(None, "min-SNR-γ weighting of the loss, usually 5.0 [default: none]", above=0)
@@ -169,6 +170,10 @@ class LossOptions:
     restore_steps: int = option(10, "evaluations of the chain that draws one", minimum=1)
     restore_start: int = option(0, "optimizer steps with the ambient loss alone before samples are restored", minimum=0)
     restore_weight: float = option(1.0, "weight of the loss on restored samples", above=0)
+    clean_batch_size: int | None = option(
+        None, "clean latents in a forward pass of --low_noise clean [default: half of --train_batch_size]", minimum=1
+    )
+    clean_weight: float = option(1.0, "weight of the loss on clean latents", above=0)
     ema_decay: float = option(
         0.995,
         "decay of the averaged weights: those of --use_ema, and those that restore and teach",
@@ -177,9 +182,10 @@ class LossOptions:
     )
 
     def validate_loss(self) -> None:
-        if self.consistency_weight and self.low_noise == "skip":
+        if self.consistency_weight and self.low_noise in ("skip", "clean"):
             raise OptionError(
-                f"--consistency_weight: {self.consistency_weight} needs --low_noise consistency or restore, not skip"
+                f"--consistency_weight: {self.consistency_weight} needs --low_noise consistency or restore, not "
+                f"{self.low_noise}"
             )
         if self.consistency_weight and self.low_noise == "restore" and self.restore_levels == "all":
             raise OptionError("--consistency_weight: has no noisy batch to start from with --restore_levels all")
@@ -200,6 +206,8 @@ class LossOptions:
         given = {f.name: getattr(self, f.name) for f in fields(ObjectiveOptions) if hasattr(self, f.name)}
         if self.consistency_weight is None:
             given["consistency_weight"] = 2.0 if self.low_noise == "consistency" else 0.0
+        if self.low_noise == "clean":
+            given["restore_weight"] = self.clean_weight  # clean rows stand where restored ones do
         asked = {"min_snr": self.snr_gamma, "balanced": self.balance_cap, "debiased": self.debiased_estimation_loss}
         given["weighting"] = next((name for name, value in asked.items() if value), "none")
         given["snr_gamma"] = self.snr_gamma or ObjectiveOptions.snr_gamma

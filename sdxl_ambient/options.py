@@ -17,6 +17,12 @@ from sdxl_ambient.option_groups import (
 )
 
 MAXIMUM_T_N = 998  # one level above it must be left to train on
+# Stores within --output_dir that no option places elsewhere.
+_STORES = {
+    "latents_dir": "latents",
+    "heldout_latents_dir": "latents_heldout",
+    "clean_latents_dir": "latents_clean_unprotected",
+}
 
 
 @dataclass
@@ -163,6 +169,11 @@ class FolderOptions(DataOptions):
     heldout_data_dir: str | None = option(None, "folder of images kept out of training, for the held-out loss")
     heldout_split: str | None = option(None, "in its place, a split of --dataset_name")
     heldout_latents_dir: str | None = option(None, "their store [default: OUTPUT_DIR/latents_heldout]")
+    clean_latents_dir: str | None = option(
+        None,
+        "store of clean latents, which decode to the images, for --low_noise clean alone; made from the images if missing "
+        "[default: OUTPUT_DIR/latents_clean_unprotected]",
+    )
     output_dir: str | None = option(None, "folder for the results")
     random_flip: bool = option(
         False,
@@ -198,10 +209,12 @@ class TrainOptions(
                 f"--latents_dir: {self.latents_dir!r} is not a finished store and there is no --train_data_dir"
             )
         self._validate_heldout()
-        self.validate_key(self.output_dir, self.train_data_dir, self.latents_dir, self.heldout_latents_dir)
+        stores = (getattr(self, name) for name in _STORES)
+        self.validate_key(self.output_dir, self.train_data_dir, *stores)
         self.validate_weights()
         self.validate_loss()
         self._validate_restore()
+        self._validate_clean()
         self.validate_optimizer()
         self.validate_machine()
         self.validate_watching()
@@ -233,6 +246,25 @@ class TrainOptions(
                 f"--restore_refresh: {self.restore_refresh} is more than the {size} restored samples of a forward pass"
             )
 
+    def _validate_clean(self) -> None:
+        if self.low_noise != "clean":
+            return
+        if self.pre_noised:
+            raise OptionError("--pre_noised: true excludes --low_noise clean, which needs the images themselves")
+        if self.aspect_ratio_buckets is not None:
+            raise OptionError("--aspect_ratio_buckets: excludes --low_noise clean; allowed is skip, consistency")
+        clean = self.stores["clean_latents_dir"]
+        if not self.has_images and not (clean / "manifest.json").is_file():
+            raise OptionError(
+                f"--clean_latents_dir: {str(clean)!r} is not a finished store and there is no --train_data_dir"
+            )
+        for name in ("latents_dir", "heldout_latents_dir"):
+            if clean.resolve().is_relative_to(self.stores[name].resolve()):
+                raise OptionError(
+                    f"--clean_latents_dir: {str(clean)!r} lies inside {str(self.stores[name])!r}, a store of noisy latents; "
+                    "clean ones need a folder of their own"
+                )
+
     def _validate_memorization(self) -> None:
         if self.memorization_every is None:
             return
@@ -244,6 +276,16 @@ class TrainOptions(
     def has_heldout(self) -> bool:
         """Whether there are held-out images or a store of them."""
         return any(v is not None for v in (self.heldout_data_dir, self.heldout_split, self.heldout_latents_dir))
+
+    @property
+    def stores(self) -> dict[str, Path]:
+        """The folders of the stores by the options that place them, whether they are used or not."""
+        return {name: Path(getattr(self, name) or Path(self.output_dir) / folder) for name, folder in _STORES.items()}
+
+    @property
+    def clean_per_batch(self) -> int:
+        """Clean latents in a forward pass of ``--low_noise clean``."""
+        return self.clean_batch_size or -(-self.train_batch_size // 2)
 
     @property
     def restored_per_batch(self) -> int:

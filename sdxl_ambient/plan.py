@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +174,51 @@ def shards(plan: dict) -> list[tuple[str, list[dict]]]:
     return [(f"latents-{k // size:05d}.safetensors", images[k : k + size]) for k in range(0, len(images), size)]
 
 
+# -- restored samples ----------------------------------------------------------------------
+# A store that sdxl_ambient.loop made holds samples that a model drew given noisy latents, and says so: ``restored`` is the
+# chain of its rounds, and every entry has the level that its picture was observed at, ``observed_t_n``.
+
+
+def rounds(plan: dict) -> list[dict]:
+    """How a store's latents were restored, a link for each round, the oldest first; [] for observations."""
+    return plan.get("restored") or []
+
+
+def observed_levels(plan: dict) -> dict[str, int | None]:
+    """The noise level of each picture's one observation, by content; None for clean. Restoring lowers none of them."""
+    name = "observed_t_n" if rounds(plan) else "t_n"
+    return {i["content"]: i[name] for i in plan["images"]}
+
+
+def restored_levels(folder: Path) -> dict[str, int | None] | None:
+    """:func:`observed_levels` of the store of restored samples that a folder is, finished or not; None for all others."""
+    for name in ("plan.json", "manifest.json"):
+        try:
+            plan = read_json(folder / name)
+            if rounds(plan):
+                return observed_levels(plan)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not there, or not one of ours
+    return None
+
+
+def spoken_levels(levels: Iterable[int | None]) -> str:
+    """Noise levels as a message names them, the lowest first."""
+    found = sorted({CLEAN if t is None else t for t in levels})
+    names = ["none" if t == CLEAN else str(t) for t in found]
+    return ", ".join(names) if len(names) < 5 else f"{names[0]} to {names[-1]} ({len(names)} levels)"
+
+
+def refuse_restored(option: str, folder: str | Path) -> None:
+    """Raises StoreError where images or noisy latents are looked for in a store of restored samples."""
+    found = restored_levels(Path(folder))
+    if found is not None:
+        raise StoreError(
+            f"--{option}: {str(folder)!r} is a store of restored samples, drawn by a model from observations at t_n = "
+            f"{spoken_levels(found.values())}, and no source of observations; train on it with --latents_dir"
+        )
+
+
 # -- refusing ----------------------------------------------------------------------
 
 
@@ -194,7 +239,8 @@ def compare(stored: dict, wanted: dict) -> list[str]:
 def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
     """Another noisy store beside ``output_dir`` with other noise for pictures of this plan: its folder, and how many.
 
-    The same settings and noise levels under the same key file are the same noise, and no second observation.
+    The same settings and noise levels under the same key file are the same noise, and no second observation. A store of
+    restored samples stands for the observations that they were drawn from, which may lie elsewhere or be gone.
     """
     wanted, key_id = _noisy(plan), plan.get("key_id")
     for path in sorted(output_dir.resolve().parent.glob("*/plan.json")):
@@ -204,7 +250,8 @@ def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
             other = read_json(path)
             theirs = _noisy(other)
             shared = wanted.keys() & theirs.keys()
-            same_key = key_id is not None and other.get("key_id") == key_id
+            first = (rounds(other) or [other])[0]  # who knows the key of the observations
+            same_key = key_id is not None and first.get("key_id") == key_id
             rebuild = same_key and _settings(other) == _settings(plan) and all(theirs[c] == wanted[c] for c in shared)
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             continue  # not one of ours
@@ -214,8 +261,8 @@ def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
 
 
 def _noisy(plan: dict) -> dict[str, int]:
-    """Noise levels of a plan's pictures, those that are stored clean left out."""
-    return {i["content"]: i["t_n"] for i in plan["images"] if i["t_n"] is not None}
+    """Noise levels that a plan's pictures are observed at, those that are stored clean left out."""
+    return {content: t_n for content, t_n in observed_levels(plan).items() if t_n is not None}
 
 
 def _settings(plan: dict) -> dict:
@@ -236,9 +283,14 @@ def check_first_observation(output_dir: Path, plan: dict, allowed: bool, warn) -
     other = observed_elsewhere(output_dir, plan)
     if other is None:
         return
-    message = f"{other[1]} of these images already have a noisy latent in {other[0]}. {SECOND}"
+    folder, count = other
+    message, use = f"{count} of these images already have a noisy latent in {folder}", "Use that store"
+    if restored_levels(folder) is not None:
+        message = f"{count} of these images were observed before: {folder} holds samples restored from their noisy latents"
+        use = "Use the store of those latents"
+    message = f"{message}. {SECOND}"
     if not allowed:
-        raise StoreError(f"{message}. Use that store, or give --allow_second_observation")
+        raise StoreError(f"{message}. {use}, or give --allow_second_observation")
     warn(f"warning: {message}; going on, as --allow_second_observation asks")
 
 
@@ -259,9 +311,13 @@ def settle_plan(output_dir: Path, wanted: dict, allowed: bool, warn) -> dict:
     if path.exists():
         try:
             stored = read_json(path)
+            restored = bool(rounds(stored))
             found = compare(stored, wanted)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}); what the store holds can't be told. Restore the file") from None
+        if restored:
+            # Whatever is allowed: a draw of noise would replace what the chain tells of.
+            raise StoreError(f"{output_dir} holds restored samples, and no noise is drawn into it; use another folder")
         if not found:
             # The shards keep their layout; captions follow what is asked for. A store of several keys has no id.
             key_id = wanted["key_id"] if stored.get("key_id") == wanted["key_id"] else None

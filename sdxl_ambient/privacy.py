@@ -34,7 +34,7 @@ from sdxl_ambient.manifest import read_json, versions, write_json
 from sdxl_ambient.models import Denoiser, ModelError, check_sdxl, load_encoders, load_schedule, load_unet, load_vae
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.options import MAXIMUM_T_N, ModelOptions, check_writable
-from sdxl_ambient.plan import Scanned
+from sdxl_ambient.plan import Scanned, restored_levels, spoken_levels
 from sdxl_ambient.preview import (
     DTYPES,
     Placement,
@@ -113,6 +113,12 @@ class PrivacyOptions(ModelOptions):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
                 raise OptionError(f"--{name}: {folder!r} is not a folder")
+            if folder is not None and (observed := restored_levels(Path(folder))) is not None:
+                raise OptionError(
+                    f"--{name}: {folder!r} is a store of restored samples, which are no observations; what protects their "
+                    f"images is the noise of the observations behind them: give the images and --t_n "
+                    f"{spoken_levels(observed.values())}"
+                )
         if (self.train_data_dir is None) != (self.reference_data_dir is None):
             raise OptionError("--reference_data_dir: goes with --train_data_dir; allowed are both or neither")
         if self.train_data_dir and Path(self.train_data_dir).resolve() == Path(self.reference_data_dir).resolve():

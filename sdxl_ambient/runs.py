@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from sdxl_ambient.checkpoint import CheckpointError, check_checkpoint, find_checkpoint
-from sdxl_ambient.data import LatentStore, common_t_n
+from sdxl_ambient.checkpoint import CheckpointError, check_checkpoint, find_checkpoint, public_info, read_training_info
+from sdxl_ambient.data import LatentStore, common_t_n, observed_t_n
+from sdxl_ambient.interchange import InterchangeError, lora_file
 from sdxl_ambient.manifest import differences
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.options import TrainOptions
@@ -29,6 +30,7 @@ def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int,
     return {
         **weights,
         "store": store.hash,
+        **({"restored": store.chain} if store.chain else {}),
         "seed": options.seed,
         "samples_per_step": samples_per_step,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
@@ -41,7 +43,9 @@ def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int,
 
 
 def training_info(options: TrainOptions, store: LatentStore, schedule: NoiseSchedule, step: int) -> dict:
-    """What is recorded with the weights: t_n, the objective, base model and data by name and hash."""
+    """What is recorded with the weights: t_n, the objective, base model and data by name and hash; of restored samples the
+    level that their images were observed at and how they were drawn; of a LoRA that training started from its own record.
+    """
     base = options.pretrained_model_name_or_path
     latent, t_n = store.manifest["fingerprint"]["latent"], common_t_n(store)
     return {
@@ -52,11 +56,21 @@ def training_info(options: TrainOptions, store: LatentStore, schedule: NoiseSche
         "finetune": options.finetune,
         "base_model": Path(base).name if Path(base).is_dir() else base,
         "data": store.hash,
+        **({"observed_t_n": observed_t_n(store), "restored": store.chain} if store.chain else {}),
+        **({"started_from": _record_of(options.lora)} if options.lora is not None else {}),
         "images": len(store),
         "prediction_type": schedule.prediction_type,
         "resolution": latent.get("resolution", options.resolution),
         "step": step,
     }
+
+
+def _record_of(lora: str) -> dict:
+    """What a LoRA that training started from says of its own training; {} for nothing, and for one that has gone since."""
+    try:
+        return public_info(read_training_info(lora_file(Path(lora))))
+    except (InterchangeError, CheckpointError, OSError):
+        return {}
 
 
 def find_start(

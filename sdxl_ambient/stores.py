@@ -1,8 +1,9 @@
-"""The stores of noisy latents that a training run reads: opened, and made first where images were given."""
+"""The stores that a training run reads: opened, and made first where images were given.
+
+They hold noisy latents, but for the one of ``--low_noise clean``, which is a folder of its own.
+"""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
@@ -11,17 +12,27 @@ from sdxl_ambient.latents import build_store
 from sdxl_ambient.models import load_encoders
 from sdxl_ambient.options import TrainOptions
 
+UNPROTECTED = (
+    "warning: --low_noise clean keeps CLEAN latents, which decode to the images, in {folder} and trains on them at "
+    "t <= t_n; the privacy promise of t_n no longer holds for this run"
+)
+
 
 def open_stores(options: TrainOptions, accelerator, schedule, showing: Showing) -> tuple[LatentStore, LatentStore | None]:
-    """The stores of noisy latents for training and for the held-out loss, made first where images were given."""
-    output = Path(options.output_dir)
-    train = Path(options.latents_dir or output / "latents")
-    heldout = Path(options.heldout_latents_dir or output / "latents_heldout")
+    """The stores of noisy latents for training and for the held-out loss, made first where images were given.
+
+    With ``--low_noise clean`` the one of clean latents is made too, and the run says so.
+    """
+    train, heldout, clean = (options.stores[n] for n in ("latents_dir", "heldout_latents_dir", "clean_latents_dir"))
     todo = []
     if options.has_images:
         todo.append((options.train_data_dir, train, options.of_a_store()))
     if options.heldout_data_dir is not None or options.heldout_split is not None:
         todo.append((options.heldout_data_dir, heldout, heldout_of(options)))
+    if options.low_noise == "clean":
+        accelerator.print(UNPROTECTED.format(folder=clean))
+        if options.has_images:
+            todo.append((options.train_data_dir, clean, clean_of(options)))  # last: the noisy one may be refused
     if todo:
         accelerator.print("Encoding the images to noisy latents, once (a store that is there is checked and reused).")
         encoders = load_encoders(
@@ -39,6 +50,15 @@ def open_stores(options: TrainOptions, accelerator, schedule, showing: Showing) 
             torch.cuda.empty_cache()
     held = LatentStore(heldout) if options.has_heldout else None
     return LatentStore(train, showing=showing), held
+
+
+def clean_of(options: TrainOptions) -> dict:
+    """What :func:`sdxl_ambient.latents.build_store` is told of the clean latents: the same pictures, and no noise.
+
+    Near-duplicates were reported, or refused, when the noisy latents were drawn.
+    """
+    near = "drop" if options.near_duplicates == "drop" else "ignore"
+    return {**options.of_a_store(), "t_n": None, "t_n_column": None, "noise_key_file": None, "near_duplicates": near}
 
 
 def heldout_of(options: TrainOptions) -> dict:

@@ -70,6 +70,46 @@ def test_wrong_training_options_are_named_in_one_line(tmp_path, argv, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--t_n", "none"], "--low_noise: 'clean' has nothing to do at --t_n none; allowed is skip"),
+        (["--pre_noised"], "--pre_noised: true excludes --low_noise clean, which needs the images themselves"),
+        (["--aspect_ratio_buckets", "auto"], "--aspect_ratio_buckets: excludes --low_noise clean; allowed is skip"),
+        (["--consistency_weight", "1"], "--consistency_weight: 1.0 needs --low_noise consistency or restore, not clean"),
+        (["--clean_weight", "0"], "--clean_weight: 0.0 is not above 0"),
+        (["--clean_batch_size", "0"], "--clean_batch_size: 0 is below the smallest allowed value, 1"),
+        (["--clean_latents_dir", "OUT/latents"], "OUT/latents' lies inside 'OUT/latents', a store of noisy latents"),
+        (["--heldout_latents_dir", "OUT/h", "--clean_latents_dir", "OUT/h/c"], "OUT/h/c' lies inside 'OUT/h', a store of"),
+        (["--clean_latents_dir", "OUT/c", "--noise_key_file", "OUT/c/key"], "--noise_key_file: 'OUT/c/key' lies inside"),
+    ],
+)
+def test_wrong_options_of_clean_levels_are_named_in_one_line(tmp_path, argv, message):
+    argv, message = [a.replace("OUT", str(tmp_path)) for a in argv], message.replace("OUT", str(tmp_path))
+    places = [] if "--latents_dir" in argv else ["--latents_dir", str(tmp_path / "latents")]
+    with pytest.raises(OptionError) as error:
+        load_options(TrainOptions, base(tmp_path, "--low_noise", "clean", *places, *argv))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_clean_levels_need_the_images_or_a_finished_store(tmp_path):
+    for name in ("latents", "clean"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latents/manifest.json").write_text("{}")
+    argv = base(tmp_path, "--train_data_dir", "none", "--low_noise", "clean", "--latents_dir", str(tmp_path / "latents"))
+    argv += ["--clean_latents_dir", str(tmp_path / "clean")]
+    with pytest.raises(
+        OptionError, match="--clean_latents_dir: .* is not a finished store and there is no --train_data_dir"
+    ):
+        load_options(TrainOptions, argv)
+    (tmp_path / "clean/manifest.json").write_text("{}")
+    options = load_options(TrainOptions, [*argv, "--train_batch_size", "5", "--clean_weight", "0.3"])
+    assert options.clean_per_batch == 3 and options.objective().restore_weight == 0.3
+    options = load_options(TrainOptions, base(tmp_path, "--clean_weight", "0.3", "--restore_weight", "0.7"))
+    assert options.objective().restore_weight == 0.7
+    assert options.stores["clean_latents_dir"] == tmp_path / "out/latents_clean_unprotected"
+
+
 def test_training_from_an_unfinished_store_alone_is_refused(tmp_path):
     argv = base(tmp_path, "--train_data_dir", "none", "--latents_dir", str(tmp_path / "store"))
     with pytest.raises(OptionError, match="--latents_dir: .* is not a finished store and there is no --train_data_dir"):

@@ -157,3 +157,13 @@ def test_a_dry_run_says_all_and_trains_nothing(emoji, stores, tmp_path, capsys):
     assert found["memory"]["activations"] > 0
     assert "Nothing was trained" in capsys.readouterr().out
     assert (output / "dry_run.png").is_file() and not list(output.glob("checkpoint-*"))
+
+
+def test_a_dry_run_counts_the_rows_of_restored_samples(emoji, stores, tmp_path):
+    """With levels low they stand beside the noisy rows: half as many again here, and the activations grow with them."""
+    found = {}
+    for low_noise in ("skip", "restore"):
+        output = tmp_path / low_noise
+        assert train_here(arguments(emoji, output, **stores, dry_run="true", low_noise=low_noise)) == 0
+        found[low_noise] = json.loads((output / "dry_run.json").read_text())["memory"]["activations"]
+    assert found["restore"] == pytest.approx(1.5 * found["skip"], rel=0.1)

@@ -1,0 +1,117 @@
+"""What the study compares: ways to fine-tune, the noise levels, sizes and seeds of each, and the order of the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SEEDS = (0, 1, 2)
+SIZES = (32, 128, 512)
+LEVELS = (100, 300, 500, 800)
+STEPS = 300
+CONTROL_LEVEL = 500  # where clean adapters are handed over to the base model when they are sampled early_stop or hybrid
+
+# What all runs have in common; the trainer's flags.
+COMMON = {
+    "pretrained_model_name_or_path": "miniature/pipeline",
+    "resolution": 64,
+    "rank": 16,
+    "lora_targets": "all",
+    "learning_rate": 2e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "train_batch_size": 16,
+    "max_train_steps": STEPS,
+    "report_to": "none",
+}
+RESTORE = {"low_noise": "restore", "restore_refresh": 2, "restore_steps": 8}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: what it is, the trainer's ``flags``, the steps at which its weights are looked at, whether it
+    takes a noise level, and who trains it: "script", the DP-SGD of :mod:`benchmarks.dp_lora` ("dp"), or nobody ("none")."""
+
+    says: str
+    flags: dict = field(default_factory=dict)
+    lengths: tuple[int, ...] = (STEPS,)
+    noisy: bool = True
+    trainer: str = "script"
+
+
+# As many rows as the others' 300 steps of 16; the clipping norm is the median norm of a picture's gradient at the start.
+PRIVATE = {"rank": 16, "targets": ["all"], "learning_rate": 1e-3, "max_train_steps": 75, "batch_size": 64, "epsilon": 10.0,
+           "max_grad_norm": 0.2}  # fmt: skip
+CLEAN = {"t_n": "none", "low_noise": "skip"}
+METHODS = {
+    "base": Method("the base model", noisy=False, trainer="none", lengths=(0,)),
+    "clean": Method("plain fine-tuning", CLEAN, lengths=(75, 150, STEPS), noisy=False),
+    "clean_rank2": Method("plain, rank 2", {**CLEAN, "rank": 2}, noisy=False),
+    "clean_decay": Method("plain, weight decay 1", {**CLEAN, "adam_weight_decay": 1.0}, noisy=False),
+    "dp_sgd": Method("DP-SGD, ε = 10", PRIVATE, lengths=(PRIVATE["max_train_steps"],), noisy=False, trainer="dp"),
+    "skip": Method("ambient, levels below left alone", {"low_noise": "skip"}),
+    "consistency": Method("ambient, consistency", {"low_noise": "consistency"}),
+    "restore_low": Method("ambient, restored samples below", {**RESTORE, "restore_levels": "low"}),
+    "restore_all": Method("restored samples at every level", {**RESTORE, "restore_levels": "all"}),
+    "restore_base": Method(
+        "restored by the base model, every level", {**RESTORE, "restore_levels": "all", "restore_teacher": "base"}
+    ),
+    "clean_low": Method("ambient, clean latents below", {"low_noise": "clean"}),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training run and what is measured of it. ``t_n`` is a timestep, None for methods without."""
+
+    method: str
+    t_n: int | None
+    size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        level = "" if self.t_n is None else f"-t{self.t_n}"
+        return f"{self.method}{level}-n{self.size}-s{self.seed}"
+
+    @property
+    def how(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def sampler_t_n(self) -> int:
+        """The level at which early_stop stops and hybrid hands over."""
+        return CONTROL_LEVEL if self.t_n is None else self.t_n
+
+
+def cells(methods, levels, sizes) -> list[Cell]:
+    """One cell per method, level where it takes one, size and seed, the seeds innermost."""
+    return [
+        Cell(method, t_n, size, seed)
+        for size in sizes
+        for method in methods
+        for t_n in (levels if METHODS[method].noisy else (None,))
+        for seed in SEEDS
+    ]
+
+
+# 32 pictures, where copying is worst, at one level each: what the main claims need.
+REDUCED = [
+    *cells(("base", "clean"), (), (32,)),
+    *cells(("restore_base", "skip", "restore_all", "restore_low", "consistency", "clean_low"), (500,), (32,)),
+    *cells(("restore_base",), (800,), (32,)),
+    *cells(("clean_rank2", "dp_sgd"), (), (32,)),
+]
+# Everything, the reduced grid first, then what tells most.
+FULL = list(
+    dict.fromkeys(
+        [
+            *REDUCED,
+            *cells(("base", "clean", "restore_base"), (500,), (128, 512)),
+            *cells(("skip", "consistency", "restore_base"), (100, 300, 800), (32,)),
+            *cells(METHODS, LEVELS, (32,)),
+            *cells(METHODS, LEVELS, (128,)),
+            *cells(METHODS, LEVELS, (512,)),
+        ]
+    )
+)
+GRIDS = {"reduced": REDUCED, "full": FULL}
