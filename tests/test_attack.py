@@ -364,7 +364,6 @@ def test_settings_are_what_determines_the_answers(tmp_path):
 # -- the command --------------------------------------------------------------------
 
 
-@pytest.mark.slow  # test_processes.py compares the whole evaluation
 def test_two_processes_give_what_one_gives(miniature, tmp_path):
     """Batches of two, an odd number of them, with an image that can't be opened among them."""
     train = copy_emoji(tmp_path / "train", 5)

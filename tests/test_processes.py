@@ -16,6 +16,7 @@ from sdxl_ambient.checkpoint import save_lora
 from sdxl_ambient.lora import add_lora
 from sdxl_ambient.manifest import read_json
 
+pytestmark = pytest.mark.slow
 LAUNCHERS = {"one": [], "two": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]}
 
 

@@ -84,6 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted(emoji, tmp_path, uninterrupted)
     )
 
 
+@pytest.mark.slow  # what two processes see, and exact resumes of one, are tested beside it
 def test_two_processes_train_and_resume_exactly(emoji, tmp_path, capsys):
     common = dict(train_batch_size=2, max_train_steps=4, latents_dir=tmp_path / "latents", noise_key_file=tmp_path / "key")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -101,7 +102,7 @@ def test_two_processes_train_and_resume_exactly(emoji, tmp_path, capsys):
     assert json.loads((alone / "training.json").read_text())["step"] == 4
 
 
-@pytest.mark.parametrize("finetune", ["lora", "full"])
+@pytest.mark.parametrize("finetune", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_processes_see_what_one_sees(emoji, tmp_path, finetune):
     """The same global batch: the same samples, times and noise, so the same weights but for the order of the sums."""
     common = dict(
