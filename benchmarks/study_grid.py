@@ -48,7 +48,12 @@ METHODS = {
     "clean_rank2": Method("plain, rank 2", {**CLEAN, "rank": 2}, noisy=False),
     "clean_decay": Method("plain, weight decay 1", {**CLEAN, "adam_weight_decay": 1.0}, noisy=False),
     "dp_sgd": Method("DP-SGD, ε = 10", PRIVATE, lengths=(PRIVATE["max_train_steps"],), noisy=False, trainer="dp"),
-    "skip": Method("ambient, levels below left alone", {"low_noise": "skip"}),
+    "skip": Method("ambient, nothing below t_n", {"low_noise": "skip"}),
+    "skip_short": Method(
+        "ambient, nothing below t_n, 75 steps", {"low_noise": "skip", "max_train_steps": 75}, lengths=(75,)
+    ),
+    "skip_rank2": Method("ambient, nothing below t_n, rank 2", {"low_noise": "skip", "rank": 2}),
+    "skip_dropout": Method("ambient, nothing below t_n, LoRA dropout .3", {"low_noise": "skip", "lora_dropout": 0.3}),
     "consistency": Method("ambient, consistency", {"low_noise": "consistency"}),
     "restore_low": Method("ambient, restored samples below", {**RESTORE, "restore_levels": "low"}),
     "restore_all": Method("restored samples at every level", {**RESTORE, "restore_levels": "all"}),
@@ -106,7 +111,10 @@ FULL = list(
     dict.fromkeys(
         [
             *REDUCED,
-            *cells(("base", "clean", "restore_base"), (500,), (128, 512)),
+            *cells(("base", "clean"), (), (128, 512)),
+            *cells(("restore_base",), (800,), (128, 512)),
+            *cells(("skip_short", "skip_rank2", "skip_dropout"), (500,), (32,)),
+            *cells(("skip", "consistency"), (100, 800), (32,)),
             *cells(("skip", "consistency", "restore_base"), (100, 300, 800), (32,)),
             *cells(METHODS, LEVELS, (32,)),
             *cells(METHODS, LEVELS, (128,)),

@@ -21,7 +21,7 @@ from eval.calibrate import Estimate, share_difference
 
 CONFIDENCE = 0.95
 # How each method's user samples; the first is the row's own where a method stands alone.
-OWN = {"clean": ("full", "hybrid"), "skip": ("hybrid", "early_stop")}
+OWN = {"clean": ("full", "hybrid"), **{name: ("hybrid", "early_stop") for name in METHODS if name.startswith("skip")}}
 QUALITY = ("precision", "recall", "density", "coverage")
 
 
