@@ -123,13 +123,13 @@ def read_cells(folder: Path) -> list[dict]:
 
 def summarise(folder: Path, record: Path = RECORD) -> dict:
     """Write study.json from the cells: rows, claims, and what was aimed at."""
-    from benchmarks.study_summary import best_trade, claims, pick, rows
+    from benchmarks.study_summary import best_trade, claims, copies, pick, rows
 
     started, cells = time.perf_counter(), read_cells(folder)
     table, targets = rows(cells), []
     for size in sorted({row["size"] for row in table}):
         clean, best = pick(table, "clean", size, sampler="full"), best_trade(table, size)
-        if best:
+        if best and copies(clean):
             cut = 1 - best["worst_excess"]["value"] / clean["worst_excess"]["value"]
             targets.append(target(f"study_excess_cut_{size}", cut, ">=", 0.8))
             targets.append(target(f"study_fd_ratio_{size}", best["fd"]["value"] / clean["fd"]["value"], "<=", 1.1))

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 IMAGES = ROOT / "docs/images"
 MAIN_SIZE = 32
-COLOURS = {name: f"C{i}" for i, name in enumerate(METHODS)}
+COLOURS = {name: plt.get_cmap("tab20")(i) for i, name in enumerate(METHODS)}
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -165,25 +165,27 @@ def bars(estimates: Sequence[dict]) -> list[list[float]] | None:
 
 def _pareto(axis, table: Sequence[dict], size: int) -> None:
     """Memorisation against quality: the lower left is better; bars are 95 % intervals over seeds."""
-    for row in table:
+    for i, row in enumerate(table, 1):
         x, y = row["fd"], row["worst_excess"]
-        noisy = METHODS[row["method"]].noisy
-        xerr, yerr = bars([x]), bars([y])
         axis.errorbar(
-            x["value"], y["value"], xerr, yerr, fmt="o" if noisy else "s", color=COLOURS[row["method"]], ms=6, lw=0.6
+            x["value"], y["value"], xerr=bars([x]), yerr=bars([y]), fmt="o" if METHODS[row["method"]].noisy else "s",
+            color=COLOURS[row["method"]], ms=9, lw=0.6, label=f"{i}  {_short(row)}",
         )  # fmt: skip
-        told = "" if row["t_n"] is None else f" {row['t_n']}"
-        steps = f" {row['steps']}" if row["method"] == "clean" else ""
-        sampler = "" if row["sampler"] == "full" else f" {row['sampler']}"
-        axis.annotate(
-            f"{row['method']}{told}{steps}{sampler}", (x["value"], y["value"]), fontsize=6.5, xytext=(4, 3),
-            textcoords="offset points",
-        )  # fmt: skip
+        axis.annotate(str(i), (x["value"], y["value"]), fontsize=6.5, ha="center", va="center", color="white")
     axis.set_title(f"{size} images: squares clean, circles noisy", fontsize=9)
     axis.set_xlabel("Fréchet distance to held-out, pooled pixels")
-    spread = [row["fd"]["value"] for row in table]
-    axis.set_xlim(min(spread) - 0.15, min(max(spread), 2 * min(spread)) + 0.4)
+    low, high = (sorted(row["fd"]["value"] for row in table)[i] for i in (0, -1))
+    axis.set_xlim(low - 0.5, high + 0.5)
+    axis.set_ylim(-0.25, 1.35)
     axis.axhline(0, color="0.8", lw=0.8, zorder=0)
+    axis.legend(fontsize=6.5, loc="upper left", ncol=2, markerscale=0.5, frameon=False)
+
+
+def _short(row: dict) -> str:
+    level = "" if row["t_n"] is None else f", t_n {row['t_n']}"
+    steps = f", {row['steps']} steps" if row["method"] == "clean" else ""
+    sampler = "" if row["sampler"] == "full" else f", {row['sampler']}"
+    return f"{row['method']}{level}{steps}{sampler}"
 
 
 def _sweep(axes, table: Sequence[dict], method: str) -> None:

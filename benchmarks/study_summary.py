@@ -91,11 +91,14 @@ def _row(key: tuple, sampler: str, seeds: list[tuple]) -> dict:
         "worst_by_seed": [w["excess_over_heldout"] for w in worst],
         "share": float(np.mean([o["share_above_threshold"] for o in own])),
         "auc": plain(over_seeds([best_auc(f) for f in found])),
+        "auc_by_seed": [best_auc(f) for f in found],
         "fd": plain(over_seeds([o["fd_pixels"] for o in own])),
         "fd_by_seed": [o["fd_pixels"] for o in own],
         "authpct": plain(over_seeds([o["authpct"] for o in own])),
         **{name: float(np.mean([o["prdc"][name] for o in own])) for name in QUALITY},
         "errors": errors(found),
+        "errors_by_seed": {t: [f["attacks"][f"error/{t}"]["mean_heldout"] for f in found] for t in errors(found)},
+        "returned_by_seed": [f["attacks"]["one_step/900"]["mean_train"] for f in found],
         "cpu_seconds": float(np.mean([c["cost"]["cpu_seconds"] for _, _, c in seeds])),
     }
 
@@ -175,7 +178,7 @@ def claims(table: Sequence[dict]) -> list[dict]:
     """What the rows say about each claim; those whose rows were not run are left out."""
     found = []
     for size in sorted({r["size"] for r in table}):
-        for make in (_less, _cut, _quality, _cheaper):
+        for make in (_copies, _less, _cut, _quality, _no_more_than_base, _cheaper, _less_told):
             found += make(table, size)
     for size in sorted({r["size"] for r in table}):
         for make in (_hybrid_saves_skip, _consistency_gains, _levels_cost, _flat_errors, _similarity_shift):
@@ -195,9 +198,23 @@ def _less(table, size) -> list[dict]:
     return made
 
 
+def copies(row: dict) -> bool:
+    """Whether a row's excess is surely above zero: without one there is nothing to cut."""
+    return row["worst_excess"]["low"] > 0
+
+
+def _copies(table, size) -> list[dict]:
+    clean = pick(table, "clean", size, sampler="full")
+    if clean is None or len(clean["seeds"]) < 2:
+        return []
+    found = Estimate(*(-clean["worst_excess"][key] for key in ("value", "high", "low")))
+    says = f"{size} images: plain fine-tuning for {clean['steps']} steps copies (worst sampler)"
+    return [_claim(says, found, percent(clean["worst_excess"]))]
+
+
 def _cut(table, size) -> list[dict]:
     clean, row = pick(table, "clean", size, sampler="full"), best_trade(table, size)
-    if row is None:
+    if row is None or not copies(clean):
         return []
     cut = 1 - row["worst_excess"]["value"] / clean["worst_excess"]["value"]
     return [
@@ -223,24 +240,47 @@ def _quality(table, size) -> list[dict]:
     ]
 
 
+def _no_more_than_base(table, size) -> list[dict]:
+    """Whether what is left differs from what the base model reaches by chance; undecided is the good news here."""
+    row, base = best_trade(table, size), pick(table, "base", size)
+    if row is None or base is None:
+        return []
+    says = f"{size} images: {label(row)}: copies within 5 points of what the base model does, which never saw the pictures"
+    values = [dict(zip(r["seeds"], r["worst_by_seed"], strict=True)) for r in (row, base)]
+    common = sorted(values[0].keys() & values[1].keys())
+    found = over_seeds([values[0][s] - values[1][s] - 0.05 for s in common])
+    return [_claim(says, found, f"{percent(row['worst_excess'])} against {percent(base['worst_excess'])}")]
+
+
 def _cheaper(table, size) -> list[dict]:
-    """Against every control that costs nothing: of those at no worse FD, the one that copies least."""
+    """Against the controls that cost nothing: of those whose FD is not surely worse, the one that copies least."""
     row = best_trade(table, size)
     if row is None:
         return []
     controls = [r for r in table if r["size"] == size and not METHODS[r["method"]].noisy and r["method"] != "base"]
-    equal = [r for r in controls if r["fd"]["value"] <= row["fd"]["value"]]
-    says = f"{size} images: {label(row)}: copies less than every control of equal or better FD"
+    equal = [r for r in controls if contrast(row, r, "fd_by_seed", 1.0).high >= 0]
+    says = f"{size} images: {label(row)}: copies less than every control whose FD is not surely worse"
     if not equal:
         best = min(controls, key=lambda r: r["fd"]["value"])
-        figure = f"none reaches its FD of {row['fd']['value']:.2f}; the best has {best['fd']['value']:.2f} ({label(best)})"
+        figure = f"there is none; the best FD is {best['fd']['value']:.2f} ({label(best)}) against {row['fd']['value']:.2f}"
         return [{"claim": says, "verdict": "confirmed", "contrast": None, "figure": figure}]
     rival = min(equal, key=lambda r: r["worst_excess"]["value"])
     figure = (
-        f"{percent(row['worst_excess'])} against {percent(rival['worst_excess'])} "
-        f"({label(rival)}, {rival['steps']} steps, {rival['sampler']})"
+        f"{percent(row['worst_excess'])} at FD {row['fd']['value']:.2f} against {percent(rival['worst_excess'])} at "
+        f"{rival['fd']['value']:.2f} ({label(rival)}, {rival['steps']} steps, {rival['sampler']})"
     )
     return [_claim(says, contrast(row, rival, "worst_by_seed", 1.0), figure)]
+
+
+def _less_told(table, size) -> list[dict]:
+    """Attacks see what samplers do not show."""
+    row, made = best_trade(table, size), []
+    for steps in sorted({r["steps"] for r in table if r["method"] == "clean" and r["size"] == size}) if row else []:
+        clean = pick(table, "clean", size, steps=steps, sampler="full")
+        says = f"{size} images: {label(row)}: attacks tell less than on plain fine-tuning stopped at {steps} steps (AUC)"
+        figure = f"{number(row['auc'])} against {number(clean['auc'])}"
+        made.append(_claim(says, contrast(row, clean, "auc_by_seed", 1.0), figure))
+    return made
 
 
 def _hybrid_saves_skip(table, size) -> list[dict]:
@@ -278,31 +318,33 @@ def _levels_cost(table, size) -> list[dict]:
 
 
 def _flat_errors(table, size) -> list[dict]:
-    """The paper's table of errors: training on noisier data hardly changes the error at high t. No interval: a ratio of
-    means on the same pictures with the same noise."""
+    """The paper's table of errors: training on noisier data hardly changes the error above t_n. Judged at the worst t."""
     clean, made = pick(table, "clean", size, sampler="full"), []
     for t_n in sorted({r["t_n"] for r in table if r["method"] == "skip" and r["size"] == size}):
         row = pick(table, "skip", size, t_n, sampler="hybrid")
         if clean:
-            ratios = {t: row["errors"][t]["heldout"] / clean["errors"][t]["heldout"] for t in row["errors"]}
-            above = {t: r for t, r in ratios.items() if int(t) > t_n}
-            flat = all(r <= 1.03 for r in above.values())
+            pairs = {t: [_seeds(r, r["errors_by_seed"][t]) for r in (row, clean)] for t in row["errors"] if int(t) > t_n}
+            worst = max((contrast(*pair, "values", 1.03) for pair in pairs.values()), key=lambda e: e.high)
+            ratios = {t: np.mean(one["values"]) / np.mean(other["values"]) for t, (one, other) in pairs.items()}
             says = f"{size} images, t_n = {t_n}: errors on held-out pictures above t_n are within 3 % of the clean model's"
-            figure = ", ".join(f"t = {t}: × {r:.3f}" for t, r in above.items())
-            verdict = "confirmed" if flat else "not confirmed"
-            made.append({"claim": says, "verdict": verdict, "contrast": None, "figure": figure})
+            made.append(_claim(says, worst, ", ".join(f"t = {t}: × {r:.3f}" for t, r in ratios.items())))
     return made
+
+
+def _seeds(row: dict, values: Sequence[float]) -> dict:
+    return {"seeds": row["seeds"], "values": values}
 
 
 def _similarity_shift(table, size) -> list[dict]:
     clean, made = pick(table, "clean", size, sampler="full"), []
     for row in noisy_rows(table, size) if clean else []:
-        if row["sampler"] == "early_stop" or row["errors"]["900"]["similarity_train"] is None:
-            continue
-        one, other = (r["errors"]["900"]["similarity_train"] for r in (row, clean))
-        says = f"{size} images: {label(row)}: what comes back from t = 900 is less like its source than with the clean model"
-        verdict = "confirmed" if one < other else "not confirmed"
-        made.append({"claim": says, "verdict": verdict, "contrast": None, "figure": f"{one:.3f} against {other:.3f}"})
+        if row["sampler"] != "early_stop":
+            one, other = (np.mean(r["returned_by_seed"]) for r in (row, clean))
+            says = (
+                f"{size} images: {label(row)}: what returns from t = 900 is less like its source than with the clean model"
+            )
+            found = contrast(row, clean, "returned_by_seed", 1.0)
+            made.append(_claim(says, found, f"{one:.3f} against {other:.3f}"))
     return made
 
 

@@ -1,7 +1,7 @@
 """README's table of measured claims, from the committed results.
 
-    python -m benchmarks.table            print it
-    python -m benchmarks.table --write    put it into README.md, between its two marks
+python -m benchmarks.table            print it
+python -m benchmarks.table --write    put it into README.md, between its two marks
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ WHAT = {
     "loader_over_step": "samples per second, the loader with one worker / training the miniature UNet",
     "loader_memory_growth": "resident memory of the loader with its worker, after ten epochs / after one",
     "exact_over_faiss_flat": "seconds, exact nearest neighbours / FAISS's flat index, 5,000 × 100,000 × 1024",
+    **{
+        f"study_{what}_{size}": f"{says}, {size} pictures"
+        for size in (32, 128, 512)
+        for what, says in (
+            ("excess_cut", "part of the memorised excess that the best noisy method takes away, worst sampler"),
+            ("fd_ratio", "its Fréchet distance / plain fine-tuning's"),
+        )
+    },
     "peak_gib_1m": "peak memory in GiB of a search in a million × 1024 embeddings, exact or with a FAISS shortlist",
 }
 
