@@ -37,6 +37,12 @@ def over_seeds(values: Sequence[float], confidence: float = CONFIDENCE) -> Estim
     return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 
+def within(estimate: Estimate, least: float, most: float) -> Estimate:
+    """An interval cut to the values that there are; one without an end stays so."""
+    ends = [e if math.isinf(e) else min(max(e, least), most) for e in (estimate.low, estimate.high)]
+    return Estimate(estimate.value, *ends)
+
+
 def plain(estimate: Estimate) -> dict:
     """For JSON, which has no infinity: None where an interval has no end."""
     ends = {name: end if math.isfinite(end) else None for name, end in (("low", estimate.low), ("high", estimate.high))}
@@ -90,7 +96,7 @@ def _row(key: tuple, sampler: str, seeds: list[tuple]) -> dict:
         "worst_samplers": [f["worst"] for f in found],
         "worst_by_seed": [w["excess_over_heldout"] for w in worst],
         "share": float(np.mean([o["share_above_threshold"] for o in own])),
-        "auc": plain(over_seeds([best_auc(f) for f in found])),
+        "auc": plain(within(over_seeds([best_auc(f) for f in found]), 0.0, 1.0)),
         "auc_by_seed": [best_auc(f) for f in found],
         "fd": plain(over_seeds([o["fd_pixels"] for o in own])),
         "fd_by_seed": [o["fd_pixels"] for o in own],
