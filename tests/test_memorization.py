@@ -374,6 +374,7 @@ def test_a_budget_is_exceeded_only_by_what_is_sure_of_all_samplers_at_once():
     assert over_budget(models["x"], 0.05) and not over_budget(models["x"], 0.18)
 
 
+@pytest.mark.slow
 def test_without_held_out_images_the_base_model_is_the_control(miniature, tuned, tmp_path):
     out = tmp_path / "report"
     flags = [

@@ -27,7 +27,8 @@ VARIANTS = {
     "eight_bits": {"use_8bit_adam": "true"},
     "quantised": {"quantize_base": "nf4"},
 }
-SLOW = ("prodigy", "eight_bits", "quantised")  # their states are compared in test_optimizers.py and test_quantization.py
+# Their parts are tested in test_optimizers.py, test_quantization.py and test_lora.py.
+SLOW = ("prodigy", "eight_bits", "quantised", "pissa", "fused")
 NEEDS = {"prodigy": "prodigyopt", "schedule_free": "schedulefree", "eight_bits": "bitsandbytes", "quantised": "bitsandbytes"}
 
 
