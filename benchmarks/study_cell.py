@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, GradientState
-
 from benchmarks.record import ROOT, where
+from benchmarks.script import train_here
 from benchmarks.study_grid import COMMON, Cell
 from eval.attack import attack
 from eval.checkpoints import Checkpoint
@@ -82,28 +80,15 @@ def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
         return {0: None}, {"cpu_seconds": 0.0, "steps": 0}
     if cell.how.trainer == "dp":
         return _train_privately(cell, folders, output)
+    resumed = any(output.glob("checkpoint-*"))  # an earlier part was paid for then
     started, wall = time.process_time(), time.perf_counter()
-    code = _script(flags(cell, folders, output))
+    code = train_here(flags(cell, folders, output))
     if code:
         raise InterruptedError(cell.name) if code > 128 else RuntimeError(f"{cell.name}: training ended with {code}")
     cost = {"cpu_seconds": time.process_time() - started, "wall_seconds": time.perf_counter() - wall}
     steps = cell.how.lengths
     adapters = {s: output / f"checkpoint-{s}" for s in steps[:-1]} | {steps[-1]: output}
-    return adapters, {**cost, "steps": steps[-1]}
-
-
-def _script(arguments: list[str]) -> int:
-    """The training script in this process; nothing of accelerate's state is left behind."""
-    import train_sdxl_ambient
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        return train_sdxl_ambient.main(arguments)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        logging.getLogger().setLevel(logging.WARNING)
+    return adapters, {**cost, "steps": steps[-1], "resumed": resumed}
 
 
 def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[int, Path], dict]:

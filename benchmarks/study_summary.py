@@ -102,10 +102,10 @@ def _row(key: tuple, sampler: str, seeds: list[tuple]) -> dict:
         "fd_by_seed": [o["fd_pixels"] for o in own],
         "authpct": plain(over_seeds([o["authpct"] for o in own])),
         **{name: float(np.mean([o["prdc"][name] for o in own])) for name in QUALITY},
-        "errors": errors(found),
-        "errors_by_seed": {t: [f["attacks"][f"error/{t}"]["mean_heldout"] for f in found] for t in errors(found)},
+        "errors": (by_level := errors(found)),
+        "errors_by_seed": {t: [f["attacks"][f"error/{t}"]["mean_heldout"] for f in found] for t in by_level},
         "returned_by_seed": [f["attacks"]["one_step/900"]["mean_train"] for f in found],
-        "cpu_seconds": float(np.mean([c["cost"]["cpu_seconds"] for _, _, c in seeds])),
+        "cpu_seconds": float(np.mean([c["cost"]["cpu_seconds"] for _, _, c in seeds if not c["cost"].get("resumed")] or 0)),
     }
 
 
@@ -145,11 +145,11 @@ def pick(table: Sequence[dict], method: str, size: int, t_n: int | None = None, 
 # -- claims --------------------------------------------------------------------------
 
 
-def contrast(one: dict, other: dict, key: str, factor: float) -> Estimate:
-    """value(one) − factor · value(other), paired by seed, with its t interval over the seeds that both have."""
+def contrast(one: dict, other: dict, key: str, factor: float, margin: float = 0.0) -> Estimate:
+    """value(one) − factor · value(other) − margin, paired by seed, with its t interval over the seeds that both have."""
     values = [dict(zip(row["seeds"], row[key], strict=True)) for row in (one, other)]
     common = sorted(values[0].keys() & values[1].keys())
-    return over_seeds([values[0][s] - factor * values[1][s] for s in common])
+    return over_seeds([values[0][s] - factor * values[1][s] - margin for s in common])
 
 
 def judged(estimate: Estimate) -> str:
@@ -252,9 +252,7 @@ def _no_more_than_base(table, size) -> list[dict]:
     if row is None or base is None:
         return []
     says = f"{size} images: {label(row)}: copies within 5 points of what the base model does, which never saw the pictures"
-    values = [dict(zip(r["seeds"], r["worst_by_seed"], strict=True)) for r in (row, base)]
-    common = sorted(values[0].keys() & values[1].keys())
-    found = over_seeds([values[0][s] - values[1][s] - 0.05 for s in common])
+    found = contrast(row, base, "worst_by_seed", 1.0, margin=0.05)
     return [_claim(says, found, f"{percent(row['worst_excess'])} against {percent(base['worst_excess'])}")]
 
 

@@ -309,14 +309,19 @@ def report_clean(entries: Sequence[dict], output_dir: Path, say) -> None:
         )
 
 
+def processes() -> PartialState:
+    """The processes that a command which makes a store was started with."""
+    # Without a word on the CPU, PartialState leaves processes that torchrun started there unaware of each other.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    # One process may prepare a data set, or have the larger pictures, for longer than the usual ten minutes.
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
+
+
 def main(argv: list[str] | None = None) -> int:
     from sdxl_ambient.options import LatentsOptions
 
     options = parse_options(LatentsOptions, argv, prog="sdxl_ambient.latents", description=__doc__)
-    # Without a word on the CPU, PartialState leaves processes that torchrun started there unaware of each other.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
-    # One process may prepare a data set, or have the larger pictures, for longer than the usual ten minutes.
-    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
+    state = processes()
     try:
         base = options.pretrained_model_name_or_path
         where = dict(revision=options.revision)

@@ -17,7 +17,6 @@ drew them have seen nothing else of it. See docs/LOOP.md.
 from __future__ import annotations
 
 import copy
-import datetime
 import os
 import shutil
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from sdxl_ambient.config import OptionError, option, parse_options
 from sdxl_ambient.data import LatentStore, collate, sample_generator, spoken_levels
 from sdxl_ambient.geometry import size_of
 from sdxl_ambient.interchange import Adapter, InterchangeError, attach, lora_file, read_adapter
+from sdxl_ambient.latents import processes
 from sdxl_ambient.manifest import atomic, differences, hash_file, hash_json, hash_tensors, read_json, versions, write_json
 from sdxl_ambient.models import (
     Denoiser,
@@ -531,11 +531,8 @@ def counted(store: LatentStore, plan: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(LoopOptions, argv, prog="sdxl_ambient.loop", description=__doc__)
-    # As in sdxl_ambient.latents: processes on the CPU must know of each other, and may wait long for the slowest.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
-    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
     try:
-        restore_store(options, state)
+        restore_store(options, processes())
     except (StoreError, ModelError, InterchangeError, CheckpointError, OSError) as error:
         print(f"sdxl_ambient.loop: error: {error}", file=sys.stderr)
         return 2

@@ -89,3 +89,12 @@ def photographs(tmp_path_factory) -> Path:
     for name in ("coffee", "china", "flower"):
         (folder / f"{name}.txt").write_text(f"a photograph, {name}\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The networks are so small that threads wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

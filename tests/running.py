@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+
+from benchmarks.script import train_here  # noqa: F401 - the tests take it from here
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = [str(ROOT / "train_sdxl_ambient.py")]
@@ -74,16 +75,3 @@ def assert_identical(a, b):
             assert_identical(x, y)
     else:
         assert a == b
-
-
-def train_here(arguments):
-    """The training script in this process, which spares the imports; its exit code. Nothing of it is left behind."""
-    import train_sdxl_ambient
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        return train_sdxl_ambient.main(arguments)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()

@@ -23,16 +23,9 @@ from sdxl_ambient.manifest import read_json
 from sdxl_ambient.options import TrainOptions
 from sdxl_ambient.plan import content_hash
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = list(range(0, 951, 50))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blurred_sets(folder, good: int, blurs: dict[str, float], each: int, split: str = "pretrain"):

@@ -31,16 +31,9 @@ from sdxl_ambient.plan import StoreError
 from sdxl_ambient.privacy import PrivacyOptions
 from sdxl_ambient.randomness import Randomness
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEAN, VARIANCE = 0.4, 0.5  # of Gaussian clean data, number by number
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw_store(folder, encoders, schedule, **changes):

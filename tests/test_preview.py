@@ -18,6 +18,8 @@ from sdxl_ambient.latents import encode_image
 from sdxl_ambient.noise import levels
 from sdxl_ambient.plan import content_hash
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T_N = ("300", "800")
 
 
@@ -31,15 +33,6 @@ def command(miniature, images, output, **changes) -> list[str]:
         if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,11 @@ from sdxl_ambient import accounting, privacy
 from sdxl_ambient.manifest import read_json
 from sdxl_ambient.noise import levels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def normal(*shape, seed=0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- several observations ------------------------------------------------------------------------------------
