@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from eval.options import Options
 from eval.samplers import Sampler
 from eval.summary import References, make_references, sampler_figures, threshold_figures
 from sdxl_ambient.manifest import write_json
+from sdxl_ambient.validation import HELDOUT_FILE
 
 GUIDANCE, SAMPLING_STEPS, IMAGES = 2.0, 15, 64
 ATTACK_LEVELS = (100, 500, 800, 900)  # of the paper's table of errors
@@ -45,6 +47,11 @@ class Folders:
     def heldout(self) -> Path:
         return self.data / "heldout"
 
+    @property
+    def tuning(self) -> Path:
+        """Held-out pictures that a run may look at; the evaluation has others."""
+        return self.data / "tuning"
+
     def result(self, cell: Cell) -> Path:
         return self.results / f"{cell.name}.json"
 
@@ -55,12 +62,12 @@ class Folders:
 def flags(cell: Cell, folders: Folders, output: Path) -> list[str]:
     """The training script's arguments."""
     told = {
-        **COMMON,
-        **cell.how.flags,
+        **cell.flags,
         **({"t_n": cell.t_n} if cell.how.noisy else {}),
+        **({"heldout_data_dir": folders.tuning} if cell.how.tuned else {}),
         "train_data_dir": folders.train(cell.size),
-        "checkpointing_steps": min(cell.how.lengths),
-        "checkpoints_total_limit": len(cell.how.lengths) + 1,
+        "checkpointing_steps": min(cell.lengths),
+        "checkpoints_total_limit": len(cell.lengths) + 1,
         "seed": cell.seed,
         "output_dir": output,
         "resume_from_checkpoint": "latest",
@@ -86,9 +93,12 @@ def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
     if code:
         raise InterruptedError(cell.name) if code > 128 else RuntimeError(f"{cell.name}: training ended with {code}")
     cost = {"cpu_seconds": time.process_time() - started, "wall_seconds": time.perf_counter() - wall}
-    steps = cell.how.lengths
-    adapters = {s: output / f"checkpoint-{s}" for s in steps[:-1]} | {steps[-1]: output}
-    return adapters, {**cost, "steps": steps[-1], "resumed": resumed}
+    *earlier, last = cell.lengths
+    cost |= {"steps": last, "resumed": resumed}
+    if cell.how.tuned:
+        found = json.loads((output / HELDOUT_FILE).read_text())
+        return {last: output / "best"}, {**cost, "steps": found["losses"][-1]["step"], "kept_step": found["best"][0]}
+    return {s: output / f"checkpoint-{s}" for s in earlier} | {last: output}, cost
 
 
 def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[int, Path], dict]:
@@ -99,13 +109,13 @@ def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[i
 
     base = ROOT / COMMON["pretrained_model_name_or_path"]
     # No batch is larger than the set.
-    store, how = output / "latents", {**cell.how.flags, "batch_size": min(cell.size, cell.how.flags["batch_size"])}
+    store, how = output / "latents", {**cell.flags, "batch_size": min(cell.size, cell.flags["batch_size"])}
     build_store(
         folders.train(cell.size), store, load_encoders(str(base)), load_schedule(str(base)), Geometry(64), t_n=None,
         say=lambda message: None,
     )  # fmt: skip
     cost = train_dp_lora(base, store, output, seed=cell.seed, **how)
-    return {cell.how.lengths[-1]: output}, cost
+    return {cell.lengths[-1]: output}, cost
 
 
 # -- measuring -----------------------------------------------------------------------
@@ -192,7 +202,7 @@ def run(cell: Cell, folders: Folders) -> Path:
         path,
         {
             "cell": {"method": cell.method, "t_n": cell.t_n, "size": cell.size, "seed": cell.seed},
-            "flags": {**COMMON, **cell.how.flags},
+            "flags": cell.flags,
             "threshold": threshold_figures(evaluation.references),
             "controls": {"fd_pixels_train_to_heldout": _control(evaluation)},
             "cost": cost,

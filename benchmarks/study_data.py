@@ -25,6 +25,7 @@ from sdxl_ambient.images import ImagesMissing
 
 SIZES = (32, 128, 512)
 HELDOUT = 512
+TUNING = 64
 NEAR = 0.8  # pixel similarity; above it the base model may know the picture
 
 
@@ -49,16 +50,19 @@ def unrelated(emoji: list[Emoji], known: list[Emoji]) -> list[Emoji]:
 
 
 def write_sets(archive: Path, pretrained_on: Path, folder: Path) -> dict[str, int]:
-    """Write folder/{train_32,train_128,train_512,heldout}/, each train set a part of the next; returns their sizes.
+    """Write folder/{train_32,train_128,train_512,heldout,tuning}/, each train set a part of the next; returns their sizes.
+
+    ``tuning`` is for what a run may look at: what it chooses by these pictures is not chosen by those it is judged by.
 
     Raises:
         ImagesMissing: too few pictures are left.
     """
     found = unrelated(read_archive(archive, "twitter"), read_emoji(pretrained_on))
-    if len(found) < max(SIZES) + HELDOUT:
-        raise ImagesMissing(f"{archive}: {len(found)} pictures can be used, {max(SIZES) + HELDOUT} are needed")
+    ends = np.cumsum([max(SIZES), HELDOUT, TUNING])
+    if len(found) < ends[-1]:
+        raise ImagesMissing(f"{archive}: {len(found)} pictures can be used, {ends[-1]} are needed")
     sets = {f"train_{n}": found[:n] for n in SIZES}
-    sets["heldout"] = found[max(SIZES) : max(SIZES) + HELDOUT]
+    sets |= {"heldout": found[ends[0] : ends[1]], "tuning": found[ends[1] : ends[2]]}
     for name, members in sets.items():
         _write(folder / name, members)
     return {name: len(members) for name, members in sets.items()}

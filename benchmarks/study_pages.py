@@ -37,12 +37,14 @@ def put(text: str, name: str, body: str) -> str:
 
 
 def short_table(table: Sequence[dict]) -> str:
-    """README's: the main size, every method at its last length, as its user samples it."""
+    """README's: the main size, every method at its last length, as its user samples it, without the variants."""
+    wanted = [
+        r for r in table if r["size"] == MAIN_SIZE and r["sampler"] != "early_stop" and not r["method"].startswith("skip_")
+    ]
     last = {}
-    for row in table:
-        if row["size"] == MAIN_SIZE:
-            last[row["method"]] = max(last.get(row["method"], 0), row["steps"])
-    return markdown(table, lambda r: r["size"] == MAIN_SIZE and r["steps"] == last[r["method"]])
+    for row in wanted:
+        last[row["method"]] = max(last.get(row["method"], 0), row["steps"])
+    return markdown([r for r in wanted if r["steps"] == last[r["method"]]])
 
 
 def full_tables(table: Sequence[dict]) -> str:

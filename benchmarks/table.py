@@ -41,6 +41,7 @@ WHAT = {
             ("fd_ratio", "its Fréchet distance / plain fine-tuning's"),
         )
     },
+    "study_again": "part of the study's figures that a second run, with other noise, gives again within 95 % intervals",
     "peak_gib_1m": "peak memory in GiB of a search in a million × 1024 embeddings, exact or with a FAISS shortlist",
 }
 

@@ -10,10 +10,11 @@ from PIL import Image
 from benchmarks import study, study_data
 from benchmarks.miniature_data import read_emoji
 from benchmarks.record import ROOT
+from benchmarks.study_again import compare, totals
 from benchmarks.study_cell import Folders, flags, samplers
 from benchmarks.study_grid import FULL, GRIDS, METHODS, MORE_SEEDS, REDUCED, SEEDS, Cell
 from benchmarks.study_pages import PAGES, pages, paper_tables, put
-from benchmarks.study_summary import best_trade, claims, excess_over_seeds, judged, over_seeds, pick, rows
+from benchmarks.study_summary import best_trade, claims, excess_over_seeds, judged, markdown, over_seeds, pick, rows
 from eval.calibrate import Estimate, share_difference
 from sdxl_ambient.config import parse_options
 from sdxl_ambient.images import ImagesMissing
@@ -34,13 +35,25 @@ def test_the_grids_hold_every_seed_and_each_cell_once():
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.trainer == "script"])
 def test_the_trainer_accepts_every_method(method, tmp_path):
     folders = Folders(tmp_path / "data", tmp_path / "work", tmp_path / "cells")
-    for name in ("train_32", "heldout"):
+    for name in ("train_32", "heldout", "tuning"):
         (folders.data / name).mkdir(parents=True)
     cell = next(c for c in FULL if c.method == method and c.size == 32)
     options = parse_options(TrainOptions, flags(cell, folders, tmp_path / "run"), prog="study", description="")
     assert options.t_n == cell.t_n and options.seed == cell.seed
-    assert all(steps % options.checkpointing_steps == 0 for steps in cell.how.lengths)
-    assert options.checkpoints_total_limit > len(cell.how.lengths)
+    assert all(steps % options.checkpointing_steps == 0 for steps in cell.lengths)
+    assert options.checkpoints_total_limit > len(cell.lengths)
+    assert bool(options.early_stopping) == cell.how.tuned == ("tuning" in str(options.heldout_data_dir))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_picture_is_passed_as_often_at_every_size(method):
+    small, large = (next(c for c in FULL if c.method == method and c.size == size) for size in (32, 512))
+    if METHODS[method].trainer != "none":
+        assert (
+            large.flags["max_train_steps"] == 16 * small.flags["max_train_steps"] == large.lengths[-1] or method == "dp_sgd"
+        )
+    assert {**large.flags, "max_train_steps": 0} == {**small.flags, "max_train_steps": 0}
+    assert large.lengths == tuple(16 * n for n in small.lengths)
 
 
 def test_the_base_model_is_not_sampled_with_an_adapter(tmp_path):
@@ -66,6 +79,7 @@ def test_pictures_near_what_the_base_model_knows_stay_out(monkeypatch):
 
 def test_the_sets_are_nested_and_share_nothing_with_the_held_out_one(monkeypatch, tmp_path):
     some = read_emoji(ROOT / "miniature/data/heldout")[:24]
+    monkeypatch.setattr(study_data, "TUNING", 3)
     monkeypatch.setattr(study_data, "SIZES", (4, 8))
     monkeypatch.setattr(study_data, "HELDOUT", 6)
     monkeypatch.setattr(study_data, "read_archive", lambda archive, vendor: some)
@@ -74,14 +88,15 @@ def test_the_sets_are_nested_and_share_nothing_with_the_held_out_one(monkeypatch
         "train_4": 4,
         "train_8": 8,
         "heldout": 6,
+        "tuning": 3,
     }
-    four, eight, heldout = (
-        {e.file_name for e in read_emoji(tmp_path / "sets" / name)} for name in ("train_4", "train_8", "heldout")
+    four, eight, heldout, tuning = (
+        {e.file_name for e in read_emoji(tmp_path / "sets" / name)} for name in ("train_4", "train_8", "heldout", "tuning")
     )
-    assert four < eight and not eight & heldout
+    assert four < eight and not (eight & heldout or eight & tuning or heldout & tuning)
     assert Image.open(tmp_path / "sets/heldout" / next(iter(heldout))).size == (64, 64)
     monkeypatch.setattr(study_data, "HELDOUT", 17)
-    with pytest.raises(ImagesMissing, match="24 pictures can be used, 25 are needed"):
+    with pytest.raises(ImagesMissing, match="24 pictures can be used, 28 are needed"):
         study_data.write_sets(tmp_path / "a.tgz", ROOT / "miniature/data/finetune", tmp_path / "sets")
 
 
@@ -167,7 +182,7 @@ def test_the_best_trade_never_saw_clean_latents_and_keeps_the_quality(table):
 
 def test_claims_are_judged_by_the_paired_interval(table):
     found = {c["claim"]: c for c in claims(table)}
-    (cut,) = [c for name, c in found.items() if "at least 80 %" in name]
+    (cut,) = [c for name, c in found.items() if "by at least 80 % (worst" in name]
     assert cut["verdict"] == "confirmed" and cut["figure"] == "cut by 96%"
     # 0.02 + w/2 − 0.2 (0.5 + w) in each seed
     assert cut["contrast"]["value"] == pytest.approx(-0.08)
@@ -183,6 +198,43 @@ def test_a_single_seed_decides_nothing():
     verdicts = {c["verdict"] for c in claims(rows(both)) if c["contrast"]}
     assert verdicts == {"not decidable at this size"}
     assert json.loads(json.dumps(rows(both), allow_nan=False))
+
+
+def test_a_method_works_only_if_both_copying_and_quality_say_so(table):
+    found = {c["claim"]: c for c in claims(table) if "at most 10 % above plain's" in c["claim"]}
+    verdicts = {name.split(", t_n")[0].split(": ")[1]: c["verdict"] for name, c in found.items()}
+    assert verdicts == {
+        "ambient, nothing below t_n": "not confirmed",
+        "restored by the base model, every level": "confirmed",
+    }
+    assert sorted(c["figure"] for c in found.values())[0] == "cut by 20%, FD × 1.50"
+
+
+def test_weights_that_held_out_pictures_chose_say_of_which_step_they_are():
+    made = [cell("skip_early", seed, (0.1, 0.1), 2.0, t_n=500, samplers=("hybrid", "early_stop")) for seed in (0, 1)]
+    for one, step in zip(made, (30, 60), strict=True):
+        one["cost"]["kept_step"] = step
+    assert "| 45 of 300 |" in markdown(rows(made)) and "| 300 |" in markdown(
+        rows([cell("clean", 0, (0.5, 0.2), 2.0, samplers=("full", "hybrid"))])
+    )
+
+
+# -- a second run ------------------------------------------------------------------------
+
+
+def test_a_second_run_is_compared_over_the_seeds_that_both_have():
+    first = [cell("restore_base", s, (0.1 + w,), 2.0 + w, t_n=800) for s, w in enumerate((-0.01, 0.0, 0.01, 5.0))]
+    again = [cell("restore_base", s, (0.1 - w,), 3.0 + w, t_n=800) for s, w in enumerate((-0.01, 0.0, 0.01))]
+    (row,) = compare(first, again)
+    assert row["seeds"] == [0, 1, 2] and row["excess"]["agrees"] and not row["excess"]["identical"]
+    assert row["auc"]["identical"] and row["auc"]["agrees"]
+    assert not row["fd"]["agrees"] and row["fd"]["difference"]["value"] == pytest.approx(1.0)
+    # Welch with equal variances and sizes has 2 (n − 1) degrees of freedom.
+    half = 2.7764451051977987 * 0.01 * math.sqrt(2 / 3)
+    assert row["fd"]["difference"]["high"] - 1.0 == pytest.approx(half)
+    found = totals([row, {**row, "sampler": "other"}])
+    assert (found["figures"], found["identical"], found["others"], found["others_agree"]) == (4, 1, 3, 1)
+    assert compare(first, again[:1]) == []
 
 
 # -- pages -----------------------------------------------------------------------------
