@@ -42,7 +42,6 @@ from sdxl_ambient.interchange import (
     Adapter,
     InterchangeError,
     in_dtype,
-    original_model,
     peft_file,
     read_adapter,
     to_kohya,
@@ -50,6 +49,7 @@ from sdxl_ambient.interchange import (
 )
 from sdxl_ambient.manifest import atomic, read_json, write_json
 from sdxl_ambient.models import LOADING_ERRORS, ModelError, check_sdxl, load_unet_file, one_line, unet_file
+from sdxl_ambient.original_layout import original_model
 
 FORMATS = {"kohya": "lora", "peft": "lora", "pipeline": "unet", "single_file": "unet"}
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -22,10 +22,6 @@ from sdxl_ambient.interchange import (
     InterchangeError,
     attach,
     from_kohya,
-    original_text_encoder,
-    original_text_encoder_2,
-    original_unet,
-    original_vae,
     peft_file,
     read_adapter,
     start_from,
@@ -36,6 +32,7 @@ from sdxl_ambient.interchange import (
 from sdxl_ambient.lora import LORA_TARGETS, add_lora, add_text_lora
 from sdxl_ambient.manifest import hash_file
 from sdxl_ambient.models import load_unet
+from sdxl_ambient.original_layout import original_text_encoder, original_text_encoder_2, original_unet, original_vae
 from sdxl_ambient.pipeline import load_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"

@@ -11,7 +11,7 @@ from conftest import copy_emoji
 from PIL import Image
 from stores import snapshot
 
-from sdxl_ambient import preview
+from sdxl_ambient import preview, preview_picture
 from sdxl_ambient.geometry import Geometry
 from sdxl_ambient.images import load_rgb
 from sdxl_ambient.latents import encode_image
@@ -181,17 +181,17 @@ def test_the_noisy_tile_is_the_stored_latent_decoded(made, images, encoders, sch
 
 
 def test_the_picture_has_every_tile(made):
-    side, gap, group = 128, preview.GAP, preview.GROUP_GAP
+    side, gap, group = 128, preview_picture.GAP, preview_picture.GROUP_GAP
     with Image.open(made / "preview.png") as image:
         image.load()
-        assert image.width == 2 * preview.PAD + 2 * side + gap + 2 * (group + 3 * side + 2 * gap)
-        assert image.height > preview.TOP + 3 * (side + 52)
+        assert image.width == 2 * preview_picture.PAD + 2 * side + gap + 2 * (group + 3 * side + 2 * gap)
+        assert image.height > preview_picture.TOP + 3 * (side + 52)
         found = json.loads((made / "preview.json").read_text())
         tile = load_rgb(made / found["images"][0]["original"]).resize((side, side), Image.Resampling.NEAREST)
-        left, top = preview.PAD, preview.TOP
+        left, top = preview_picture.PAD, preview_picture.TOP
         assert image.crop((left, top, left + side, top + side)).tobytes() == tile.tobytes()
-    assert preview.tile_side(1024) == 144 and preview.tile_side(32) == 128
-    lines = preview.wrap("as many words as fit in a line, and Donaudampfschifffahrtsgesellschaft", 13, 100)
+    assert preview_picture.tile_side(1024) == 144 and preview_picture.tile_side(32) == 128
+    lines = preview_picture.wrap("as many words as fit in a line, and Donaudampfschifffahrtsgesellschaft", 13, 100)
     assert len(lines) > 2 and lines[-1] == "Donaudampfschifffahrtsgesellschaft"
 
 
