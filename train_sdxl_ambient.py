@@ -35,7 +35,7 @@ from sdxl_ambient.dryrun import dry_run
 from sdxl_ambient.hub import HubError, check_hub, push, repository
 from sdxl_ambient.images import ImagesMissing
 from sdxl_ambient.interchange import InterchangeError
-from sdxl_ambient.interruption import Interruption, Rescue, Skipped, not_finite
+from sdxl_ambient.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
 from sdxl_ambient.manifest import environment, write_json
 from sdxl_ambient.meter import Meter
 from sdxl_ambient.models import Denoiser, ModelError, check_sdxl, load_schedule
@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interruption, ExitStack() as stack:
             train(options, accelerator, interruption, stack)
+    except Interrupted as reason:
+        accelerator.print(f"\nStopped by {reason} before the first step. What is encoded stays; the same command goes on.")
     except (*USER_ERRORS, TrainingError, FloatingPointError, OSError) as error:
         if accelerator.is_main_process:
             print(f"train_sdxl_ambient.py: error: {error}", file=sys.stderr)
@@ -116,7 +118,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, options.revision)
     showing = Showing(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
-    store, heldout = open_stores(options, accelerator, schedule, showing)
+    store, heldout = open_stores(options, accelerator, schedule, showing, interruption.check)
     for line in check_stores(store, heldout, schedule, options.low_noise):
         say(line)
     trainee = load_trainee(options, accelerator, zero_empty)
@@ -253,8 +255,8 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     bar = tqdm(
         total=max_train_steps, initial=first, desc="steps", unit="step", disable=not accelerator.is_local_main_process
     )
-    step, summed, seen = first, {}, []
-    rescue = stack.enter_context(Rescue(accelerator, save, first))
+    step, summed, seen, total = first, {}, [], 0.0
+    rescue = stack.enter_context(Rescue(accelerator, save, first, common=TrainingError))
     for batch in loader(store, stream, options.dataloader_num_workers):
         with accelerator.accumulate(unet, *encoders):
             generators, restored = batch.generators(options.seed), None
@@ -280,20 +282,24 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
             x_n = batch.x_n.to(accelerator.device)
             losses = ambient_objective(denoise, schedule, x_n, batch.t_n, generators, asked, restored, teacher)
             seen += [(batch.contents, losses.ambient), (extra.contents if restored is not None else [], losses.restored)]
-            if fused and not math.isfinite(losses.total.detach()):
-                raise TrainingError(f"step {step + 1}: the loss is {float(losses.total)}; lower --learning_rate")
+            total = total + losses.total.detach()
+            if fused and not math.isfinite(total):
+                raise FloatingPointError(f"step {step + 1}: the loss is {float(losses.total)}; lower --learning_rate")
             rescue.whole = not fused  # it changes the weights in the backward pass
             accelerator.backward(losses.total)
             if accelerator.sync_gradients:
                 norm = None
                 if not fused:
                     norm = as_number(accelerator.clip_grad_norm_(parameters, options.max_grad_norm or math.inf))
-                # In float16 the gradient scaler leaves such steps out by itself, and lowers its scale.
-                finite = norm is None or accelerator.scaler is not None or math.isfinite(norm)
-                if not finite and skipped.note(gather_object(not_finite(seen))):
-                    raise TrainingError(f"{skipped}, {skipped.in_a_row} of them in a row; lower --learning_rate")
+                finite = norm is None or math.isfinite(norm)
+                if not finite:  # in all processes
+                    images, broken = gather_object(not_finite(seen)), gather_object([not math.isfinite(total)])
+                    finite = overflowed(accelerator.scaler, any(broken))
+                    if not finite and skipped.note(images):
+                        raise TrainingError(f"{skipped}, {skipped.in_a_row} of them in a row; lower --learning_rate")
                 rescue.whole = not finite and not fused
-            if not accelerator.sync_gradients or finite:
+            # A gradient scaler must see every step; it leaves those out by itself.
+            if not accelerator.sync_gradients or finite or accelerator.scaler is not None:
                 optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
@@ -305,12 +311,14 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
             summed[name] = summed.get(name, 0.0) + float(value.mean()) / accumulation
         if not accelerator.sync_gradients:
             continue
-        step, logged, summed, seen = step + 1, summed, {}, []
+        step, logged, summed, seen, total = step + 1, summed, {}, [], 0.0
         told_to_stop = logged.pop("stop") > 0
         if finite:
             skipped.passed()
         else:
             say(f"\nstep {step}: left out; so far {skipped}")
+        if restoration:
+            restoration.settle()
         rescue.finished(step)
         meter.step()
         bar.update()

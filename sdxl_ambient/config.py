@@ -156,7 +156,16 @@ def _parser(cls, prog: str | None, description: str | None) -> _Parser:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML as 1.2 reads it: ``mixed_precision: no`` is the text "no", since no, yes, on and off are not booleans there."""
+    """YAML as 1.2 reads it: ``mixed_precision: no`` is the text "no", since no, yes, on and off are not booleans there; and
+    a key that is given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {

@@ -19,7 +19,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from sdxl_ambient.checkpoint import (
     LORA_FILE,
     CheckpointError,
     lora_metadata,
+    lora_state,
     model_metadata,
     public_info,
     read_training_info,
@@ -547,32 +548,61 @@ def peft_file(adapter: Adapter, title: str | None = None) -> tuple[dict[str, tor
     return state, {"format": "pt", **own, LORA_ADAPTER_METADATA_KEY: described}
 
 
-def attach(unet: torch.nn.Module, adapter: Adapter, *, dropout: float = 0.0) -> None:
+def attach(
+    unet: torch.nn.Module, adapter: Adapter, text_encoders: Sequence[torch.nn.Module] = (), *, dropout: float = 0.0
+) -> None:
     """Freeze ``unet`` and put the adapter in, trainable and in float32, as :func:`sdxl_ambient.lora.add_lora` puts a new
-    one: training then goes on from it, saves and resumes as from any other.
+    one: training then goes on from it, saves and resumes as from any other. Likewise both ``text_encoders``, where they are
+    trained; one that the adapter says nothing of is left as it is.
 
     Raises:
-        InterchangeError: an adapter of text encoders, which aren't trained, or one that doesn't fit.
+        InterchangeError: an adapter without a UNet's weights, or with those of text encoders, which aren't trained, or one
+            that doesn't fit.
     """
-    if others := [part for part in adapter.parts if part != "unet"]:
+    models = dict(zip(_PREFIXES, (unet, *text_encoders), strict=False))
+    if others := [part for part in adapter.parts if part not in models]:
         raise InterchangeError(
-            f"the LoRA has weights of {' and '.join(others)}; only one of the UNet alone can be trained on"
+            f"the LoRA has weights of {' and '.join(others)}; they are trained on with --train_text_encoder"
         )
-    unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(**adapter.peft_config("unet"), lora_dropout=dropout))
-    trainable_to_float32(unet)  # before the weights, which a half base's dtype would round
-    state = {name.removeprefix("unet."): tensor for name, tensor in adapter.peft_state().items()}
+    if "unet" not in adapter.parts:
+        raise InterchangeError("the LoRA has no weights of the UNet")
+    state = adapter.peft_state()
+    for part in adapter.parts:
+        _attach(models[part], part, adapter, {n: tensor for n, tensor in state.items() if n.startswith(f"{part}.")}, dropout)
+    if "text_encoder" in adapter.parts:
+        # SDXL reads the layer before the first encoder's last one, which never gets a gradient.
+        last = f"layers.{text_encoders[0].config.num_hidden_layers - 1}."
+        for name, parameter in text_encoders[0].named_parameters():
+            if last in name:
+                parameter.requires_grad_(False)
+
+
+def _attach(model, part: str, adapter: Adapter, state: dict[str, torch.Tensor], dropout: float) -> None:
+    model.requires_grad_(False)
     try:
-        result = set_peft_model_state_dict(unet, state, adapter_name="default")
+        model.add_adapter(LoraConfig(**adapter.peft_config(part), lora_dropout=dropout), adapter_name="default")
+    except ValueError as error:
+        raise InterchangeError(f"the LoRA doesn't fit the {part}: {' '.join(str(error).split())[:200]}") from None
+    trainable_to_float32(model)  # before the weights, which a half base's dtype would round
+    # Whether a text encoder's names start with text_model, and how its magnitudes end, is the library's version's.
+    own, given = ({_plainly(name, part): name for name in names} for names in (lora_state(model), state))
+    if odd := sorted(own.keys() ^ given.keys()):
+        raise InterchangeError(f"the LoRA doesn't fit the {part}: {odd[0]}")
+    try:
+        set_peft_model_state_dict(model, {own[n]: state[given[n]] for n in own}, adapter_name="default")
     except RuntimeError as error:
-        raise InterchangeError(f"the LoRA doesn't fit the UNet: {' '.join(str(error).split())[:200]}") from None
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise InterchangeError(f"the LoRA doesn't fit the UNet: {[*missing, *result.unexpected_keys][0]}")
+        raise InterchangeError(f"the LoRA doesn't fit the {part}: {' '.join(str(error).split())[:200]}") from None
 
 
-def start_from(unet: torch.nn.Module, lora: str | Path, *, dropout: float = 0.0) -> dict:
-    """Put a LoRA into ``unet`` to train on from: a file or folder of ours, of diffusers or of kohya's scripts.
+def _plainly(name: str, part: str) -> str:
+    return re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name.removeprefix(f"{part}.").removeprefix("text_model."))
+
+
+def start_from(
+    unet: torch.nn.Module, lora: str | Path, text_encoders: Sequence[torch.nn.Module] = (), *, dropout: float = 0.0
+) -> dict:
+    """Put a LoRA into ``unet``, and into both ``text_encoders`` where they are trained, to train on from: a file or folder
+    of ours, of diffusers or of kohya's scripts.
 
     Returns:
         what the run's record says of it, which a resume must agree in: {"lora": the file's SHA-256}.
@@ -582,7 +612,7 @@ def start_from(unet: torch.nn.Module, lora: str | Path, *, dropout: float = 0.0)
     """
     try:
         file = lora_file(Path(lora))
-        attach(unet, read_adapter(file, dict(unet.config)), dropout=dropout)
+        attach(unet, read_adapter(file, dict(unet.config)), text_encoders, dropout=dropout)
     except InterchangeError as error:
         raise InterchangeError(f"--lora: {error}") from None
     return {"lora": hash_file(file)}

@@ -16,6 +16,10 @@ import torch
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class Interrupted(Exception):
+    """Told to stop before the first step; the message says by what."""
+
+
 class Interruption:
     """Why training should stop, if it should: the first of SIGTERM, SIGINT and the time limit. A second signal ends at once.
 
@@ -49,6 +53,11 @@ class Interruption:
             return signal.Signals(self.signal).name
         return "the time limit" if self.end is not None and self.clock() >= self.end else None
 
+    def check(self) -> None:
+        """For long work before the first step, which is resumed by being asked for again. Raises Interrupted."""
+        if self.reason is not None:
+            raise Interrupted(self.reason)
+
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as shells report it; 0 for the time limit, which the user asked for."""
@@ -59,16 +68,17 @@ class Rescue:
     """Writes a checkpoint of the last whole step when something fails after it, and lets the error through.
 
     ``whole`` says whether weights and optimizer are still those of that step: set it false before they change. Random states
-    are put back to where the step ended, so that a resume repeats what failed. With several processes nothing is written:
-    the others may never come to the barriers of a checkpoint.
+    are put back to where the step ended, so that a resume repeats what failed. With several processes something is written
+    only at errors that all of them meet: after another's, the others may never come to the barriers of a checkpoint.
 
     Args:
         save: writes the checkpoint of a step.
         step: the one that training starts after; it is written already, or nothing is there to write.
+        common: the errors that all processes meet at once.
     """
 
-    def __init__(self, accelerator, save: Callable[[int], None], step: int):
-        self.accelerator, self._save, self.saved = accelerator, save, step
+    def __init__(self, accelerator, save: Callable[[int], None], step: int, common: type[Exception] | tuple = ()):
+        self.accelerator, self._save, self.saved, self.common = accelerator, save, step, common
         self.finished(step)
 
     def finished(self, step: int) -> None:
@@ -87,7 +97,7 @@ class Rescue:
     def __exit__(self, kind, error, trace) -> None:
         if not isinstance(error, Exception) or not self.whole or self.step == self.saved:
             return
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not isinstance(error, self.common):
             return
         torch.set_rng_state(self.random[0])
         if self.random[1] is not None:
@@ -131,6 +141,12 @@ class Skipped:
     def __str__(self) -> str:
         worst = ", ".join(f"{name} ({count})" for name, count in self.images.most_common(10))
         return f"{self.steps} step(s) left out, their gradients weren't finite" + (f"; images: {worst}" if worst else "")
+
+
+def overflowed(scaler, broken: bool) -> bool:
+    """Whether gradients that aren't finite are the affair of float16's gradient scaler, which leaves the step out and lowers
+    its scale: the losses are finite (not ``broken``), and its scale is one that can be too high."""
+    return scaler is not None and not broken and scaler.get_scale() > 1
 
 
 def not_finite(seen: list[tuple[list[str], torch.Tensor | None]]) -> list[str]:

@@ -134,7 +134,9 @@ def take(entry: dict, record: Record) -> torch.Tensor:
     return latent
 
 
-def write_latents(output_dir: Path, plan: dict, records: dict[str, Record], make: Make, state: PartialState) -> None:
+def write_latents(
+    output_dir: Path, plan: dict, records: dict[str, Record], make: Make, state: PartialState, check=lambda: None
+) -> None:
     """Make this process's share of the shards that aren't there yet. ``records`` are by content."""
     mine = shards(plan)[state.process_index :: state.num_processes]
     todo = [(n, e) for n, e in mine if not readable(output_dir / n, [i["content"] for i in e])]
@@ -143,6 +145,7 @@ def write_latents(output_dir: Path, plan: dict, records: dict[str, Record], make
         for name, entries in todo:
             tensors = {}
             for entry in entries:
+                check()
                 record = records[entry["content"]]
                 try:
                     tensors[entry["content"]] = make(entry, record)
@@ -178,12 +181,13 @@ def build_store(
     keep_tokens: bool = False,
     state: PartialState | None = None,
     say=print,
+    check: Callable[[], None] = lambda: None,
 ) -> dict:
     """Make a store, finish an interrupted one, or confirm that the one there is what is asked for. Returns its manifest.
 
     Every process calls it; each encodes its own share. With ``keep_tokens`` the store holds the captions' tokens, too, which
     training text encoders needs. Without pictures (``pre_noised``) the VAE is not used, nor are geometry, key and
-    near-duplicates.
+    near-duplicates. ``check`` is called between pictures; what it raises ends the work, and the next call goes on.
 
     Raises:
         ImagesMissing, StoreError, NoiseKeyError, ModelError: with one line that says what is wrong.
@@ -199,12 +203,14 @@ def build_store(
         records = list_latents(train_data_dir, t_n, **told)
         for folder in sorted({record.path.parent for record in records}):
             refuse_restored("train_data_dir", folder)
-        pictures, skipped = scan(records, instance_prompt, state, look_at_latent)
+        pictures, skipped = scan(records, instance_prompt, state, look_at_latent, check)
     else:
         check_geometry(geometry, encoders.vae)
         where = dict(dataset_name=dataset_name, dataset_config_name=dataset_config_name, dataset_split=dataset_split)
         records = open_records(train_data_dir, **where, image_column=image_column, **told, state=state, say=say)
-        pictures, skipped = scan(records, instance_prompt, state, look if near_duplicates == "ignore" else look_closely)
+        pictures, skipped = scan(
+            records, instance_prompt, state, look if near_duplicates == "ignore" else look_closely, check
+        )
         pictures, dropped, twins = settle_twins(pictures, near_duplicates, state, say)
         skipped += dropped
     report_skipped(skipped, len(records), say)
@@ -223,9 +229,9 @@ def build_store(
     plan = settle_on_main(output_dir, wanted, allow_second_observation, say, state)
     report_clean(plan["images"], output_dir, say)
     make = take if pre_noised else Draw(plan["fingerprint"]["latent"], encoders, schedule, geometry, key)
-    write_latents(output_dir, plan, {p.content: p.record for p in reversed(pictures)}, make, state)
+    write_latents(output_dir, plan, {p.content: p.record for p in reversed(pictures)}, make, state, check)
 
-    texts = write_texts(output_dir, pictures, encoders, shard_size, keep_tokens, state, say)
+    texts = write_texts(output_dir, pictures, encoders, shard_size, keep_tokens, state, say, check)
     manifest = {
         **plan,
         **texts,

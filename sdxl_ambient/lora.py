@@ -107,7 +107,8 @@ def add_text_lora(
     """Freeze both CLIP text encoders and attach a trainable float32 LoRA "default" to each.
 
     It goes on their attention, and on their MLPs where the UNet's ``targets`` have more than attention. The first
-    encoder's last layer gets none: SDXL reads the layer before it, so that no gradient would ever reach it.
+    encoder's last layer gets none: SDXL reads the layer before it, so that no gradient would ever reach it. An encoder that
+    has a LoRA keeps it as it is.
 
     Args:
         init: as :func:`add_lora`'s, but "gaussian" in place of those that change the base, which only the UNet's does.
@@ -120,6 +121,8 @@ def add_text_lora(
     modules = [*_TEXT_ATTENTION, *(_TEXT_MLP if more else [])]
     how = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora)
     for encoder in text_encoders:
+        if getattr(encoder, "_hf_peft_config_loaded", False):
+            continue
         layers = encoder.config.num_hidden_layers - (encoder is not text_encoders[-1])
         endings = [f"layers.{i}.{module}" for i in range(layers) for module in modules]
         _check_start(encoder, endings, rank, init, use_dora)

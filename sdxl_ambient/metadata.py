@@ -1,7 +1,7 @@
 """What is said of the files of a folder, or of the rows of a data set: captions and noise levels.
 
 A folder says it in ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: one row per file, named by ``file_name``),
-captions also in ``.txt`` files beside the files.
+its own or, for the files below it, a subfolder's; captions also in ``.txt`` files beside the files.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told
     Raises:
         ImagesMissing: metadata that is damaged, names a file that isn't there, lacks a column, or has a wrong value.
     """
-    rows = _metadata(folder)
+    rows = _metadata(folder, paths)
     known = sorted({name for _, row in rows.values() for name in row})
     if columns.t_n is not None and columns.t_n not in known:
         if not rows:
@@ -101,8 +101,21 @@ def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told
     return found
 
 
-def _metadata(folder: Path) -> dict[str, tuple[str, dict]]:
-    """File name → where its row stands, and the row; nothing where there is no metadata."""
+def _metadata(root: Path, paths: Sequence[Path]) -> dict[str, tuple[str, dict]]:
+    """File name below ``root`` → where its row stands, and the row; of several the one that stands nearest to the file.
+
+    Nothing where there is no metadata.
+    """
+    folders = {root} | {f for path in paths for f in path.parents if root in f.parents}
+    rows = {}
+    for folder in sorted(folders, key=lambda f: (len(f.parts), f)):
+        inside = folder.relative_to(root)
+        rows |= {(inside / name).as_posix(): row for name, row in _rows_in(folder).items()}
+    return rows
+
+
+def _rows_in(folder: Path) -> dict[str, tuple[str, dict]]:
+    """One folder's own metadata."""
     files = [path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).is_file()]
     if len(files) > 1:
         raise ImagesMissing(f"{str(folder)!r} holds metadata.jsonl and metadata.csv; keep one of them")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from sdxl_ambient.data import sample_generator
+from sdxl_ambient.latents import decode_latents
 from sdxl_ambient.lora import changes_base
 from sdxl_ambient.manifest import atomic
 from sdxl_ambient.models import in_precision, load_part, load_unet, load_vae
@@ -24,11 +25,14 @@ class Painter:
 
     VAE and text encoders are loaded for it and dropped again; the UNet is the one that is trained, and no second one is
     loaded but for ``hybrid`` after a full fine-tune, which needs the base model's. So memory rises by what a pipeline needs
-    beside its UNet. Without sharding each process draws its share; with it, all draw all together, and one writes.
+    beside its UNet, in autocast's precision where there is one. Without sharding each process draws its share; with it, all
+    draw all together, and one writes.
     """
 
     def __init__(self, options, accelerator, trainee):
         self.options, self.accelerator, self.trainee = options, accelerator, trainee
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        self.dtype = half.get(accelerator.mixed_precision, trainee.unet.dtype)  # of what is not trained
 
     @contextmanager
     def pipeline(self):
@@ -38,11 +42,12 @@ class Painter:
         parts = dict(zip(("unet", "text_encoder", "text_encoder_2"), trainee.modules, strict=False))
         if options.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = load_vae(options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path)
-            parts["vae"].to(trainee.unet.dtype)
         pipe = load_part(
             StableDiffusionXLPipeline, options.pretrained_model_name_or_path, "pipeline", use_safetensors=True,
-            add_watermarker=False, **in_precision(trainee.unet.dtype), **where, **parts,
+            add_watermarker=False, **in_precision(self.dtype), **where, **parts,
         )  # fmt: skip
+        # SDXL's own VAE overflows in float16.
+        pipe.vae.to(torch.float32 if self.dtype == torch.float16 else self.dtype)
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.enable_slicing()  # decoded one by one
         pipe.vae.to(self.accelerator.device)
@@ -56,9 +61,6 @@ class Painter:
         finally:
             for module, training in zip(trainee.modules, before, strict=True):
                 module.train(training)
-            del pipe
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
     def sampler(self, name: str) -> str:
         """``auto`` → hybrid where the levels below t_n are the base model's, else full."""
@@ -79,35 +81,45 @@ class Painter:
         accelerator = self.accelerator
         together = is_sharded(accelerator)
         mine = jobs if together else jobs[accelerator.process_index :: accelerator.num_processes]
-        if mine:
-            with self.pipeline() as pipe:
-                base_unet = self._base_unet(sampler)
-                for start in range(0, len(mine), at_once):
-                    some = mine[start : start + at_once]
-                    generators = [sample_generator(self.options.seed, purpose, i * count + k) for i, k in some]
-                    with accelerator.autocast():
-                        images = sample(
-                            pipe,
-                            [prompts[i] for i, _ in some],
-                            sampler=sampler,
-                            t_n=self.options.t_n,
-                            base_unet=base_unet,
-                            generators=generators,
-                            num_inference_steps=self.options.validation_inference_steps,
-                        )
-                    for (i, k), image in zip(some, images, strict=True):
-                        if accelerator.is_main_process or not together:
-                            with atomic(files[i][k]) as temporary:
-                                image.save(temporary)
+        for (i, k), image in self._drawn(mine, prompts, count, sampler, purpose, at_once):
+            if accelerator.is_main_process or not together:
+                with atomic(files[i][k]) as temporary:
+                    image.save(temporary)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the pipeline is gone by now
         accelerator.wait_for_everyone()
         return files
+
+    def _drawn(
+        self, jobs: list[tuple[int, int]], prompts: Sequence[str], count: int, sampler: str, purpose: str, at_once: int
+    ) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+        if not jobs:
+            return
+        with self.pipeline() as pipe:
+            base_unet = self._base_unet(sampler)
+            for start in range(0, len(jobs), at_once):
+                some = jobs[start : start + at_once]
+                with self.accelerator.autocast():
+                    latents = sample(
+                        pipe,
+                        [prompts[i] for i, _ in some],
+                        sampler=sampler,
+                        t_n=self.options.t_n,
+                        base_unet=base_unet,
+                        generators=[sample_generator(self.options.seed, purpose, i * count + k) for i, k in some],
+                        num_inference_steps=self.options.validation_inference_steps,
+                        output_type="latent",
+                    )
+                # Out of autocast, which would take a float32 VAE to float16.
+                pixels = decode_latents(pipe.vae, latents)
+                yield from zip(some, pipe.image_processor.postprocess(pixels, output_type="pil"), strict=True)
 
     def _base_unet(self, sampler: str):
         """The base model's UNet, where switching an adapter off is not enough to have it."""
         if sampler != "hybrid" or not (self.options.finetune == "full" or changes_base(self.trainee.unet)):
             return None
         where = dict(revision=self.options.revision, variant=self.options.variant)
-        unet = load_unet(self.options.pretrained_model_name_or_path, dtype=self.trainee.unet.dtype, **where)
+        unet = load_unet(self.options.pretrained_model_name_or_path, dtype=self.dtype, **where)
         return unet.to(self.accelerator.device).eval()
 
 

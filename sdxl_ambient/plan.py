@@ -69,15 +69,20 @@ def look_closely(record: Record) -> tuple[str, tuple[int, int], bytes]:
 
 
 def scan(
-    records: Sequence[Record], instance_prompt: str | None, state: PartialState, look: Look = look
+    records: Sequence[Record],
+    instance_prompt: str | None,
+    state: PartialState,
+    look: Look = look,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scanned], list[dict]]:
     """Open every picture once, each process its share. Returns the usable ones and ``{"file", "reason"}`` for the others.
 
-    Records stay where they are: all processes have the same ones.
+    Records stay where they are: all processes have the same ones. ``check`` is called before each, and may raise.
     """
     found, skipped = [], []
     mine = range(state.process_index, len(records), state.num_processes)
     for i in tqdm(mine, desc="reading images", unit="img", disable=not state.is_main_process, mininterval=1):
+        check()
         try:
             if not records[i].captioned(instance_prompt).captions:
                 raise ImageError("no caption (a metadata file, a .txt file beside it, a column, or --instance_prompt)")

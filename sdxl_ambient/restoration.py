@@ -10,6 +10,7 @@ own, and holds the buffer of those alone. The buffer holds what the model drew, 
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Restoration:
         self.store, self.options, self.seed, self.rank = store, options, seed, rank
         self.purpose = f"restore {rank} of {processes}"
         self.samples: dict[str, torch.Tensor] = {}
+        self.drawn: dict[str, torch.Tensor] = {}  # in the step that is being taken; a checkpoint is of whole steps
 
     def batches(self, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
         """This process's batches of images, from micro-step ``start`` to before ``stop``; the same at every resume."""
@@ -88,7 +90,8 @@ class Restoration:
         Raises:
             FloatingPointError: what it drew is not finite.
         """
-        stale = [i for i, c in enumerate(batch.contents) if i < self.options.refresh or c not in self.samples]
+        known = ChainMap(self.drawn, self.samples)
+        stale = [i for i, c in enumerate(batch.contents) if i < self.options.refresh or c not in known]
         if stale:
             x_n, t_n = batch.x_n[stale], batch.t_n[stale]
             some = denoise.rows(stale)
@@ -96,11 +99,16 @@ class Restoration:
             x_0 = restore(some, schedule, x_n.to(some.device), t_n, self.options.steps, randomness).float().cpu()
             if not bool(torch.isfinite(x_0).all()):
                 raise FloatingPointError("restoring gave latents that are not finite; lower --learning_rate")
-            self.samples.update((batch.contents[i], as_shown(x_0[k], batch.flipped[i])) for k, i in enumerate(stale))
+            self.drawn.update((batch.contents[i], as_shown(x_0[k], batch.flipped[i])) for k, i in enumerate(stale))
         top = schedule.num_timesteps - 1
         t_max = torch.full_like(batch.t_n, top) if self.options.levels == "all" else batch.t_n
         shown = zip(batch.contents, batch.flipped, strict=True)
-        return Restored(torch.stack([as_shown(self.samples[content], flipped) for content, flipped in shown]), t_max)
+        return Restored(torch.stack([as_shown(known[content], flipped) for content, flipped in shown]), t_max)
+
+    def settle(self) -> None:
+        """The step is done: what it drew is kept. A step that fails, and is taken again at a resume, draws again."""
+        self.samples.update(self.drawn)
+        self.drawn.clear()
 
     def save(self, folder: Path) -> None:
         """Write this process's samples into a checkpoint's folder."""

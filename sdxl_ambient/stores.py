@@ -5,6 +5,8 @@ They hold noisy latents, but for the one of ``--low_noise clean``, which is a fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sdxl_ambient.data import LatentStore, Showing
@@ -18,10 +20,13 @@ UNPROTECTED = (
 )
 
 
-def open_stores(options: TrainOptions, accelerator, schedule, showing: Showing) -> tuple[LatentStore, LatentStore | None]:
+def open_stores(
+    options: TrainOptions, accelerator, schedule, showing: Showing, check: Callable[[], None] = lambda: None
+) -> tuple[LatentStore, LatentStore | None]:
     """The stores of noisy latents for training and for the held-out loss, made first where images were given.
 
-    With ``--low_noise clean`` the one of clean latents is made too, and the run says so.
+    With ``--low_noise clean`` the one of clean latents is made too, and the run says so. ``check`` is called between
+    pictures, and may raise.
     """
     train, heldout, clean = (options.stores[n] for n in ("latents_dir", "heldout_latents_dir", "clean_latents_dir"))
     todo = []
@@ -41,7 +46,7 @@ def open_stores(options: TrainOptions, accelerator, schedule, showing: Showing) 
             revision=options.revision,
             variant=options.variant,
         ).to(accelerator.device)
-        how = dict(keep_tokens=options.train_text_encoder, say=accelerator.print)
+        how = dict(keep_tokens=options.train_text_encoder, say=accelerator.print, check=check)
         for data_dir, store, told in todo:
             build_store(data_dir, store, encoders, schedule, options.geometry(), **told, **how)
         # VAE and text encoders are out of memory from here on.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ def write_texts(
     keep_tokens: bool,
     state: PartialState,
     say,
+    check: Callable[[], None] = lambda: None,
 ) -> dict:
     """Embed the pictures' captions and the empty one, which training shows in their place now and then. Returns what the
     manifest says of them."""
@@ -35,7 +36,7 @@ def write_texts(
     captions[hash_bytes(b"")] = ""
     # A store that has tokens keeps them, and those of the captions that it has now.
     keep_tokens = keep_tokens or (output_dir / TOKENS).exists()
-    found = {"prompts": write_prompts(output_dir, captions, encoders, shard_size, state)}
+    found = {"prompts": write_prompts(output_dir, captions, encoders, shard_size, state, check)}
     state.wait_for_everyone()
     if keep_tokens:
         found["tokens"] = TOKENS
@@ -46,7 +47,9 @@ def write_texts(
     return {**found, "counts": {"captions": count, "captions_cut": cut}}
 
 
-def write_prompts(output_dir: Path, captions: dict[str, str], encoders: Encoders, size: int, state: PartialState) -> dict:
+def write_prompts(
+    output_dir: Path, captions: dict[str, str], encoders: Encoders, size: int, state: PartialState, check=lambda: None
+) -> dict:
     """Embed every distinct caption that no shard holds yet. Returns caption hash → file name, over all processes.
 
     A shard's name starts with a hash of the text encoders and ends with one of its captions.
@@ -68,6 +71,7 @@ def write_prompts(output_dir: Path, captions: dict[str, str], encoders: Encoders
         for name, group in list(zip(names, groups, strict=True))[state.process_index :: state.num_processes]:
             tensors = {}
             for i in range(0, len(group), PROMPT_BATCH):
+                check()
                 keys = group[i : i + PROMPT_BATCH]
                 embeds, pooled = encode_prompts([captions[k] for k in keys], encoders.tokenizers, encoders.text_encoders)
                 for j, k in enumerate(keys):

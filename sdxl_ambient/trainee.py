@@ -85,15 +85,15 @@ def load_trainee(options: TrainOptions, accelerator, zero_empty: bool) -> Traine
         use_rslora=options.use_rslora,
         init=options.init_lora_weights,
     )
+    if options.train_text_encoder:
+        trainee.text_encoders = load_encoders(base, text_dtype=dtype, **where).text_encoders
     if not lora:
         trainable_to_float32(unet.requires_grad_(True))
     elif options.lora is not None:
-        trainee.record |= start_from(unet, options.lora, dropout=options.lora_dropout)
+        trainee.record |= start_from(unet, options.lora, trainee.text_encoders, dropout=options.lora_dropout)
     else:
         add_lora(unet, **how)
-    if options.train_text_encoder:
-        trainee.text_encoders = load_encoders(base, text_dtype=dtype, **where).text_encoders
-        add_text_lora(trainee.text_encoders, **how)
+    add_text_lora(trainee.text_encoders, **how)  # but to those that the file has given one
     if options.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     for module in trainee.modules:

@@ -24,10 +24,11 @@ def settle_twins(
             "ignore", for which nothing is looked for and None is found.
 
     Raises:
-        StoreError: any of them, where they are to be refused.
+        StoreError: any of them, or an exact copy, where they are to be refused.
     """
     if policy == "ignore":
         return list(pictures), [], None
+    _settle_copies(pictures, policy, say)
     found = _find(pictures, policy == "drop", state)
     if policy == "drop":
         return *_without(pictures, found), found
@@ -38,6 +39,22 @@ def settle_twins(
         )
     _report(found, say)
     return list(pictures), [], found
+
+
+def _settle_copies(pictures: Sequence[Scanned], policy: str, say) -> None:
+    """Files with the same pixels are one picture in every store, drawn once with all their captions; here they are told."""
+    first, copies = {}, []
+    for picture in pictures:
+        one = first.setdefault(picture.content, picture)
+        if one is not picture:
+            copies.append(f"{picture.record.name} of {one.record.name}")
+    if copies and policy == "refuse":
+        raise StoreError(
+            f"--near_duplicates refuse: {len(copies)} files are exact copies, the first is {copies[0]}. Remove them, or use "
+            "drop or report"
+        )
+    if copies:
+        say(f"note: {len(copies)} files are exact copies of others ({copies[0]}, …); each picture is drawn once")
 
 
 def _find(pictures: Sequence[Scanned], dropping: bool, state: PartialState) -> list[dict]:

@@ -346,6 +346,7 @@ def test_restored_samples_are_shown_as_their_images_are(store, unet, schedule):
     for batch in restoration.batches(0, 4):
         drawn, denoise = restoration.generators(batch), Denoiser(unet, batch.conditioning)
         x_0 = restoration.restored(batch, denoise, schedule, drawn).x_0
+        restoration.settle()
         # The first is drawn anew in every batch: from what is shown, not from its mirror image.
         again = Randomness(restoration.generators(batch)[:1], 1)
         want = restore(denoise.rows([0]), schedule, batch.x_n[:1], batch.t_n[:1], 2, again)

@@ -12,7 +12,7 @@ import torch
 from running import ENV, ROOT, SCRIPT, arguments, assert_identical, launch, states
 
 from sdxl_ambient.checkpoint import checkpoints
-from sdxl_ambient.interruption import Interruption, Rescue, Skipped, not_finite
+from sdxl_ambient.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
 from sdxl_ambient.manifest import read_json
 
 
@@ -25,6 +25,14 @@ def test_the_first_signal_is_noted_and_the_second_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_work_before_the_first_step_can_be_told_to_stop():
+    with Interruption() as interruption:
+        interruption.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            interruption.check()
 
 
 def test_the_time_limit_is_in_minutes_and_no_error():
@@ -48,6 +56,13 @@ def test_images_whose_loss_is_no_number_are_counted_over_a_resume():
     assert str(again) == "3 step(s) left out, their gradients weren't finite; images: b (2), c (1)"
 
 
+def test_only_overflows_are_left_to_float16s_gradient_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    assert overflowed(scaler, broken=False) and not overflowed(scaler, broken=True) and not overflowed(None, broken=False)
+    # A scale of 1 changes no gradient: it can't be what is too high.
+    assert not overflowed(torch.amp.GradScaler("cpu", init_scale=1.0), broken=False)
+
+
 class One:
     num_processes = 1
 
@@ -55,13 +70,16 @@ class One:
         self.said = text
 
 
-@pytest.mark.parametrize(("whole", "processes", "saved"), [(True, 1, [3]), (False, 1, []), (True, 2, [])])
-def test_the_last_whole_step_is_saved_with_its_random_state_before_an_error_leaves(whole, processes, saved):
+@pytest.mark.parametrize(
+    ("whole", "processes", "common", "saved"),
+    [(True, 1, (), [3]), (False, 1, (), []), (True, 2, (), []), (True, 2, RuntimeError, [3]), (True, 2, OSError, [])],
+)
+def test_the_last_whole_step_is_saved_with_its_random_state_before_an_error_leaves(whole, processes, common, saved):
     accelerator, done = One(), []
     accelerator.num_processes = processes
     with (
         pytest.raises(RuntimeError, match="no memory"),
-        Rescue(accelerator, lambda s: done.append((s, torch.rand(1))), 0) as rescue,
+        Rescue(accelerator, lambda s: done.append((s, torch.rand(1))), 0, common) as rescue,
     ):
         torch.manual_seed(5)
         rescue.finished(3)
@@ -102,10 +120,12 @@ def uninterrupted(pictures, tmp_path_factory):
     return output
 
 
-def start(uninterrupted, output, *more, before="", **changes):
+def start(uninterrupted, output, *more, before="", options=None, **changes):
     """The script as a process, on the finished run's store; ``before`` is Python that runs ahead of it."""
-    options = arguments(None, output, **{"max_train_steps": 8, "checkpointing_steps": 100, **changes})
-    options += ["--latents_dir", str(uninterrupted / "latents"), "--resume_from_checkpoint", "latest", *more]
+    if options is None:
+        options = arguments(None, output, **{"max_train_steps": 8, "checkpointing_steps": 100, **changes})
+        options += ["--latents_dir", str(uninterrupted / "latents"), "--resume_from_checkpoint", "latest"]
+    options = [*options, *more]
     code = f"import sys; sys.argv[0] = {SCRIPT[0]!r}\nimport train_sdxl_ambient as script\n{before}\nsys.exit(script.main())"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-u", "-c", code, *options], env=ENV, cwd=ROOT, **pipes)
@@ -158,6 +178,18 @@ def test_an_error_leaves_the_last_whole_step_behind(uninterrupted, tmp_path):
     assert_identical(states(tmp_path / "out/checkpoint-8"), states(uninterrupted / "checkpoint-8"))
 
 
+def test_an_error_in_a_step_that_restores_leaves_none_of_its_samples_behind(uninterrupted, tmp_path):
+    how = {"low_noise": "restore", "restore_steps": 1, "restore_teacher": "base", "restore_levels": "all"}
+    whole = start(uninterrupted, tmp_path / "whole", **how)
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    first = start(uninterrupted, tmp_path / "out", before=FAILING, **how)
+    said, _ = first.communicate(timeout=300)
+    assert first.returncode == 1 and "Saved step 2 before" in said
+    second = start(uninterrupted, tmp_path / "out", **how)
+    assert second.communicate(timeout=300) and second.returncode == 0
+    assert_identical(states(tmp_path / "out/checkpoint-8"), states(tmp_path / "whole/checkpoint-8"))
+
+
 def test_gradients_that_are_no_numbers_are_left_out_and_reported(uninterrupted, tmp_path):
     run = start(uninterrupted, tmp_path / "out", before=NAN)
     said, errors = run.communicate(timeout=300)
@@ -171,6 +203,55 @@ def test_gradients_that_are_no_numbers_are_left_out_and_reported(uninterrupted, 
     said, errors = run.communicate(timeout=300)
     assert run.returncode == 2 and "2 of them in a row; lower --learning_rate" in errors
     assert "Saved step 3" in said
+
+
+# float16's gradient scaler, which accelerate has on a GPU alone.
+SCALER = """
+class Scaled(script.Accelerator):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.scaler = script.torch.amp.GradScaler("cpu", init_scale=float(2**10))
+        self.native_amp = True
+script.Accelerator = Scaled
+"""
+
+
+def test_losses_that_are_no_numbers_are_counted_with_a_gradient_scaler_too(uninterrupted, tmp_path):
+    """It leaves out every step without finite gradients, and would go on so for ever without a word."""
+    run = start(uninterrupted, tmp_path / "out", before=SCALER + NAN)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-2000:]
+    assert "step 3: left out" in said and "step 4: left out; so far 2 step(s)" in said
+    always = NAN.replace("len(calls) in (3, 4)", "len(calls) >= 3")
+    run = start(uninterrupted, tmp_path / "strict", "--max_skipped_steps", "1", before=SCALER + always)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 2 and "2 of them in a row; lower --learning_rate" in errors
+    lora, _, _ = states(tmp_path / "strict/checkpoint-3")
+    assert all(torch.isfinite(weight).all() for weight in lora.values())
+
+
+def test_a_signal_while_images_are_encoded_ends_the_run_and_the_next_goes_on(pictures, tmp_path):
+    options = arguments(pictures, tmp_path / "out", max_train_steps=1)
+    told = """
+import os, signal
+import sdxl_ambient.latents as latents
+encode, calls = latents.encode_image, []
+def slow(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return encode(*arguments)
+latents.encode_image = slow
+"""
+    run = start(None, tmp_path / "out", "--shard_size", "2", before=told, options=options)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 143, errors[-2000:]
+    assert "Stopped by SIGTERM before the first step" in said
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/latents").glob("latents-*")}
+    assert len(shards) == 1 and not (tmp_path / "out/latents/manifest.json").exists()
+    run = start(None, tmp_path / "out", "--shard_size", "2", options=options)
+    assert run.communicate(timeout=300) and run.returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in shards} == shards
 
 
 def test_the_time_limit_stops_with_a_checkpoint(uninterrupted, tmp_path):

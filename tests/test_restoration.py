@@ -39,6 +39,7 @@ def drawn(restoration, unet, schedule, start, stop):
     for batch in restoration.batches(start, stop):
         denoise = Denoiser(unet, batch.conditioning)
         restored = restoration.restored(batch, denoise, schedule, restoration.generators(batch))
+        restoration.settle()
         out.append((batch.contents, restored.x_0, restored.t_max))
     return out
 
@@ -135,6 +136,21 @@ def test_clean_stores_have_no_low_levels(store, schedule):
     for low_noise in ("restore", "consistency"):
         with pytest.raises(StoreError, match=f"--low_noise: '{low_noise}' has nothing to do, .* holds clean latents"):
             check_stores(store, None, schedule, low_noise)
+
+
+def test_what_an_unfinished_step_drew_is_not_in_its_checkpoint(store, unet, schedule, tmp_path):
+    """A resume takes the step again, and must draw again what it drew."""
+    restoration = Restoration(store, HOW, seed=0)
+    (batch,) = restoration.batches(0, 1)
+    x_0 = restoration.restored(batch, Denoiser(unet, batch.conditioning), schedule, restoration.generators(batch)).x_0
+    restoration.save(tmp_path / "before")
+    restoration.settle()
+    restoration.save(tmp_path / "after")
+    before, after = (Restoration(store, HOW, seed=0) for _ in range(2))
+    before.load(tmp_path / "before")
+    after.load(tmp_path / "after")
+    assert not before.samples
+    assert_identical([after.samples[c] for c in batch.contents], list(x_0))
 
 
 def test_samples_that_are_not_finite_are_refused(store, schedule):
