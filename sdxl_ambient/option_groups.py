@@ -318,7 +318,7 @@ class LifeOptions:
 
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints", minimum=1)
     checkpoints_total_limit: int | None = option(None, "how many checkpoints are kept", minimum=1)
-    time_limit: float | None = option(None, "stop with a checkpoint after so many minutes of training", above=0)
+    time_limit: float | None = option(None, "stop with a checkpoint so many minutes after the start", above=0)
     max_skipped_steps: int = option(
         10, "steps in a row that may be left out because a gradient is not finite; one more is an error", minimum=0
     )

@@ -28,8 +28,14 @@ def settle_twins(
     """
     if policy == "ignore":
         return list(pictures), [], None
-    _settle_copies(pictures, policy, say)
-    found = _find(pictures, policy == "drop", state)
+    found, copies = _find(pictures, policy == "drop", state), _copies(pictures)
+    if copies and policy == "refuse" and not found:
+        raise StoreError(
+            f"--near_duplicates refuse: {len(copies)} files are exact copies, the first is {copies[0]}. Remove them, or use "
+            "drop or report"
+        )
+    if copies and policy != "refuse":
+        say(f"note: {len(copies)} files are exact copies, the first is {copies[0]}; each picture is drawn once")
     if policy == "drop":
         return *_without(pictures, found), found
     if found and policy == "refuse":
@@ -41,20 +47,14 @@ def settle_twins(
     return list(pictures), [], found
 
 
-def _settle_copies(pictures: Sequence[Scanned], policy: str, say) -> None:
-    """Files with the same pixels are one picture in every store, drawn once with all their captions; here they are told."""
+def _copies(pictures: Sequence[Scanned]) -> list[str]:
+    """Files with the pixels of an earlier one. They are one picture in every store, drawn once, with all their captions."""
     first, copies = {}, []
     for picture in pictures:
         one = first.setdefault(picture.content, picture)
         if one is not picture:
             copies.append(f"{picture.record.name} of {one.record.name}")
-    if copies and policy == "refuse":
-        raise StoreError(
-            f"--near_duplicates refuse: {len(copies)} files are exact copies, the first is {copies[0]}. Remove them, or use "
-            "drop or report"
-        )
-    if copies:
-        say(f"note: {len(copies)} files are exact copies of others ({copies[0]}, …); each picture is drawn once")
+    return copies
 
 
 def _find(pictures: Sequence[Scanned], dropping: bool, state: PartialState) -> list[dict]:

@@ -54,6 +54,17 @@ def error_line(run):
     return line
 
 
+def assert_same_updates(one, two, start):
+    """The same weights, and the same changes: of a small change a tolerance on weights alone would see nothing."""
+    assert one.keys() == two.keys() == start.keys()
+    apart = moved = 0.0
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=0)
+        apart += float((one[name].double() - two[name].double()).square().sum())
+        moved += float((one[name].double() - start[name].double()).square().sum())
+    assert moved > 0 and apart < 1e-4 * moved, (apart / moved) ** 0.5
+
+
 def states(folder):
     """Everything a checkpoint holds: weights, optimizer, scheduler."""
     optimizer = torch.load(folder / "optimizer.bin", weights_only=True)

@@ -104,6 +104,8 @@ def test_each_wrong_value_is_named_in_one_line(tmp_path, capsys, key, value, mes
         ("steps:\n", "--steps: a value is required, a whole number"),
         ("steps: true\n", "--steps: True is not a whole number"),
         ("3: 4\n", "unknown option '3'"),
+        ("steps: 1\nname: a\nsteps: 2\n", "'steps' is given twice"),
+        ("name: {<<: {a: b}}\n", "--name: {'a': 'b'} is not a text"),
     ],
 )
 def test_broken_files_are_named_in_one_line(tmp_path, text, message):

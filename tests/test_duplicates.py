@@ -161,8 +161,9 @@ def test_near_duplicates_are_reported_dropped_refused_or_ignored(album):
     kept, dropped, found = settled(album, "report", said)
     assert len(kept) == 5 and not dropped
     assert [(t["file"], t["shows"], t["mirrored"]) for t in found] == [("c.png", "a.png", False), ("d.png", "a.png", True)]
-    assert said[0].startswith("note: 2 images show another one again; two noisy latents of one picture tell more of it")
-    assert said[1:] == ["  c.png: near-duplicate of a.png", "  d.png: near-duplicate of a.png (mirrored)"]
+    assert said[0] == "note: 1 files are exact copies, the first is b.png of a.png; each picture is drawn once"
+    assert said[1].startswith("note: 2 images show another one again; two noisy latents of one picture tell more of it")
+    assert said[2:] == ["  c.png: near-duplicate of a.png", "  d.png: near-duplicate of a.png (mirrored)"]
     kept, dropped, _ = settled(album, "drop")
     assert kept == ["a.png", "b.png", "e.png"]  # an exact copy shares its draw
     assert dropped == [
@@ -173,6 +174,13 @@ def test_near_duplicates_are_reported_dropped_refused_or_ignored(album):
         StoreError, match="--near_duplicates refuse: 2 images show another one again, the first is c.png: near"
     ):
         settled(album, "refuse")
+    for name in "cd":
+        (album / f"{name}.png").unlink()
+    with pytest.raises(StoreError, match="--near_duplicates refuse: 1 files are exact copies, the first is b.png of a.png"):
+        settled(album, "refuse")
+
+
+def test_they_may_be_ignored(album):
     assert settled(album, "ignore") == (["a.png", "b.png", "c.png", "d.png", "e.png"], [], None)
 
 
@@ -190,7 +198,7 @@ def test_no_more_than_twenty_are_printed(album):
         (album / f"x{i:02d}.txt").write_text("a caption")
     said = []
     _, _, found = settled(album, "report", said)
-    assert len(found) == 27 and len(said) == 22 and said[-1] == "  … and 7 more, all listed in manifest.json"
+    assert len(found) == 27 and len(said) == 23 and said[-1] == "  … and 7 more, all listed in manifest.json"
 
 
 def test_a_store_tells_what_was_found_and_refuses_to_lose_pictures(album, build, tmp_path):

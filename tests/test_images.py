@@ -136,6 +136,25 @@ def test_captions_come_from_metadata_and_text_files(emoji):
     assert captions == {**{row["file_name"]: row["text"] for row in rows}, "one.png": "from a file"}
 
 
+def test_a_subfolders_metadata_counts_for_what_is_in_it(emoji):
+    """As in ``load_dataset("imagefolder")``: data/train/metadata.jsonl; the one that stands nearest says it."""
+    own = emoji / "train" / "more"
+    own.mkdir(parents=True)
+    paths = sorted(emoji.glob("*.png"))
+    for path in paths[:2]:
+        (own / path.name).write_bytes(path.read_bytes())
+    rows = [{"file_name": f"more/{path.name}", "text": "outer"} for path in paths[:2]]
+    (emoji / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (own / "metadata.csv").write_text(f"file_name,text\n{paths[1].name},inner\n")
+    captions = {r.name: r.caption for r in list_images(emoji)}
+    assert captions[f"train/more/{paths[0].name}"] == "outer" and captions[f"train/more/{paths[1].name}"] == "inner"
+    assert len(captions) == 8 and all(captions.values())
+    assert {r.caption for r in list_images(emoji / "train")} == {"outer", "inner"}
+    (own / "metadata.csv").write_text("file_name,text\ngone.png,a\n")
+    with pytest.raises(ImagesMissing, match="more/metadata.csv, line 2: 'gone.png' is not in the folder"):
+        list_images(emoji)
+
+
 def test_pictures_without_a_caption_have_none(emoji):
     (emoji / "metadata.jsonl").unlink()
     assert [r.caption for r in list_images(emoji)] == [None] * 6

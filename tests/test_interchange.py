@@ -259,7 +259,9 @@ def test_text_encoders_go_along(miniature, all_parts, config, tmp_path, layout):
         for got, wanted in zip(all_outputs(load_pipeline(str(miniature), lora=lora)), want, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
     assert_same(to_kohya(from_kohya(file, config), layout, config=config)[0], state)
-    with pytest.raises(InterchangeError, match="weights of text_encoder and text_encoder_2; only one of the UNet alone"):
+    with pytest.raises(
+        InterchangeError, match="weights of text_encoder and text_encoder_2; they are trained on with --train_te"
+    ):
         attach(copy.deepcopy(pipe.unet), from_kohya(file, config))
 
 
@@ -591,6 +593,41 @@ def test_training_starts_from_any_format(unet, tuned, loras, config, tmp_path, k
     assert ours.peft_config["default"].lora_dropout == 0.1
 
 
+@pytest.mark.parametrize("kind", ["diffusers", "kohya"])
+def test_training_starts_from_a_lora_of_all_parts(unet, all_parts, config, miniature, tmp_path, kind):
+    pipe, folder = all_parts
+    file = write(tmp_path / "all.safetensors", *to_kohya(folder / LORA, config=config)) if kind == "kohya" else folder / LORA
+    fresh = load_pipeline(str(miniature))
+    encoders = fresh.text_encoder, fresh.text_encoder_2
+    start_from(fresh.unet, file, encoders)
+    for ours, theirs in zip(all_outputs(fresh), all_outputs(pipe), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    trained = {n for encoder in encoders for n, p in encoder.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    # SDXL never reads the first encoder's last layer.
+    last = f"layers.{fresh.text_encoder.config.num_hidden_layers - 1}."
+    assert not any(p.requires_grad for n, p in fresh.text_encoder.named_parameters() if last in n)
+    assert any(p.requires_grad for n, p in fresh.text_encoder_2.named_parameters() if last in n)
+    # Saved, it is what it was; and a resume finds the same weights to load.
+    saved = save_lora(fresh.unet, tmp_path / "out", INFO, encoders)
+    load_lora_state(fresh.unet, saved, encoders)
+    again = read_adapter(saved, config)
+    assert {p: {n: w.alpha for n, w in again.parts[p].items()} for p in PARTS} == {
+        p: {n: w.alpha for n, w in read_adapter(file, config).parts[p].items()} for p in PARTS
+    }
+
+
+def test_text_encoders_that_a_lora_says_nothing_of_get_a_new_one(unet, loras, miniature):
+    pipe = load_pipeline(str(miniature))
+    encoders = pipe.text_encoder, pipe.text_encoder_2
+    start_from(pipe.unet, loras / "plain", encoders)
+    assert not any("lora_" in name for encoder in encoders for name, _ in encoder.named_parameters())
+    add_text_lora(encoders, rank=2, alpha=2)
+    count = sum("lora_" in name for encoder in encoders for name, _ in encoder.named_parameters())
+    add_text_lora(encoders, rank=3, alpha=2)
+    assert count == sum("lora_" in name for encoder in encoders for name, _ in encoder.named_parameters()) > 0
+
+
 def test_a_half_precision_base_does_not_round_the_lora(miniature, tuned, loras):
     half = load_unet(miniature, dtype=torch.bfloat16)
     start_from(half, loras / "dora")
@@ -601,7 +638,11 @@ def test_a_lora_that_training_can_not_start_from_is_one_line(unet, loras, all_pa
     file = write(tmp_path / "cut.safetensors", load_file(loras / "plain" / LORA))
     file.write_bytes(file.read_bytes()[:-8])
     other = write(tmp_path / "other.safetensors", {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 1)})
-    cases = [(all_parts[1], "weights of text_encoder and"), (file, "can't be read"), (other, "no module of the base")]
+    cases = [
+        (all_parts[1], "weights of text_encoder and text_encoder_2; .* --train_text_encoder"),
+        (file, "can't be read"),
+        (other, "no module of the base"),
+    ]
     for path, message in [*cases, (tmp_path / "nothing", "no .*nothing"), (tmp_path, "holds 2 LoRA files; give one")]:
         fresh = copy.deepcopy(unet)
         with pytest.raises(InterchangeError, match=f"--lora: .*{message}") as error:

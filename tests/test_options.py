@@ -1,6 +1,8 @@
 """The options of encoding and training: documented, and checked against each other before anything is loaded."""
 
 import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,31 @@ def test_every_option_is_documented():
     assert {f.name for _, own in groups() for f in own} == fields.keys()
     for name, field in fields.items():
         assert len(field.metadata["help"]) > 5, name
+
+
+# What numbers are in, or counts of what.
+UNITS = re.compile(
+    r"pixels|timesteps?|minutes|(optimizer|sampler|reverse) steps|steps in a row|samples|images|latents|captions|evaluations"
+    r"|forward passes|passes over|validations|checkpoints|processes|cycles|equal ranges|\bpart of\b"
+)
+# Numbers without a unit: rates, factors, weights of losses, exponents.
+PLAIN = {
+    "rank", "lora_alpha", "lora_dropout", "text_encoder_lr", "snr_gamma", "balance_cap", "consistency_weight",
+    "restore_weight", "clean_weight", "ema_decay", "seed", "learning_rate", "lr_power", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "restore_refresh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])
+def test_help_says_what_every_flag_is_and_what_numbers_are_in(cls, capsys):
+    with pytest.raises(SystemExit):
+        load_options(cls, ["--help"], prog="script")
+    shown, hints = " ".join(capsys.readouterr().out.split()), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        text = field.metadata["help"]
+        assert f"--{field.name} " in shown and " ".join(text.split())[:12] in shown, field.name
+        if hints[field.name] in (int, float, int | None, float | None):
+            assert UNITS.search(text) or field.name in PLAIN, field.name
 
 
 @pytest.mark.parametrize("cls", [LatentsOptions, TrainOptions])

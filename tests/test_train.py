@@ -1,5 +1,6 @@
 """The training script, run as users run it: through accelerate launch, on real emoji and the shipped miniature."""
 
+import gc
 import json
 import re
 import shutil
@@ -11,9 +12,25 @@ import time
 import pytest
 import torch
 from conftest import copy_emoji
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from running import ENV, ROOT, SCRIPT, arguments, assert_identical, error_line, launch, states, train_here
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from running import (
+    ENV,
+    ROOT,
+    SCRIPT,
+    arguments,
+    assert_identical,
+    assert_same_updates,
+    error_line,
+    launch,
+    states,
+    train_here,
+)
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_ambient.pipeline import sample
+
+FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +138,12 @@ def test_two_processes_see_what_one_sees(emoji, tmp_path, finetune):
     assert run.stdout.count("4 samples each") == 1  # two processes of two samples, one of which speaks
     file = {"lora": "pytorch_lora_weights.safetensors", "full": "unet/diffusion_pytorch_model.safetensors"}[finetune]
     one, two = (load_file(d / file) for d in (single, double))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=1e-3)
-    if finetune == "lora":
-        assert max(float(w.abs().max()) for name, w in one.items() if "lora_B" in name) > 1e-4
-        return
-    start = UNet2DConditionModel.from_pretrained(ROOT / "miniature/pipeline", subfolder="unet").state_dict()
-    assert max(float((w - start[name]).abs().max()) for name, w in one.items()) > 1e-5
+    start = {name: torch.zeros_like(w) for name, w in one.items()}  # lora_A starts at random, the same in both
+    if finetune == "full":
+        start = UNet2DConditionModel.from_pretrained(ROOT / "miniature/pipeline", subfolder="unet").state_dict()
+    else:
+        one, two, start = ({n: w for n, w in state.items() if "lora_B" in n} for state in (one, two, start))
+    assert_same_updates(one, two, start)
 
 
 def test_full_finetune_gives_a_loadable_unet(emoji, tmp_path):
@@ -164,6 +180,55 @@ def test_heldout_loss_keeps_the_best_and_validation_draws_images(emoji, tmp_path
     for sampler in ("hybrid", "early_stop"):
         assert (output / f"validation/step-000004/{sampler}/01-00.png").is_file()
     assert list((output / "logs").rglob("events.out.tfevents.*"))
+
+
+def alive():
+    """The models that are in memory beside UNets, and how many UNets there are."""
+    found = [o for o in gc.get_objects() if isinstance(o, (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection))]
+    return {id(o) for o in found}, sum(isinstance(o, UNet2DConditionModel) for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_only_the_unet_is_in_memory_while_training(emoji, tmp_path, monkeypatch, finetune):
+    """Neither VAE nor text encoders, before a validation or after it; and of a full fine-tune no second UNet."""
+    import train_sdxl_ambient
+
+    gc.collect()
+    (others, unets), objective, seen, inside = alive(), train_sdxl_ambient.ambient_objective, [], []
+
+    def watched(*arguments):
+        models, count = alive()
+        seen.append((len(models - others), count - unets))
+        return objective(*arguments)
+
+    def drawing(pipe, *arguments, base_unet=None, **keywords):
+        parts = {name: getattr(pipe, name).dtype for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+        inside.append({**parts, "base": None if base_unet is None else base_unet.dtype})
+        return sample(pipe, *arguments, base_unet=base_unet, **keywords)
+
+    monkeypatch.setattr(train_sdxl_ambient, "ambient_objective", watched)
+    monkeypatch.setattr("sdxl_ambient.pictures.sample", drawing)
+    changes = dict(
+        finetune=finetune, max_train_steps=2, validation_steps=1, validation_prompt="cat", num_validation_images=1,
+        validation_inference_steps=2, mixed_precision="bf16",
+    )  # fmt: skip
+    assert train_here(arguments(emoji, tmp_path / "run", **changes)) == 0
+    assert seen == [(0, 1)] * 2
+    half = dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), torch.bfloat16)
+    unet = {"lora": (torch.bfloat16, None), "full": (torch.float32, torch.bfloat16)}[finetune]
+    assert inside == [{**half, **dict(zip(("unet", "base"), unet, strict=True))}] * 2
+
+
+def test_accumulated_batches_give_what_one_batch_gives(emoji, tmp_path):
+    """The same weights, and the same learning rates at the same steps."""
+    common = dict(max_train_steps=3, latents_dir=tmp_path / "latents", lora_dropout=0, adam_epsilon=1.0, learning_rate=1.0)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_here(arguments(emoji, whole, **common, train_batch_size=4)) == 0
+    assert train_here(arguments(emoji, parts, **common, train_batch_size=2, gradient_accumulation_steps=2)) == 0
+    one, two = ({n: w for n, w in load_file(d / FILE).items() if "lora_B" in n} for d in (whole, parts))
+    assert_same_updates(one, two, {name: torch.zeros_like(w) for name, w in one.items()})
+    schedules = [torch.load(d / "checkpoint-2/custom_checkpoint_0.pkl", weights_only=True) for d in (whole, parts)]
+    assert schedules[0] == schedules[1]
 
 
 def test_key_is_in_no_artefact(uninterrupted):
