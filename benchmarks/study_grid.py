@@ -53,6 +53,7 @@ METHODS = {
     "clean": Method("plain fine-tuning", CLEAN, lengths=(75, 150, STEPS), noisy=False),
     "clean_rank2": Method("plain, rank 2", {**CLEAN, "rank": 2}, noisy=False),
     "clean_decay": Method("plain, weight decay 1", {**CLEAN, "adam_weight_decay": 1.0}, noisy=False),
+    "clean_early": Method("plain, stopped by the held-out loss", {**CLEAN, **STOPPED}, noisy=False, tuned=True),
     "dp_sgd": Method("DP-SGD, ε = 10", PRIVATE, lengths=(PRIVATE["max_train_steps"],), noisy=False, trainer="dp"),
     "skip": Method("ambient, nothing below t_n", {"low_noise": "skip"}),
     "skip_short": Method(
@@ -134,7 +135,7 @@ REDUCED = [
     *cells(("clean_rank2", "dp_sgd"), (), (32,)),
 ]
 # Three seeds leave Student's t so wide that the main claim stays undecided.
-MORE_SEEDS = cells(("restore_base", "clean", "base"), (800,), (32,), (3, 4, 5))
+MORE_SEEDS = cells(("restore_base", "clean", "base", "skip_early", "clean_early"), (800,), (32,), (3, 4, 5))
 # What could make the ambient loss alone work with few pictures.
 RESCUE = cells(("skip_short", "skip_rank2", "skip_dropout", "skip_near", "skip_early"), (500, 800), (32,))
 # Everything, the reduced grid first, then what tells most.
@@ -143,11 +144,11 @@ FULL = list(
         [
             *REDUCED,
             *MORE_SEEDS,
-            *cells(("clean_decay",), (), (32,)),
+            *cells(("clean_decay", "clean_early"), (), (32,)),
             *cells(("skip", "consistency"), (100, 800), (32,)),
             *RESCUE,
             *cells(("base", "clean"), (), (128,)),
-            *cells(("restore_base", "skip"), (800,), (128,)),
+            *cells(("clean_early", "skip_early", "restore_base"), (800,), (128,)),
             *cells(("skip", "restore_base", "consistency"), (100, 300, 800), (32,)),
             *cells(METHODS, LEVELS, (32,)),
             *cells(METHODS, LEVELS, (128,)),
