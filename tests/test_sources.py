@@ -235,6 +235,9 @@ def test_two_processes_share_one_copy_and_see_one_order(tmp_path, broken, emoji)
         "except ValueError as error:\n"
         "    said = f'error: {error}'\n"
         "sys.stdout.write(said + '\\n')\n"  # at once, as the other process writes too
+        "sys.stdout.flush()\n"
+        "state.wait_for_everyone()\n"
+        "state.destroy_process_group()\n"  # else the one that ends first may take the other with it
     )
     (tmp_path / "program.py").write_text(program)
     run = subprocess.run(
