@@ -570,4 +570,4 @@ def test_latents_have_the_sizes_of_their_buckets(encoders, schedule, photographs
 def test_a_store_is_told_every_option_of_it():
     parameters = {n for n, p in inspect.signature(build_store).parameters.items() if p.kind is p.KEYWORD_ONLY}
     options = LatentsOptions(train_data_dir="a", output_dir="b")
-    assert parameters - {"keep_tokens", "state", "say"} == options.of_a_store().keys()
+    assert parameters - {"keep_tokens", "state", "say", "check"} == options.of_a_store().keys()
