@@ -189,10 +189,11 @@ def noisy_rows(table: Sequence[dict], size: int) -> list[dict]:
 
 
 def best_trade(table: Sequence[dict], size: int) -> dict | None:
-    """Of the noisy methods the one with the least worst excess among those whose FD is at most 1.1 times the clean one's."""
+    """Of the noisy methods whose FD is at most 1.1 times the clean one's the one that surely copies least: whose worst
+    excess has the lowest upper end, so that few seeds are no advantage."""
     clean = pick(table, "clean", size, sampler="full")
     fit = [r for r in noisy_rows(table, size) if clean and r["fd"]["value"] <= 1.1 * clean["fd"]["value"]]
-    return min(fit, key=lambda r: r["worst_excess"]["value"], default=None)
+    return min(fit, key=lambda r: r["worst_excess"]["high"], default=None)
 
 
 def claims(table: Sequence[dict]) -> list[dict]:
@@ -220,9 +221,11 @@ def _less(table, size) -> list[dict]:
 
 
 def _works(table, size) -> list[dict]:
-    """What is aimed at, asked of every method as its user samples it: a fifth of the copying at a tenth more distance."""
+    """What is aimed at, asked of every method: a fifth of the copying at a tenth more distance. Sampled full or hybrid."""
     clean, made = pick(table, "clean", size, sampler="full"), []
     for row in noisy_rows(table, size) if clean and copies(clean) else []:
+        if row["sampler"] == "early_stop":
+            continue
         cut = 1 - row["worst_excess"]["value"] / clean["worst_excess"]["value"]
         ratio = row["fd"]["value"] / clean["fd"]["value"]
         both = contrast(row, clean, "worst_by_seed", 0.2), contrast(row, clean, "fd_by_seed", 1.1)
@@ -299,7 +302,7 @@ def _cheaper(table, size) -> list[dict]:
     rival = min(equal, key=lambda r: r["worst_excess"]["value"])
     figure = (
         f"{percent(row['worst_excess'])} at FD {row['fd']['value']:.2f} against {percent(rival['worst_excess'])} at "
-        f"{rival['fd']['value']:.2f} ({label(rival)}, {rival['steps']} steps, {rival['sampler']})"
+        f"{rival['fd']['value']:.2f} ({label(rival)}, {_steps(rival)} steps, {rival['sampler']})"
     )
     return [_claim(says, contrast(row, rival, "worst_by_seed", 1.0), figure)]
 
@@ -307,9 +310,10 @@ def _cheaper(table, size) -> list[dict]:
 def _less_told(table, size) -> list[dict]:
     """Attacks see what samplers do not show."""
     row, made = best_trade(table, size), []
-    for steps in sorted({r["steps"] for r in table if r["method"] == "clean" and r["size"] == size}) if row else []:
-        clean = pick(table, "clean", size, steps=steps, sampler="full")
-        says = f"{size} images: {label(row)}: attacks tell less than on plain fine-tuning stopped at {steps} steps (AUC)"
+    controls = [r for r in table if r["size"] == size and r["sampler"] == "full"] if row else []
+    for clean in (r for r in controls if r["method"] in ("clean", "clean_early")):
+        where = "by its held-out loss" if clean["method"] == "clean_early" else f"after {clean['steps']} steps"
+        says = f"{size} images: {label(row)}: attacks tell less than on plain fine-tuning stopped {where} (AUC)"
         figure = f"{number(row['auc'])} against {number(clean['auc'])}"
         made.append(_claim(says, contrast(row, clean, "auc_by_seed", 1.0), figure))
     return made
