@@ -139,11 +139,12 @@ def write_pages(record: dict) -> None:
 
 
 def draw(table: Sequence[dict], folder: Path) -> None:
-    sizes = sorted({row["size"] for row in table})
-    figure, axes = plt.subplots(1, len(sizes), figsize=(6.2 * len(sizes), 5), squeeze=False)
-    for size, axis in zip(sizes, axes[0], strict=True):
-        _pareto(axis, [row for row in table if row["size"] == size], size)
-    axes[0][0].set_ylabel("memorised excess, worst sampler")
+    shown = [row for row in table if row["sampler"] != "early_stop"]  # far to the right, and with the excess of hybrid
+    sizes = [s for s in sorted({row["size"] for row in shown}) if sum(row["size"] == s for row in shown) > 1]
+    figure, axes = plt.subplots(len(sizes), 1, figsize=(10, 5.5 * len(sizes)), squeeze=False)
+    for size, axis in zip(sizes, axes[:, 0], strict=True):
+        _pareto(axis, [row for row in shown if row["size"] == size], size)
+        axis.set_ylabel("memorised excess, worst sampler")
     _save(figure, folder / "study_pareto.png")
     levels = {(r["method"], r["t_n"]) for r in noisy_rows(table, MAIN_SIZE)}
     swept = sorted({m for m, _ in levels if sum(one == m for one, _ in levels) > 1})
@@ -177,9 +178,9 @@ def _pareto(axis, table: Sequence[dict], size: int) -> None:
     axis.set_xlabel("Fréchet distance to held-out, pooled pixels")
     low, high = (sorted(row["fd"]["value"] for row in table)[i] for i in (0, -1))
     axis.set_xlim(low - 0.5, high + 0.5)
-    axis.set_ylim(-0.25, 1.35)
+    axis.set_ylim(-0.1, 1.0)
     axis.axhline(0, color="0.8", lw=0.8, zorder=0)
-    axis.legend(fontsize=6.5, loc="upper left", ncol=2, markerscale=0.5, frameon=False)
+    axis.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1.01, 1.0), markerscale=0.5, frameon=False)
 
 
 def _short(row: dict) -> str:
