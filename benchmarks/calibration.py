@@ -56,7 +56,9 @@ def once(share: float, seed: int, n_train: int, n_heldout: int, n_generated: int
     train, heldout = source.draw(n_train), source.draw(n_heldout)
     copied = generator.binomial(n_generated, share)
     generated = np.concatenate([source.copies(train, copied), source.draw(n_generated - copied)])
-    null, found, planted = (nearest(x, train, 1)[0][:, 0] for x in (heldout, generated, source.copies(train, n_planted)))
+    null, found, planted = (
+        nearest(x, train, 1)[0][:, 0] for x in (heldout, generated, source.copies(train, n_planted))
+    )
     tau = threshold(null, ALPHA)
     above, recalled = int((found > tau).sum()), int((planted > tau).sum())
     estimate = copied_share(above, n_generated, recalled, n_planted, n_heldout, ALPHA, CONFIDENCE, draws=20_000, seed=seed)

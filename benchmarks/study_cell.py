@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from eval.memorization import Embedding, embed_sets, plant, read_sets
 from eval.options import Options
 from eval.samplers import Sampler
 from eval.summary import References, make_references, sampler_figures, threshold_figures
-from sdxl_ambient.manifest import write_json
+from sdxl_ambient.manifest import read_json, write_json
 from sdxl_ambient.validation import HELDOUT_FILE
 
 GUIDANCE, SAMPLING_STEPS, IMAGES = 2.0, 15, 64
@@ -96,7 +95,7 @@ def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
     *earlier, last = cell.lengths
     cost |= {"steps": last, "resumed": resumed}
     if cell.how.tuned:
-        found = json.loads((output / HELDOUT_FILE).read_text())
+        found = read_json(output / HELDOUT_FILE)
         return {last: output / "best"}, {**cost, "steps": found["losses"][-1]["step"], "kept_step": found["best"][0]}
     return {s: output / f"checkpoint-{s}" for s in earlier} | {last: output}, cost
 

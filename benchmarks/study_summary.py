@@ -231,7 +231,8 @@ def _works(table, size) -> list[dict]:
         both = contrast(row, clean, "worst_by_seed", 0.2), contrast(row, clean, "fd_by_seed", 1.1)
         sampled = f", {row['sampler']}" if row["sampler"] != "full" else ""
         says = f"{size} images: {label(row)}{sampled}: excess cut by at least 80 % and FD at most 10 % above plain's"
-        made.append({**_claim(says, both[0], f"cut by {cut:.0%}, FD × {ratio:.2f}"), "verdict": judged_all(both)})
+        found = _claim(says, both[0], f"cut by {cut:.0%}, FD × {ratio:.2f}")
+        made.append({**found, "verdict": judged_all(both), "contrast_fd": plain(both[1])})
     return made
 
 

@@ -1,6 +1,6 @@
 """Encoding and generation at SDXL's real size, with random weights: pictures per second and peak memory. For a GPU.
 
-python -m benchmarks.throughput --json benchmarks/results/throughput-gpu.json
+    python -m benchmarks.throughput --json benchmarks/results/throughput-gpu.json
 """
 
 from __future__ import annotations
