@@ -98,10 +98,10 @@ def _for_file(part: str, model, state=None) -> tuple[dict[str, torch.Tensor], di
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
     config["base_model_name_or_path"] = None  # where it lies on this machine is nobody's business
     weights, config = on_the_base(model, lora_state(model, state), config)
-    return {_in_file(part, name): tensor for name, tensor in weights.items()}, config
+    return {in_file(part, name): tensor for name, tensor in weights.items()}, config
 
 
-def _in_file(part: str, name: str) -> str:
+def in_file(part: str, name: str) -> str:
     """Text encoders have their layers in text_model or not, by the version of transformers; loaders take this for both.
 
     transformers drops DoRA's magnitudes under the name that peft gives them.
@@ -181,7 +181,7 @@ def load_lora_state(unet, path: str | Path, text_encoders: Sequence | None = Non
         shapes = f"{tuple(stored[wrong[0]].shape)} instead of {tuple(want[wrong[0]])}"
         raise CheckpointError(f"{path} holds a LoRA of another shape: {wrong[0]} is {shapes}")
     for part, model in parts.items():
-        state = {name: stored[f"{part}.{_in_file(part, name)}"] for name in lora_state(model)}
+        state = {name: stored[f"{part}.{in_file(part, name)}"] for name in lora_state(model)}
         if changes_base(model):
             state, initial = taken_apart(state)
             rebase(model, initial)

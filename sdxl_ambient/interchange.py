@@ -36,6 +36,7 @@ from sdxl_ambient.checkpoint import (
     ARCHITECTURE,
     LORA_FILE,
     CheckpointError,
+    in_file,
     lora_metadata,
     lora_state,
     model_metadata,
@@ -44,6 +45,7 @@ from sdxl_ambient.checkpoint import (
 )
 from sdxl_ambient.lora import trainable_to_float32
 from sdxl_ambient.manifest import hash_file
+from sdxl_ambient.models import one_line
 
 LAYOUTS = ("sgm", "diffusers")
 GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's name for whose names these are
@@ -582,20 +584,15 @@ def _attach(model, part: str, adapter: Adapter, state: dict[str, torch.Tensor], 
     try:
         model.add_adapter(LoraConfig(**adapter.peft_config(part), lora_dropout=dropout), adapter_name="default")
     except ValueError as error:
-        raise InterchangeError(f"the LoRA doesn't fit the {part}: {' '.join(str(error).split())[:200]}") from None
+        raise InterchangeError(f"the LoRA doesn't fit the {part}: {one_line(error)}") from None
     trainable_to_float32(model)  # before the weights, which a half base's dtype would round
-    # Whether a text encoder's names start with text_model, and how its magnitudes end, is the library's version's.
-    own, given = ({_plainly(name, part): name for name in names} for names in (lora_state(model), state))
-    if odd := sorted(own.keys() ^ given.keys()):
+    own = {f"{part}.{in_file(part, name)}": name for name in lora_state(model)}
+    if odd := sorted(own.keys() ^ state.keys()):
         raise InterchangeError(f"the LoRA doesn't fit the {part}: {odd[0]}")
     try:
-        set_peft_model_state_dict(model, {own[n]: state[given[n]] for n in own}, adapter_name="default")
+        set_peft_model_state_dict(model, {name: state[stored] for stored, name in own.items()}, adapter_name="default")
     except RuntimeError as error:
-        raise InterchangeError(f"the LoRA doesn't fit the {part}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _plainly(name: str, part: str) -> str:
-    return re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name.removeprefix(f"{part}.").removeprefix("text_model."))
+        raise InterchangeError(f"the LoRA doesn't fit the {part}: {one_line(error)}") from None
 
 
 def start_from(
