@@ -26,30 +26,39 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gathe
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from sdxl_ambient.averaging import Average
-from sdxl_ambient.checkpoint import CheckpointError, refuse_to_overwrite, register_lora_hooks, save_checkpoint
-from sdxl_ambient.clean_levels import CleanLevels
-from sdxl_ambient.config import OptionError, parse_options
-from sdxl_ambient.data import LatentStore, Showing, Stream, check_stores, loader, small_groups, spoken_levels
-from sdxl_ambient.dryrun import dry_run
-from sdxl_ambient.hub import HubError, check_hub, push, repository
-from sdxl_ambient.images import ImagesMissing
-from sdxl_ambient.interchange import InterchangeError
-from sdxl_ambient.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
-from sdxl_ambient.manifest import environment, write_json
-from sdxl_ambient.meter import Meter
-from sdxl_ambient.models import Denoiser, ModelError, check_sdxl, load_schedule
+from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import (
+    CheckpointError,
+    HubError,
+    ImagesMissing,
+    InterchangeError,
+    ModelError,
+    NoiseKeyError,
+    OptionError,
+    StoreError,
+)
+from sdxl_ambient.hub.upload import check_hub, push, repository
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.objective import ambient_objective
-from sdxl_ambient.observation import NoiseKeyError
-from sdxl_ambient.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
-from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.plan import StoreError
-from sdxl_ambient.restoration import Restoration
-from sdxl_ambient.runs import find_start, run_record, training_info
-from sdxl_ambient.sharding import as_number, check_sharding, full_state, is_sharded, tell_deepspeed
-from sdxl_ambient.stores import open_stores
-from sdxl_ambient.trainee import load_trainee
-from sdxl_ambient.validation import Validation
+from sdxl_ambient.provenance import environment, write_json
+from sdxl_ambient.store.batches import Stream, loader, small_groups
+from sdxl_ambient.store.checks import check_stores, spoken_levels
+from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.training.checkpoint import refuse_to_overwrite, register_lora_hooks, save_checkpoint
+from sdxl_ambient.training.clean_levels import CleanLevels
+from sdxl_ambient.training.distributed import as_number, check_sharding, full_state, is_sharded, tell_deepspeed
+from sdxl_ambient.training.dry_run import dry_run
+from sdxl_ambient.training.ema import Average
+from sdxl_ambient.training.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
+from sdxl_ambient.training.model import load_trainee
+from sdxl_ambient.training.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
+from sdxl_ambient.training.posterior_buffer import Restoration
+from sdxl_ambient.training.progress import Meter
+from sdxl_ambient.training.resume import find_start, run_record, training_info
+from sdxl_ambient.training.stores import open_stores
+from sdxl_ambient.training.validation import Validation
 
 logger = get_logger(__name__)
 USER_ERRORS = (

@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import ROOT, target, write_record
-from sdxl_ambient.data import Batch, LatentStore, Showing, Stream, loader
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.models import Denoiser, load_encoders, load_schedule, load_unet
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.models.load import load_encoders, load_schedule, load_unet
+from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
+from sdxl_ambient.store.batches import Batch, Stream, loader
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.reader import LatentStore, Showing
 
 MINIATURE = ROOT / "miniature/pipeline"
 IMAGES = ROOT / "miniature/data/finetune"

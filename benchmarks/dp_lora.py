@@ -41,18 +41,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sdxl_ambient.checkpoint import LORA_FILE, save_lora
-from sdxl_ambient.config import OptionError, build_options, option, parse_options
-from sdxl_ambient.data import Batch, LatentStore, check_stores, collate, levels_of, sample_generator, spoken_levels
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.manifest import write_json
-from sdxl_ambient.models import Denoiser, ModelError, load_schedule, load_unet
-from sdxl_ambient.noise import CLEAN, NoiseSchedule
+from sdxl_ambient.config.parser import build_options, option, parse_options
+from sdxl_ambient.config.shared import check_writable
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import ModelError, OptionError, StoreError
+from sdxl_ambient.formats.peft import save_lora
+from sdxl_ambient.formats.record import LORA_FILE
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.models.load import load_schedule, load_unet
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ambient_loss
-from sdxl_ambient.options import TrainOptions, check_writable
-from sdxl_ambient.plan import StoreError
-from sdxl_ambient.randomness import Randomness
-from sdxl_ambient.runs import training_info
+from sdxl_ambient.provenance import write_json
+from sdxl_ambient.randomness import Randomness, sample_generator
+from sdxl_ambient.store.batches import Batch, collate
+from sdxl_ambient.store.checks import check_stores, levels_of, spoken_levels
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.resume import training_info
 
 RECORD_FILE = "dp_lora.json"
 MAXIMUM_PRV = 100.0  # above it opacus's PRV accountant overflows, and its search for the noise never ends

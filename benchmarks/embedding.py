@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 
 from benchmarks.record import ROOT, peak_of, target, write_record
-from eval.embed import FeatureCache, embed_images
-from eval.embedders import load_embedder
+from eval.embedders.registry import load_embedder
+from eval.embedding import FeatureCache, embed_images
 from eval.images import read_folder
-from sdxl_ambient.images import list_images, load_rgb
+from sdxl_ambient.images.load import list_images, load_rgb
 
 SIDE = 512
 # hidden size, layers, heads

@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.record import target, write_record
 from benchmarks.sdxl import sdxl_schedule
-from sdxl_ambient.chain import posterior_mean, restore, spaced_times, walk
-from sdxl_ambient.manifest import hash_json, read_json
-from sdxl_ambient.noise import CLEAN, NoiseSchedule
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
+from sdxl_ambient.posterior import posterior_mean, restore, spaced_times, walk
+from sdxl_ambient.provenance import hash_json, read_json
 from sdxl_ambient.randomness import Randomness
 
 MODES, RADIUS, SPREAD = 8, 1.5, 0.1

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.record import ROOT, target, write_record
 from benchmarks.sdxl import sdxl
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.memory import estimate
-from sdxl_ambient.models import Conditioning, Denoiser
-from sdxl_ambient.quantization import quantized_bytes, quantized_layers
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.models.quantization import quantized_bytes, quantized_layers
+from sdxl_ambient.training.memory import estimate
 
 GIB = 2**30
 RESULT = ROOT / "benchmarks/results/memory.json"

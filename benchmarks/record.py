@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from sdxl_ambient.manifest import environment, write_json
+from sdxl_ambient.provenance import environment, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_ambient.models import Encoders
+from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
 
 SDXL_UNET = dict(

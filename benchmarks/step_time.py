@@ -30,10 +30,11 @@ import torch
 
 from benchmarks.record import ROOT, peak_of, target, write_record
 from benchmarks.sdxl import sdxl, sdxl_schedule
-from sdxl_ambient.chain import restore
-from sdxl_ambient.lora import add_lora, trainable_to_float32
-from sdxl_ambient.models import Conditioning, Denoiser, load_encoders, load_unet
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.load import load_encoders, load_unet
+from sdxl_ambient.models.lora import add_lora, trainable_to_float32
 from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
+from sdxl_ambient.posterior import restore
 from sdxl_ambient.randomness import Randomness
 
 T_N = 500

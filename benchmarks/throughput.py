@@ -1,6 +1,6 @@
 """Encoding and generation at SDXL's real size, with random weights: pictures per second and peak memory. For a GPU.
 
-    python -m benchmarks.throughput --json benchmarks/results/throughput-gpu.json
+python -m benchmarks.throughput --json benchmarks/results/throughput-gpu.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.record import ROOT, write_record
 from benchmarks.sdxl import sdxl
-from sdxl_ambient.latents import encode_image
+from sdxl_ambient.models.vae import encode_image
 from sdxl_ambient.pipeline import sample
 
 

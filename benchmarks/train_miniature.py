@@ -21,6 +21,8 @@ function of (seed, step), so an interrupted run repeats nothing and loses nothin
 checkpoint.
 """
 
+from __future__ import annotations
+
 import argparse
 import shutil
 import time
@@ -28,9 +30,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import miniature_data, miniature_models
-from benchmarks.miniature_training import Log, batch_indices, learning_rate, load_state, save_state, step_generator
-from benchmarks.miniature_vae import encode, train_vae, trained_vae
+from benchmarks.miniature import data as miniature_data
+from benchmarks.miniature import models as miniature_models
+from benchmarks.miniature.training import (
+    Log,
+    batch_indices,
+    denoising_loss,
+    learning_rate,
+    load_state,
+    micro_conditioning,
+    save_state,
+    step_generator,
+)
+from benchmarks.miniature.vae import encode, train_vae, trained_vae
 
 STAGES = ("data", "vae", "unet", "assemble", "grid")
 
@@ -86,27 +98,6 @@ def training_latents(vae, views):
     return both * vae.config.scaling_factor
 
 
-def micro_conditioning(corners):
-    """SDXL's time ids, float32 (n, 6), of crops with their upper left corners (n, 2) in pixels, x before y."""
-    size = torch.full_like(corners, miniature_models.RESOLUTION)
-    return torch.cat([size, corners.flip(-1), size], dim=-1).float()
-
-
-def denoising_loss(unet, alphas_cumprod, latents, states, pooled, t, noise, time_ids=None):
-    """Plain denoising loss of epsilon prediction; without time_ids (n, 6), of whole pictures.
-
-    latents, noise: (n, 4, 16, 16); states: (n, 77, 80); pooled: (n, 48); t: (n,). Returns (n,).
-    """
-    abar = alphas_cumprod[t].view(-1, 1, 1, 1)
-    x_t = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-    if time_ids is None:
-        time_ids = micro_conditioning(torch.zeros(len(t), 2, dtype=torch.long, device=t.device))
-    conditioning = {"text_embeds": pooled, "time_ids": time_ids}
-    predicted = unet(x_t, t, states, added_cond_kwargs=conditioning).sample
-    return (predicted - noise).square().mean((1, 2, 3))
-
-
-@torch.no_grad()
 def heldout_loss(unet, text_encoders, alphas_cumprod, latents, ids):
     """Denoising loss on the held-out pictures at evenly spread t and fixed noise; for the log only."""
     t = torch.arange(len(latents)) * 1000 // len(latents)
@@ -288,7 +279,7 @@ def assemble(args):
 
 def draw_grid(args):
     """Samples of output_dir/pipeline beside the real pictures: captions it was trained on, then ones it never saw."""
-    from benchmarks.miniature_grid import grid  # matplotlib is wanted here only
+    from benchmarks.miniature.grid import grid
 
     args.grid.parent.mkdir(parents=True, exist_ok=True)
     grid(args.output_dir, args.grid, seed=args.seed)

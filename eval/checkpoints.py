@@ -8,12 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from eval.images import StageError
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.manifest import hash_file, hash_json, read_json
+from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.provenance import hash_file, hash_json, read_json
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,6 @@ class Checkpoint:
 
         path = self.lora or self.unet
         return adapter_t_n(path) if path else None
-
-
-def check_device(device: str) -> None:
-    """Raises OptionError for a device that isn't there."""
-    try:
-        kind = torch.device(device).type if device != "auto" else "cpu"
-    except RuntimeError:
-        raise OptionError(f"--device: {device!r} is not a device; auto, cpu, cuda and cuda:N are") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device: {device!r} asked for, but this machine has no CUDA GPU that torch can use")
 
 
 def check_model_path(name: str, value: str | None) -> None:
@@ -81,7 +69,8 @@ def _problem(kind: str, path: Path) -> str | None:
 
 
 def _file_problem(kind: str, file: Path) -> str | None:
-    from sdxl_ambient.checkpoint import CheckpointError, lora_metadata
+    from sdxl_ambient.errors import CheckpointError
+    from sdxl_ambient.formats.record import lora_metadata
 
     try:
         with safe_open(str(file), "pt") as opened:
@@ -117,7 +106,9 @@ def run_checkpoints(
     Raises:
         OptionError: no such folder, or nothing in it to evaluate.
     """
-    from sdxl_ambient.checkpoint import CheckpointError, checkpoints, read_training_info, step_of
+    from sdxl_ambient.errors import CheckpointError
+    from sdxl_ambient.formats.record import read_training_info, step_of
+    from sdxl_ambient.training.checkpoint import checkpoints
 
     if not folder.is_dir():
         raise OptionError(f"--{option_name}: {str(folder)!r} is not a folder")
@@ -142,15 +133,17 @@ def run_checkpoints(
 
 def _whole_weights(place: Path, kind: str | None, warn: Callable[[str], None]) -> dict[str, Path]:
     """``{"lora": path}`` or ``{"unet": path}`` of one step; {} with a word through ``warn`` where they can't be used."""
-    from sdxl_ambient import checkpoint as states
+    from sdxl_ambient import errors as states_errors
+    from sdxl_ambient.formats import record as states_record
+    from sdxl_ambient.training import checkpoint as states
 
     weights = _weights_in(place, kind)
     problem = next((_problem(k, path) for k, path in weights.items()), f"{place} holds no weights to evaluate")
     try:
         # Only our own states say what they should hold; of others, a file cut short shows in its header.
-        if (place / states.STATE_FILE).is_file():
+        if (place / states_record.STATE_FILE).is_file():
             states.check_checkpoint(place)
-    except states.CheckpointError as error:
+    except states_errors.CheckpointError as error:
         problem = str(error)
     if problem:
         warn(f"left out: {problem}")
@@ -177,11 +170,6 @@ def tuned(options) -> Checkpoint:
     """The one model of such a stage, called like its output folder."""
     paths = (Path(p) if p else None for p in (options.lora, options.unet))
     return Checkpoint(Path(options.output_dir).name, *paths)
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" → "cuda" where there is one, else "cpu"."""
-    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_base(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
@@ -230,5 +218,5 @@ def hash_weights(path: Path, kind: str) -> str:
 
 def model_errors() -> tuple[type[Exception], ...]:
     """Errors of a model that can't be used. They exist once diffusers is loaded, which given images don't need."""
-    names = [("sdxl_ambient.models", "ModelError"), ("sdxl_ambient.checkpoint", "CheckpointError")]
+    names = [("sdxl_ambient.models.load", "ModelError"), ("sdxl_ambient.training.checkpoint", "CheckpointError")]
     return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)

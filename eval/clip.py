@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from eval import metrics
-from eval.embed import embed
-from eval.embedders import LOADING_ERRORS, Embedder, load_embedder
-from eval.images import ImageSet, StageError
+from eval.embedders.registry import LOADING_ERRORS, Embedder, load_embedder
+from eval.embedding import embed
+from eval.images import ImageSet
+from sdxl_ambient.errors import StageError
 
 
 class ClipScore:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from eval.embed import Embedded, normalised
-from eval.embedders import Embedder
+from eval.embedders.registry import Embedder
+from eval.embedding import Embedded, normalised
 from eval.neighbours import nearest
-from sdxl_ambient.images import load_rgb
+from sdxl_ambient.images.load import load_rgb
 
 MOST = 256  # training images that the controls are made of, at most
 SOME = 64  # training images that are compared with their JPEG copies

@@ -9,12 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdxl_ambient.images import ImageError, Record, evenly, list_images, load_rgb
-from sdxl_ambient.manifest import hash_file
-
-
-class StageError(ValueError):
-    """A stage can't go on because of what it was given. The message is one line: what, its value, what to do."""
+from sdxl_ambient.errors import ImageError
+from sdxl_ambient.images.load import Record, evenly, list_images, load_rgb
+from sdxl_ambient.provenance import hash_file
 
 
 @dataclass
@@ -47,7 +44,7 @@ def read_folder(folder: str | Path, caption_column: str = "text") -> ImageSet:
     """List a folder (images below it, captions from metadata.jsonl or .txt files) and hash every file.
 
     Raises:
-        sdxl_ambient.images.ImagesMissing: no such folder, nothing in it, or damaged metadata.
+        sdxl_ambient.images.load.ImagesMissing: no such folder, nothing in it, or damaged metadata.
     """
     folder = Path(folder)
     images = ImageSet(folder, [], [])

@@ -15,7 +15,7 @@ from eval.quality import clip_score, finite_array, frechet_distance, kid, neares
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # What earlier work calls a copy: DINO's from Daras et al. 2024 (arXiv 2404.10177), SSCD's .5 from Somepalli et al. 2023
 # (arXiv 2212.03860) and .75 (precision .9 on DISC2021) from Pizzi et al. 2022 (arXiv 2202.10261). Uncalibrated: see
-# :func:`eval.calibrate.threshold`.
+# :func:`eval.statistics.calibrate.threshold`.
 LEGACY_THRESHOLDS = {"dinov2": (0.9, 0.95), "dinov2_paper": (0.9, 0.95), "sscd": (0.5, 0.75)}
 # A false-positive rate times a number of images is often meant to be whole (.29 · 100) and comes out just below it.
 _ROUNDING = 1e-9
@@ -35,7 +35,7 @@ def nn_quantiles(similarities, quantiles=QUANTILES) -> dict[str, float]:
 def share_above(similarities, threshold: float) -> float:
     """Share of n similarities that are strictly greater than ``threshold``, in [0, 1].
 
-    Strictly, because the threshold is itself one of the null similarities (:func:`eval.calibrate.threshold`).
+    Strictly, because the threshold is itself one of the null similarities (:func:`eval.statistics.calibrate.threshold`).
     """
     return float(np.mean(finite_array(similarities, "similarities") > threshold))
 

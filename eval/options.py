@@ -8,14 +8,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.attack import AttackOptions
+from eval.attacks.options import AttackOptions
 from eval.checkpoints import Checkpoint, check_checkpoint, run_checkpoints
-from eval.embedders import EMBEDDERS, check_embedder
-from eval.generate import SAMPLERS
-from eval.images import StageError
+from eval.embedders.registry import EMBEDDERS, check_embedder
 from eval.processes import is_main
+from eval.samplers import MODES as SAMPLERS
 from eval.samplers import SETS
-from sdxl_ambient.config import OptionError, option
+from sdxl_ambient.config.parser import option
+from sdxl_ambient.errors import OptionError, StageError
 
 BASE = "base"
 STAGES = ("generate", "embed", "attack", "measure")

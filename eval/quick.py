@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.calibrate import smallest_null
-from eval.embed import Embedded, normalised
-from eval.embedders import Embedder
-from eval.images import ImageSet, StageError, read_folder
-from eval.memorization import Embedding, embed_sets, read_sets
+from eval.embedders.registry import Embedder
+from eval.embedding import Embedded, normalised
+from eval.images import ImageSet, read_folder
 from eval.options import Options
-from eval.summary import References, make_references, share_figures
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.images import ImageError, load_rgb
+from eval.reporting.figures import References, make_references, share_figures
+from eval.sets import Embedding, embed_sets, read_sets
+from eval.statistics.calibrate import smallest_null
+from sdxl_ambient.errors import ImageError, OptionError, StageError
+from sdxl_ambient.images.load import load_rgb
 
 
 class QuickLook:
@@ -104,7 +104,7 @@ def check_quick(heldout: int, alpha: float) -> None:
 
 
 class _InMemory(Embedding):
-    """Embeds without the cache's files and without other processes, which :func:`eval.embed.embed` shares its work with."""
+    """Embeds without the cache's files and without the other processes that :func:`eval.embedding.embed` shares work with."""
 
     def __call__(self, images: ImageSet, embedder: Embedder | None = None) -> Embedded:
         embedder, kept, parts, excluded = embedder or self.embedder, [], [], []

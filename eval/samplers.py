@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from eval.checkpoints import Checkpoint
-from sdxl_ambient.config import OptionError
+from sdxl_ambient.errors import OptionError
 
 MODES = ("full", "early_stop", "hybrid")
 SETS = ("standard", "none")

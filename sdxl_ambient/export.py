@@ -26,30 +26,16 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdxl_ambient.checkpoint import (
-    ARCHITECTURE,
-    INFO_FILE,
-    LORA_FILE,
-    CheckpointError,
-    model_metadata,
-    public_info,
-    read_training_info,
-)
-from sdxl_ambient.config import OptionError, option, parse_options
-from sdxl_ambient.interchange import (
-    GENERATIVE_MODELS,
-    LAYOUTS,
-    Adapter,
-    InterchangeError,
-    in_dtype,
-    peft_file,
-    read_adapter,
-    to_kohya,
-    unet_shapes,
-)
-from sdxl_ambient.manifest import atomic, read_json, write_json
-from sdxl_ambient.models import LOADING_ERRORS, ModelError, check_sdxl, load_unet_file, one_line, unet_file
-from sdxl_ambient.original_layout import original_model
+from sdxl_ambient.config.parser import option, parse_options
+from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, OptionError, one_line
+from sdxl_ambient.formats.adapter import GENERATIVE_MODELS, Adapter, peft_file
+from sdxl_ambient.formats.kohya import in_dtype, to_kohya
+from sdxl_ambient.formats.names import LAYOUTS, unet_shapes
+from sdxl_ambient.formats.original import original_model
+from sdxl_ambient.formats.read import read_adapter
+from sdxl_ambient.formats.record import ARCHITECTURE, INFO_FILE, LORA_FILE, model_metadata, public_info, read_training_info
+from sdxl_ambient.models.load import LOADING_ERRORS, check_sdxl, load_unet_file, unet_file
+from sdxl_ambient.provenance import atomic, read_json, write_json
 
 FORMATS = {"kohya": "lora", "peft": "lora", "pipeline": "unet", "single_file": "unet"}
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"

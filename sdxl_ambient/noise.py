@@ -17,7 +17,8 @@ import hashlib
 
 import torch
 
-CLEAN = -1  # the noise level of clean data inside integer tensors
+from sdxl_ambient.levels import CLEAN
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 

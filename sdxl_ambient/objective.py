@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sdxl_ambient.chain import Denoise, at_least_float32, posterior_mean, spaced_times, walk
-from sdxl_ambient.noise import CLEAN, NoiseSchedule
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.posterior import Denoise, at_least_float32, posterior_mean, spaced_times, walk
 from sdxl_ambient.randomness import Generators, Randomness
 
 CHOICES = {

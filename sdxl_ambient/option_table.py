@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sdxl_ambient.manifest import atomic
-from sdxl_ambient.options import TrainOptions
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.provenance import atomic
 
 HEAD = """# Options of train_sdxl_ambient.py
 

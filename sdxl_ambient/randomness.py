@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sdxl_ambient.provenance import hash_json
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -53,3 +55,9 @@ class Randomness:
 
 def _device(generator: torch.Generator | None):
     return generator.device if generator is not None else "cpu"
+
+
+def sample_generator(seed: int, purpose: str, index: int | str) -> torch.Generator:
+    """A CPU generator for one sample; independent for every (seed, purpose, index), which may be a content hash."""
+    # A hash, since neighbouring seeds of the Mersenne twister start alike.
+    return torch.Generator().manual_seed(int(hash_json([seed, purpose, index])[:8], 16))

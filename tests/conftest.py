@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.models import load_encoders, load_schedule, load_unet
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.load import load_encoders, load_schedule, load_unet
+from sdxl_ambient.store.build import build_store
 
 REPOSITORY = Path(__file__).parents[1]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

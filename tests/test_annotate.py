@@ -15,13 +15,15 @@ from PIL import Image, ImageFilter
 from scipy.special import expit, logit
 from stores import snapshot
 
-from sdxl_ambient import annotate
-from sdxl_ambient.config import load_options
-from sdxl_ambient.images import list_images, load_rgb
-from sdxl_ambient.level_classifier import LevelClassifier, Training, calibrate, judge, moments, stream, train_classifier
-from sdxl_ambient.manifest import read_json
-from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.plan import content_hash
+from sdxl_ambient.annotate import __main__ as annotate
+from sdxl_ambient.annotate import options as annotate_options
+from sdxl_ambient.annotate import rule as annotate_rule
+from sdxl_ambient.annotate.classifier import LevelClassifier, Training, calibrate, judge, moments, stream, train_classifier
+from sdxl_ambient.config.parser import load_options
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.images.load import list_images, load_rgb
+from sdxl_ambient.provenance import read_json
+from sdxl_ambient.store.scan import content_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,14 +102,14 @@ def own(data, tmp_path):
     ],
 )
 def test_the_rule_by_hand(probabilities, wanted):
-    assert annotate.usable_from([0, 100, 200, 300], probabilities, 0.05) == wanted
+    assert annotate_rule.usable_from([0, 100, 200, 300], probabilities, 0.05) == wanted
 
 
 def test_the_rule_with_another_chance():
-    assert annotate.usable_from([0, 100], [0.2, 0.3], 0.05, chance=0.33) == 100
-    assert annotate.usable_from([0, 100], [0.2, 0.3], 0.2) == 100
+    assert annotate_rule.usable_from([0, 100], [0.2, 0.3], 0.05, chance=0.33) == 100
+    assert annotate_rule.usable_from([0, 100], [0.2, 0.3], 0.2) == 100
     with pytest.raises(ValueError):
-        annotate.usable_from([0, 100, 200], [0.5, 0.5], 0.05)
+        annotate_rule.usable_from([0, 100, 200], [0.5, 0.5], 0.05)
 
 
 @pytest.mark.parametrize("mean, variance, margin", [(0.5, 0.2, 0.05), (1.0, 1.0, 0.05), (1.0, 1.0, 0.2), (2.0, 0.5, 0.02)])
@@ -120,7 +122,7 @@ def test_two_gaussians_give_the_level_of_the_closed_form(schedule, mean, varianc
     exact = expit(2 * alpha * mean * (-alpha * mean) / (alpha**2 * variance + sigma**2))
     bound = logit(0.5 + margin) / (2 * mean**2 + logit(0.5 + margin) * (1 - variance))
     wanted = int(np.flatnonzero(schedule.alpha_bar(t).numpy() <= bound)[0])
-    assert 0 < wanted < 998 and annotate.usable_from(levels, exact.tolist(), margin) == wanted
+    assert 0 < wanted < 998 and annotate_rule.usable_from(levels, exact.tolist(), margin) == wanted
 
 
 # -- the classifier ------------------------------------------------------------------------------------
@@ -201,9 +203,9 @@ def test_a_network_that_is_sure_of_what_it_can_not_tell_is_put_to_chance():
 @pytest.mark.parametrize("sizes", [(8, 100), (100, 8)])
 def test_chance_is_one_half_whatever_the_sets_sizes(sizes):
     rng = np.random.default_rng(0)
-    logits = {n: rng.normal(m, 3, (k, 1, 4)) for n, m, k in zip(annotate.SETS, (4, 1), sizes, strict=True)}
-    probabilities, _ = annotate.calibrated(logits)
-    means = [float(probabilities[n].mean()) for n in annotate.SETS]
+    logits = {n: rng.normal(m, 3, (k, 1, 4)) for n, m, k in zip(annotate_options.SETS, (4, 1), sizes, strict=True)}
+    probabilities, _ = annotate_rule.calibrated(logits)
+    means = [float(probabilities[n].mean()) for n in annotate_options.SETS]
     assert sum(means) / 2 == pytest.approx(0.5, abs=1e-3) and means[0] > means[1] + 0.1
 
 
@@ -213,7 +215,9 @@ def test_chance_is_one_half_whatever_the_sets_sizes(sizes):
 def test_no_image_is_judged_by_a_classifier_that_saw_it(schedule, monkeypatch):
     x_0 = {name: torch.randn(n, 4, 4, 4, generator=stream(name)) for name, n in (("trusted", 7), ("untrusted", 5))}
     contents = {name: [f"{name}{i}" for i in range(len(x))] for name, x in x_0.items()}
-    options = annotate.AnnotateOptions(folds=3, train_steps=1, batch_size=2, num_noises=1, levels=[0, 500], device="cpu")
+    options = annotate_options.AnnotateOptions(
+        folds=3, train_steps=1, batch_size=2, num_noises=1, levels=[0, 500], device="cpu"
+    )
     seen, train, judged = {}, train_classifier, []
 
     def training(trusted, untrusted, *rest):
@@ -226,9 +230,9 @@ def test_no_image_is_judged_by_a_classifier_that_saw_it(schedule, monkeypatch):
         judged.append(x)
         return judge(network, x, *rest)
 
-    monkeypatch.setattr(annotate, "train_classifier", training)
-    monkeypatch.setattr(annotate, "judge", judging)
-    logits = annotate.cross_fit(options, schedule, x_0, contents)
+    monkeypatch.setattr(annotate_rule, "train_classifier", training)
+    monkeypatch.setattr(annotate_rule, "judge", judging)
+    logits = annotate_rule.cross_fit(options, schedule, x_0, contents)
     assert len(seen) == 3 and len(judged) == 12
     assert {n: x.shape for n, x in logits.items()} == {"trusted": (7, 2, 1), "untrusted": (5, 2, 1)}
     # All but its own fold: as many as possible are learnt from.
@@ -237,20 +241,25 @@ def test_no_image_is_judged_by_a_classifier_that_saw_it(schedule, monkeypatch):
 
 def test_an_images_noise_follows_from_its_content(schedule, monkeypatch):
     """Not from its place in the set, nor from the images beside it."""
-    options = annotate.AnnotateOptions(folds=2, train_steps=1, batch_size=2, num_noises=1, levels=[0, 500], device="cpu")
-    x_0 = {name: torch.arange(4.0)[:, None, None, None].expand(4, 4, 4, 4) + 9 * k for k, name in enumerate(annotate.SETS)}
+    options = annotate_options.AnnotateOptions(
+        folds=2, train_steps=1, batch_size=2, num_noises=1, levels=[0, 500], device="cpu"
+    )
+    x_0 = {
+        name: torch.arange(4.0)[:, None, None, None].expand(4, 4, 4, 4) + 9 * k
+        for k, name in enumerate(annotate_options.SETS)
+    }
     seeds = []
 
     def judging(network, x, levels, noises, draws):
         seeds[-1][int(x[0, 0, 0])] = [noise.initial_seed() for noise in noises]
         return np.zeros((2, 1))
 
-    monkeypatch.setattr(annotate, "judge", judging)
+    monkeypatch.setattr(annotate_rule, "judge", judging)
     for rows in ([0, 1, 2, 3], [3, 1, 0]):
         seeds.append({})
         some = {name: x[rows] for name, x in x_0.items()}
         contents = {name: [f"content {int(x[0, 0, 0])}" for x in some[name]] for name in some}
-        annotate.cross_fit(options, schedule, some, contents)
+        annotate_rule.cross_fit(options, schedule, some, contents)
     assert len(seeds[0]) == 8 and len({seed for pair in seeds[0].values() for seed in pair}) == 16
     assert seeds[1] == {k: seeds[0][k] for k in (0, 1, 3, 9, 10, 12)}
 
@@ -270,7 +279,7 @@ def test_an_images_logits_are_the_same_beside_other_levels(schedule):
 
 def test_accuracy_and_its_intervals_by_hand():
     logits = {"trusted": np.full((10, 1, 2), 3.0), "untrusted": np.array([[[-1.0, -1.0]]] * 30 + [[[9.0, 9.0]]] * 10)}
-    found = annotate.accuracy(logits, 0)
+    found = annotate_rule.accuracy(logits, 0)
     assert found["trusted"]["right"] == 10 and found["untrusted"]["right"] == 30
     assert found["accuracy"] == pytest.approx((1 + 0.75) / 2)
     # All right: Clopper–Pearson's lower end is (α/2)^(1/n).
@@ -282,14 +291,14 @@ def test_accuracy_and_its_intervals_by_hand():
 def told_apart(share: float) -> dict:
     right = round(100 * share)
     sides = np.array([1.0] * right + [-1.0] * (100 - right))[:, None, None]
-    return annotate.accuracy({"trusted": sides, "untrusted": -sides}, 0)
+    return annotate_rule.accuracy({"trusted": sides, "untrusted": -sides}, 0)
 
 
 def test_warnings_are_of_the_lowest_and_the_highest_level():
-    assert annotate.warnings_of(LEVELS, [told_apart(0.9)] + [told_apart(0.5)] * 19) == []
-    (one,) = annotate.warnings_of(LEVELS, [told_apart(0.5)] * 20)
+    assert annotate_rule.warnings_of(LEVELS, [told_apart(0.9)] + [told_apart(0.5)] * 19) == []
+    (one,) = annotate_rule.warnings_of(LEVELS, [told_apart(0.5)] * 20)
     assert "can't be told apart even at t = 0 (accuracy 50%" in one
-    (one,) = annotate.warnings_of(LEVELS, [told_apart(0.9)] * 20)
+    (one,) = annotate_rule.warnings_of(LEVELS, [told_apart(0.9)] * 20)
     assert "can still be told apart at the highest level, t = 950" in one
 
 
@@ -320,7 +329,7 @@ def test_what_is_written_is_what_the_trainer_reads(own, miniature, build, tmp_pa
     (bad / "copy.txt").write_text("a copy")
     (bad / "broken.png").write_text("no picture")
     (bad / "broken.txt").write_text("no picture")
-    monkeypatch.setattr(annotate, "cross_fit", chosen_logits)
+    monkeypatch.setattr("sdxl_ambient.annotate.run.cross_fit", chosen_logits)
     assert annotate.main(command(miniature, own, out, levels=[0, 300, 600], max_t_n=500)) == 0
     printed = capsys.readouterr().out.splitlines()
     found = read_json(out / "annotations.json")
@@ -386,7 +395,7 @@ def test_the_same_command_gives_the_same_bytes_and_replaces_a_result(own, miniat
     assert trusted == [250] * 3
     # Broken off, it has no metadata.jsonl, which the trainer needs, and can be made again.
     with monkeypatch.context() as patch:
-        patch.setattr(annotate.Path, "symlink_to", lambda *a: (_ for _ in ()).throw(OSError("no links here")))
+        patch.setattr(Path, "symlink_to", lambda *a: (_ for _ in ()).throw(OSError("no links here")))
         assert annotate.main(command(miniature, own, out)) == 2
     assert not (out / "metadata.jsonl").exists()
     assert annotate.main(command(miniature, own, out)) == 0 and (out / "metadata.jsonl").exists()

@@ -13,18 +13,21 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from running import ENV
 
-from eval.attack import Options, attack_settings, interrogate, interrogate_sets, main
+from eval.attack import Options, main
+from eval.attacks.inpaint import hole, inpaint, painted_over
+from eval.attacks.membership import attack_figures
+from eval.attacks.run import attack_settings, interrogate, interrogate_sets
+from eval.attacks.subject import Subject, conditional_magnitude, denoising_errors, image_generator, reconstruct
 from eval.checkpoints import Checkpoint
-from eval.denoise import Subject, conditional_magnitude, denoising_errors, image_generator, reconstruct
-from eval.embedders import load_embedder
-from eval.images import StageError, read_folder
-from eval.inpaint import hole, inpaint, painted_over
-from eval.membership import attack_figures
+from eval.embedders.registry import load_embedder
+from eval.images import read_folder
 from eval.metrics import denoising_gap
-from eval.roc import auc_difference, auc_interval
-from sdxl_ambient.chain import spaced_times
-from sdxl_ambient.config import load_options
-from sdxl_ambient.noise import CLEAN, NoiseSchedule
+from eval.statistics.roc import auc_difference, auc_interval
+from sdxl_ambient.config.parser import load_options
+from sdxl_ambient.errors import StageError
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.posterior import spaced_times
 from sdxl_ambient.randomness import Randomness
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -143,7 +146,7 @@ def subject(miniature):
 
 @pytest.fixture(scope="module")
 def squares(subject):
-    from sdxl_ambient.images import load_rgb
+    from sdxl_ambient.images.load import load_rgb
 
     images = read_folder(REPOSITORY / "miniature/data/heldout")
     return [subject.square(load_rgb(record.path)) for record in images.records[:3]]
@@ -296,7 +299,7 @@ def test_an_unreadable_image_moves_no_other_into_another_batch(subject, tmp_path
         batches.append(one.hashes)
         return len(one), {"error/500": np.zeros(len(one), np.float32)}
 
-    monkeypatch.setattr("eval.attack.interrogate", note)
+    monkeypatch.setattr("eval.attacks.run.interrogate", note)
     interrogate_sets(subject, None, {"train": images, "heldout": images}, options("--batch_size", "2"))
     assert batches == [images.hashes[i : i + 2] for i in (0, 2, 4)] * 2
     monkeypatch.undo()
@@ -322,7 +325,7 @@ def test_an_interrupted_run_asks_only_the_batches_that_are_left(subject, tmp_pat
         asked.append(one.hashes)
         return len(one), {"error/500": np.array([int(h[:6], 16) / 7 for h in one.hashes], np.float32)}
 
-    monkeypatch.setattr("eval.attack.interrogate", ask)
+    monkeypatch.setattr("eval.attacks.run.interrogate", ask)
     how = options("--batch_size", "2")
     with pytest.raises(KeyboardInterrupt):
         interrogate_sets(subject, None, sets, how, parts=tmp_path / "parts")
@@ -330,7 +333,7 @@ def test_an_interrupted_run_asks_only_the_batches_that_are_left(subject, tmp_pat
     found = interrogate_sets(subject, None, sets, how, parts=tmp_path / "parts")
     assert len(done) == 3 and asked == [sets["heldout"].hashes]
     asked[:] = []
-    monkeypatch.setattr("eval.attack.interrogate", lambda s, e, one, o: (ask(s, e, one, o), asked.clear())[0])
+    monkeypatch.setattr("eval.attacks.run.interrogate", lambda s, e, one, o: (ask(s, e, one, o), asked.clear())[0])
     whole = interrogate_sets(subject, None, sets, how)
     for key in sets:
         np.testing.assert_array_equal(found[key]["error/500"], whole[key]["error/500"])
@@ -338,7 +341,7 @@ def test_an_interrupted_run_asks_only_the_batches_that_are_left(subject, tmp_pat
 
 def test_answers_that_are_not_finite_are_an_error(subject, tmp_path, monkeypatch):
     images = read_folder(copy_emoji(tmp_path / "a", 2))
-    monkeypatch.setattr("eval.attack.interrogate", lambda *_: (2, {"error/500": np.array([1, np.nan], np.float32)}))
+    monkeypatch.setattr("eval.attacks.run.interrogate", lambda *_: (2, {"error/500": np.array([1, np.nan], np.float32)}))
     with pytest.raises(StageError, match="error/500 isn't finite; in float16 SDXL needs another VAE"):
         interrogate_sets(subject, None, {"train": images}, options())
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sdxl_ambient.averaging import Average
+from sdxl_ambient.training.ema import Average
 
 
 def trained(seed: int, items, average, steps: int = 3) -> None:

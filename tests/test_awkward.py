@@ -6,12 +6,11 @@ from conftest import REPOSITORY, copy_emoji
 from PIL import Image
 
 from benchmarks.record import peak_of
-from eval import embed
-from eval.embed import embed_images
-from eval.embedders import Embedder, load_embedder
+from eval.embedders.registry import Embedder, load_embedder
+from eval.embedding import embed_images
 from eval.images import read_folder
 from eval.memorization import main
-from sdxl_ambient.manifest import read_json
+from sdxl_ambient.provenance import read_json
 
 USABLE = ("animated.gif", "cmyk.jpg", "grey.png", "luminance.png", "sixteen_bits.png", "wide.png")
 UNUSABLE = {
@@ -87,7 +86,7 @@ def test_other_stages_features_of_awkward_images_are_finite(tmp_path, name):
 
 def test_an_interrupted_embedding_keeps_what_it_did_and_computes_only_the_rest(tmp_path, monkeypatch):
     """Ten images in batches of two and shards of four, broken off (Ctrl-C) in the fourth batch."""
-    monkeypatch.setattr(embed, "_SHARD", 4)
+    monkeypatch.setattr("eval.embedding._SHARD", 4)
     images, plain = read_folder(copy_emoji(tmp_path / "set", 10)), load_embedder("pixel")
     batches = []
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.calibrate import (
+from eval.statistics.calibrate import (
     InsufficientData,
     benjamini_hochberg,
     clopper_pearson,

@@ -10,10 +10,12 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
-from sdxl_ambient import checkpoint
-from sdxl_ambient.checkpoint import CheckpointError
-from sdxl_ambient.lora import add_lora, add_text_lora
-from sdxl_ambient.models import Conditioning, Denoiser
+from sdxl_ambient.errors import CheckpointError
+from sdxl_ambient.formats import peft as checkpoint_peft
+from sdxl_ambient.formats import record as checkpoint_record
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.lora import add_lora, add_text_lora
+from sdxl_ambient.training import checkpoint
 
 INFO = {"t_n": 500, "low_noise": "skip"}
 
@@ -60,7 +62,7 @@ def test_a_saved_lora_in_the_stock_pipeline_gives_the_training_output(
     unet, miniature, tmp_path, inputs, targets, rank, alpha, use_dora
 ):
     tuned = with_lora(unet, targets=targets, rank=rank, alpha=alpha, use_dora=use_dora)
-    path = checkpoint.save_lora(tuned, tmp_path, INFO)
+    path = checkpoint_peft.save_lora(tuned, tmp_path, INFO)
     assert path.name == "pytorch_lora_weights.safetensors"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pytorch_lora_weights.safetensors", "training.json"]
     pipe = StableDiffusionXLPipeline.from_pretrained(miniature, add_watermarker=False)
@@ -74,27 +76,27 @@ def test_a_saved_lora_in_the_stock_pipeline_gives_the_training_output(
 
 def test_saving_is_repeatable_and_says_what_it_was_trained_on(unet, tmp_path):
     tuned = with_lora(unet)
-    files = [checkpoint.save_lora(tuned, tmp_path / d, INFO) for d in "ab"]
+    files = [checkpoint_peft.save_lora(tuned, tmp_path / d, INFO) for d in "ab"]
     tensors = [load(f.read_bytes()) for f in files]
     assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0] | tensors[1])
     with safe_open(files[0], "pt") as file, safe_open(files[1], "pt") as other:
         assert file.metadata() == other.metadata()
         assert json.loads(file.metadata()["sdxl_ambient"]) == INFO
-    assert checkpoint.read_training_info(tmp_path / "a") == INFO
+    assert checkpoint_record.read_training_info(tmp_path / "a") == INFO
     (tmp_path / "a" / "training.json").unlink()
-    assert checkpoint.read_training_info(tmp_path / "a") == INFO == checkpoint.read_training_info(files[0])
-    assert checkpoint.read_training_info(tmp_path) == {}
+    assert checkpoint_record.read_training_info(tmp_path / "a") == INFO == checkpoint_record.read_training_info(files[0])
+    assert checkpoint_record.read_training_info(tmp_path) == {}
     files[1].write_bytes(files[1].read_bytes()[:50])
     with pytest.raises(CheckpointError, match="can't be read"):
-        checkpoint.read_training_info(files[1])
+        checkpoint_record.read_training_info(files[1])
 
 
 def test_a_large_lora_survives_being_saved(unet, tmp_path):
     """The metadata is added to a file that is written already; its tensors must not be lost on the way."""
     tuned = with_lora(unet, rank=256, targets=["all"])
-    path = checkpoint.save_lora(tuned, tmp_path, INFO)
+    path = checkpoint_peft.save_lora(tuned, tmp_path, INFO)
     assert path.stat().st_size > 5e6
-    want = checkpoint.lora_state(tuned)
+    want = checkpoint_peft.lora_state(tuned)
     with safe_open(path, "pt") as file:
         assert {k.removeprefix("unet.") for k in file.keys()} == set(want)
         assert all(torch.equal(file.get_tensor(f"unet.{k}"), v) for k, v in want.items())
@@ -102,8 +104,8 @@ def test_a_large_lora_survives_being_saved(unet, tmp_path):
 
 def test_a_lora_goes_back_into_the_adapter_that_is_there(unet, tmp_path, inputs):
     tuned, fresh = with_lora(unet, seed=0), with_lora(unet, seed=1)
-    path = checkpoint.save_lora(tuned, tmp_path, INFO)
-    checkpoint.load_lora_state(fresh, path)
+    path = checkpoint_peft.save_lora(tuned, tmp_path, INFO)
+    checkpoint_peft.load_lora_state(fresh, path)
     assert torch.equal(output(fresh, inputs), output(tuned, inputs))
     assert list(fresh.peft_config) == ["default"]
     assert all(p.requires_grad == ("lora" in n) for n, p in fresh.named_parameters())
@@ -111,21 +113,21 @@ def test_a_lora_goes_back_into_the_adapter_that_is_there(unet, tmp_path, inputs)
 
 @pytest.mark.parametrize("other", [dict(rank=8), dict(targets=["linear"]), dict(targets=["to_q"]), dict(use_dora=True)])
 def test_another_lora_is_refused(unet, tmp_path, inputs, other):
-    path = checkpoint.save_lora(with_lora(unet), tmp_path, INFO)
+    path = checkpoint_peft.save_lora(with_lora(unet), tmp_path, INFO)
     target = with_lora(unet, **other)
     before = output(target, inputs)
     with pytest.raises(CheckpointError, match="another LoRA|another shape") as error:
-        checkpoint.load_lora_state(target, path)
+        checkpoint_peft.load_lora_state(target, path)
     assert "\n" not in str(error.value)
     assert torch.equal(output(target, inputs), before)
 
 
 def test_a_damaged_or_missing_lora_is_refused(unet, tmp_path):
-    path = checkpoint.save_lora(with_lora(unet), tmp_path, INFO)
+    path = checkpoint_peft.save_lora(with_lora(unet), tmp_path, INFO)
     path.write_bytes(path.read_bytes()[:-10])
     for file in (path, tmp_path / "nothing.safetensors"):
         with pytest.raises(CheckpointError, match="can't be read"):
-            checkpoint.load_lora_state(with_lora(unet), file)
+            checkpoint_peft.load_lora_state(with_lora(unet), file)
 
 
 def test_a_saved_unet_loads_and_is_equal(unet, tmp_path, inputs):
@@ -133,11 +135,11 @@ def test_a_saved_unet_loads_and_is_equal(unet, tmp_path, inputs):
     for p in tuned.parameters():
         p.data += 0.01
     for _ in range(2):  # saving again replaces
-        folder = checkpoint.save_unet(tuned, tmp_path, INFO)
+        folder = checkpoint_peft.save_unet(tuned, tmp_path, INFO)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["training.json", "unet"]
     loaded = UNet2DConditionModel.from_pretrained(folder)
     assert torch.equal(output(loaded, inputs), output(tuned, inputs))
-    assert checkpoint.read_training_info(tmp_path) == checkpoint.read_training_info(folder) == INFO
+    assert checkpoint_record.read_training_info(tmp_path) == checkpoint_record.read_training_info(folder) == INFO
 
 
 # -- weights that lie in pieces on several devices ---------------------------------------------------------------
@@ -152,14 +154,15 @@ def test_a_gathered_state_is_saved_in_place_of_the_modules_own(unet, encoders, t
     models = [with_lora(unet), *copy.deepcopy(encoders.text_encoders)]
     add_text_lora(models[1:], rank=2, alpha=4)
     whole = [gathered(m, i + 1) for i, m in enumerate(models)]
-    path = checkpoint.save_lora(models[0], tmp_path, INFO, models[1:], state=whole[0], text_states=whole[1:])
+    path = checkpoint_peft.save_lora(models[0], tmp_path, INFO, models[1:], state=whole[0], text_states=whole[1:])
     for i, m in enumerate(models):
         assert all(
-            torch.equal(w, checkpoint.lora_state(m)[n] + (i + 1)) for n, w in checkpoint.lora_state(m, whole[i]).items()
+            torch.equal(w, checkpoint_peft.lora_state(m)[n] + (i + 1))
+            for n, w in checkpoint_peft.lora_state(m, whole[i]).items()
         )
     for m in models:
         m.load_state_dict({n: torch.zeros_like(t) for n, t in m.state_dict().items()})
-    checkpoint.load_lora_state(models[0], path, models[1:])
+    checkpoint_peft.load_lora_state(models[0], path, models[1:])
     for m, state in zip(models, whole, strict=True):
         assert all(torch.equal(p, state[n]) for n, p in m.named_parameters() if p.requires_grad)
 
@@ -168,7 +171,7 @@ def test_of_a_lora_that_changed_its_base_too(unet, miniature, tmp_path, inputs):
     tuned = copy.deepcopy(unet)
     add_lora(tuned, rank=4, alpha=6, targets=["attention"], init="pissa")
     whole = {name: tensor + 0.1 if "lora_" in name else tensor for name, tensor in tuned.state_dict().items()}
-    checkpoint.save_lora(tuned, tmp_path, INFO, state=whole)
+    checkpoint_peft.save_lora(tuned, tmp_path, INFO, state=whole)
     tuned.load_state_dict(whole)
     pipe = StableDiffusionXLPipeline.from_pretrained(miniature, add_watermarker=False)
     pipe.load_lora_weights(tmp_path)
@@ -177,12 +180,12 @@ def test_of_a_lora_that_changed_its_base_too(unet, miniature, tmp_path, inputs):
 
 def test_a_gathered_unet_is_saved_whole(unet, tmp_path, monkeypatch):
     whole = gathered(unet)
-    save = checkpoint.save_torch_state_dict
+    save = checkpoint_peft.save_torch_state_dict
     # In several files, as SDXL's is.
-    monkeypatch.setattr(checkpoint, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": "1MB"}))
+    monkeypatch.setattr(checkpoint_peft, "save_torch_state_dict", lambda *a, **k: save(*a, **{**k, "max_shard_size": "1MB"}))
     sharded = copy.deepcopy(unet)
     sharded.__class__ = type("FSDPUNet2DConditionModel", (type(unet),), {})  # as torch's fully_shard does
-    folder = checkpoint.save_unet(sharded, tmp_path, INFO, state=whole)
+    folder = checkpoint_peft.save_unet(sharded, tmp_path, INFO, state=whole)
     assert json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
     assert len(list(folder.glob("*.safetensors"))) > 1
     loaded = UNet2DConditionModel.from_pretrained(folder)
@@ -191,7 +194,7 @@ def test_a_gathered_unet_is_saved_whole(unet, tmp_path, monkeypatch):
 
 def test_a_saved_unet_is_what_diffusers_saves(unet, tmp_path):
     unet.save_pretrained(tmp_path / "theirs")
-    folder = checkpoint.save_unet(unet, tmp_path, INFO)
+    folder = checkpoint_peft.save_unet(unet, tmp_path, INFO)
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (tmp_path / "theirs").iterdir())
     for path in folder.iterdir():
         theirs = tmp_path / "theirs" / path.name
@@ -336,19 +339,19 @@ def test_a_training_state_says_what_the_final_weights_say(accelerator, unet, min
     pipe = StableDiffusionXLPipeline.from_pretrained(miniature, add_watermarker=False)
     pipe.load_lora_weights(path)
     torch.testing.assert_close(output(pipe.unet, inputs), output(tuned, inputs), rtol=1e-5, atol=1e-5)
-    final = checkpoint.save_lora(tuned, tmp_path / "final", {**INFO, "step": 7})
+    final = checkpoint_peft.save_lora(tuned, tmp_path / "final", {**INFO, "step": 7})
     with safe_open(path / final.name, "pt") as state, safe_open(final, "pt") as whole:
         assert state.metadata() == whole.metadata()
     for place in (path, path / final.name):
-        assert checkpoint.read_training_info(place) == {**INFO, "step": 7}
+        assert checkpoint_record.read_training_info(place) == {**INFO, "step": 7}
     (path / "training.json").unlink()
-    assert checkpoint.read_training_info(path) == {**INFO, "step": 7}
+    assert checkpoint_record.read_training_info(path) == {**INFO, "step": 7}
 
 
 def test_a_full_fine_tunes_state_says_it_too(accelerator, training, tmp_path):
     path = checkpoint.save_checkpoint(accelerator, tmp_path, 3, {}, info={**INFO, "step": 3})
     for place in (path, path / "model.safetensors"):
-        assert checkpoint.read_training_info(place) == {**INFO, "step": 3}
+        assert checkpoint_record.read_training_info(place) == {**INFO, "step": 3}
     assert "training.json" in checkpoint.check_checkpoint(path)["files"]
 
 
@@ -365,10 +368,10 @@ def test_a_state_without_its_alpha_resumes_but_has_no_known_strength(accelerator
     tuned, path = old_state(accelerator, unet, tmp_path, 1)
     want = output(tuned, inputs)
     fresh = with_lora(unet, seed=1)
-    checkpoint.load_lora_state(fresh, path)
+    checkpoint_peft.load_lora_state(fresh, path)
     assert torch.equal(output(fresh, inputs), want)
     with pytest.raises(CheckpointError, match="saved without its alpha .* its strength is unknown") as error:
-        checkpoint.lora_metadata(path)
+        checkpoint_record.lora_metadata(path)
     assert "\n" not in str(error.value)
     for options, known in [
         (dict(rank=4, lora_alpha=None), 1),
@@ -377,35 +380,39 @@ def test_a_state_without_its_alpha_resumes_but_has_no_known_strength(accelerator
     ]:
         (tmp_path / "options.json").write_text(json.dumps({"options": options}))
         if known:
-            assert checkpoint.lora_metadata(path) == {}
+            assert checkpoint_record.lora_metadata(path) == {}
             continue
         with pytest.raises(CheckpointError, match="strength is unknown"):
-            checkpoint.lora_metadata(path)
+            checkpoint_record.lora_metadata(path)
 
 
 def test_the_record_of_the_run_holds_for_an_old_state_but_for_the_step(accelerator, unet, tmp_path):
     tuned, path = old_state(accelerator, unet, tmp_path, 5, alpha=4)
-    assert checkpoint.read_training_info(path) == checkpoint.read_training_info(path.parent) == {}
-    checkpoint.save_lora(tuned, tmp_path, {**INFO, "step": 90})
-    assert checkpoint.read_training_info(path) == checkpoint.read_training_info(path.parent) == {**INFO, "step": 5}
+    assert checkpoint_record.read_training_info(path) == checkpoint_record.read_training_info(path.parent) == {}
+    checkpoint_peft.save_lora(tuned, tmp_path, {**INFO, "step": 90})
+    assert (
+        checkpoint_record.read_training_info(path)
+        == checkpoint_record.read_training_info(path.parent)
+        == {**INFO, "step": 5}
+    )
     # Another adapter that happens to lie in the folder is not the run's.
     save_file(load_file(path), tmp_path / "other.safetensors")
-    assert checkpoint.read_training_info(tmp_path / "other.safetensors") == {}
+    assert checkpoint_record.read_training_info(tmp_path / "other.safetensors") == {}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_a_damaged_record_is_named(tmp_path, text):
     (tmp_path / "training.json").write_text(text)
     with pytest.raises(CheckpointError, match="training.json can't be read"):
-        checkpoint.read_training_info(tmp_path)
+        checkpoint_record.read_training_info(tmp_path)
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(1)}, file, metadata={"sdxl_ambient": text})
     with pytest.raises(CheckpointError, match="x.safetensors can't be read"):
-        checkpoint.read_training_info(file)
+        checkpoint_record.read_training_info(file)
 
 
 def test_steps_are_read_from_names():
-    assert checkpoint.step_of("a/checkpoint-12") == 12
-    assert [checkpoint.step_of(n) for n in ("checkpoint-", "checkpoint-x", "checkpoint-²", "other-3", "checkpoint")] == [
-        None
-    ] * 5
+    assert checkpoint_record.step_of("a/checkpoint-12") == 12
+    assert [
+        checkpoint_record.step_of(n) for n in ("checkpoint-", "checkpoint-x", "checkpoint-²", "other-3", "checkpoint")
+    ] == [None] * 5

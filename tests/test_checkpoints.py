@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from safetensors.torch import load, save_file
 
 from eval.checkpoints import Checkpoint, check_checkpoint, hash_weights, run_checkpoints, weight_files
-from sdxl_ambient import checkpoint
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.lora import add_lora
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.formats import peft as checkpoint_peft
+from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.pipeline import load_pipeline
+from sdxl_ambient.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -48,7 +49,7 @@ def lora_run(lora, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora_run")
     for step in (2, 10):
         state(folder, step, lora)
-    checkpoint.save_lora(lora, folder, info(10))
+    checkpoint_peft.save_lora(lora, folder, info(10))
     return folder
 
 
@@ -60,7 +61,7 @@ def full_run(unet, tmp_path_factory):
     for p in tuned.parameters():
         p.data += 0.01
     state(folder, 4, tuned)
-    checkpoint.save_unet(tuned, folder, info(5))
+    checkpoint_peft.save_unet(tuned, folder, info(5))
     return folder
 
 

@@ -13,15 +13,15 @@ from stores import latents_in
 from test_objective import Gaussian
 
 from sdxl_ambient import objective
-from sdxl_ambient.clean_levels import CleanLevels
-from sdxl_ambient.data import LatentStore, Showing
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.hub import fitting_sampler, model_card
-from sdxl_ambient.latents import build_store
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.hub.card import fitting_sampler, model_card
+from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
 from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
-from sdxl_ambient.plan import StoreError
-from sdxl_ambient.prenoised import fingerprint_of_latents
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.prenoised import fingerprint_of_latents
+from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.training.clean_levels import CleanLevels
 
 FOLDER = "latents_clean_unprotected"
 LEVELS = {0: 500, 1: 3, 2: -1, 3: 120}  # the others: 500

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from sdxl_ambient.conditioning import encode_prompts, is_truncated, time_ids
+from sdxl_ambient.models.conditioning import encode_prompts, is_truncated, time_ids
 
 CAPTIONS = ["penguin", "a photo of a red apple, on a wooden table!", "", "naïve café 日本語 🐧", "very " * 200 + "long"]
 

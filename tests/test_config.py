@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from sdxl_ambient.config import OptionError, load_options, option, parse_options
+from sdxl_ambient.config.parser import load_options, option, parse_options
+from sdxl_ambient.errors import OptionError
 
 
 @dataclass
@@ -145,7 +146,7 @@ def test_help_names_every_option_its_default_and_choices(capsys):
 
 
 def test_a_list_given_twice_is_refused_and_the_last_single_value_wins():
-    from sdxl_ambient.options import TrainOptions
+    from sdxl_ambient.config.training import TrainOptions
 
     with pytest.raises(OptionError, match="--lora_targets: given twice"):
         load_options(TrainOptions, ["--lora_targets", "all", "--lora_targets", "linear"])

@@ -16,9 +16,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import REPOSITORY
 
 from eval.options import Options
-from sdxl_ambient.config import load_options, read_yaml
+from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.config.parser import load_options, read_yaml
+from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.option_template import main, template
-from sdxl_ambient.options import LatentsOptions, TrainOptions
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 ACCELERATE = sorted((REPOSITORY / "configs/accelerate").glob("*.yaml"))

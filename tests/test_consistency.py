@@ -5,8 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from sdxl_ambient.chain import posterior_mean, restore, spaced_times, walk
-from sdxl_ambient.noise import CLEAN, PREDICTION_TYPES, NoiseSchedule
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
 from sdxl_ambient.objective import (
     ObjectiveOptions,
     Restored,
@@ -16,6 +16,7 @@ from sdxl_ambient.objective import (
     draw_times,
     snr_weight,
 )
+from sdxl_ambient.posterior import posterior_mean, restore, spaced_times, walk
 from sdxl_ambient.randomness import Randomness
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

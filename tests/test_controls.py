@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from skimage import data
 
 from eval.controls import MOST, TRANSFORMS, centre_crop, planted, vae_round_trip
-from eval.embed import embed_images
-from eval.embedders import load_embedder
+from eval.embedders.registry import load_embedder
+from eval.embedding import embed_images
 from eval.images import read_folder
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_ambient.chain import posterior_mean
-from sdxl_ambient.data import sample_generator
-from sdxl_ambient.models import Conditioning, Denoiser
-from sdxl_ambient.noise import CLEAN
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_loss, ambient_objective
 from sdxl_ambient.pipeline import load_pipeline, sample
+from sdxl_ambient.posterior import posterior_mean
+from sdxl_ambient.randomness import sample_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -11,29 +11,18 @@ from accelerate import PartialState
 from conftest import copy_emoji
 from safetensors.torch import load
 
-from sdxl_ambient import data as data_module
-from sdxl_ambient.chain import restore
-from sdxl_ambient.data import (
-    EMPTY,
-    Batch,
-    LatentStore,
-    Showing,
-    Stream,
-    check_stores,
-    collate,
-    common_t_n,
-    loader,
-    sample_generator,
-    small_groups,
-    spoken_levels,
-)
-from sdxl_ambient.geometry import Geometry, mirrored
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.models import Denoiser
-from sdxl_ambient.noise import CLEAN
-from sdxl_ambient.plan import StoreError
-from sdxl_ambient.randomness import Randomness
-from sdxl_ambient.restoration import Restoration, RestoreOptions
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.images.geometry import Geometry, mirrored
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.posterior import restore
+from sdxl_ambient.randomness import Randomness, sample_generator
+from sdxl_ambient.store.batches import Batch, Stream, collate, loader, small_groups
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.checks import check_stores, common_t_n, spoken_levels
+from sdxl_ambient.store.reader import EMPTY, LatentStore, Showing
+from sdxl_ambient.training.posterior_buffer import Restoration
+from sdxl_ambient.training.settings import RestoreOptions
 
 
 def positions(stream) -> list[tuple[int, int]]:
@@ -300,7 +289,7 @@ def test_showing_is_the_same_whoever_reads(bucketed):
 
 def test_by_default_nothing_is_drawn(bucketed, monkeypatch):
     data = LatentStore(bucketed)
-    monkeypatch.setattr(data_module, "sample_generator", None)
+    monkeypatch.setattr("sdxl_ambient.store.reader.sample_generator", None)
     batch = collate([data[p, 0] for p in range(3)])
     assert not batch.dropped.any() and not batch.flipped.any()
 
@@ -328,7 +317,7 @@ def test_a_store_without_the_empty_prompt_is_refused_where_it_is_needed(copied):
 def test_few_shards_are_open_at_a_time(store, monkeypatch):
     """A store of thousands of shards must not need thousands of open files."""
     want = LatentStore(store)[0, 0]["x_n"]
-    monkeypatch.setattr(data_module, "MAXIMUM_OPEN", 2)
+    monkeypatch.setattr("sdxl_ambient.store.reader.MAXIMUM_OPEN", 2)
     data = LatentStore(store)
     for position in range(12):
         data[position, position % 6]

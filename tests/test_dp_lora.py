@@ -23,13 +23,13 @@ from benchmarks.dp_lora import (
     private,
     private_step,
 )
-from sdxl_ambient.checkpoint import LORA_FILE, read_training_info
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.data import LatentStore, collate
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.plan import StoreError
+from sdxl_ambient.errors import OptionError, StoreError
+from sdxl_ambient.formats.record import LORA_FILE, read_training_info
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.store.batches import collate
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.reader import LatentStore
 
 SETTINGS = dict(rank=2, learning_rate=1e-3, max_train_steps=3, batch_size=2, epsilon=8.0, accountant="rdp")
 

@@ -11,12 +11,13 @@ from skimage import data
 from stores import snapshot
 
 from eval.controls import jpeg
-from eval.duplicates import Fingerprints, drop_near_duplicates, drop_near_embeddings, fingerprint, jpeg_limit, matches
+from eval.duplicates import drop_near_duplicates, drop_near_embeddings, jpeg_limit
 from eval.images import read_folder
-from sdxl_ambient.duplicates import earlier_twins
-from sdxl_ambient.images import list_images, load_rgb
-from sdxl_ambient.plan import StoreError, look_closely, scan
-from sdxl_ambient.twins import settle_twins
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.images.duplicates import Fingerprints, earlier_twins, fingerprint, matches
+from sdxl_ambient.images.load import list_images, load_rgb
+from sdxl_ambient.store.deduplicate import settle_twins
+from sdxl_ambient.store.scan import look_closely, scan
 
 
 def photographs():

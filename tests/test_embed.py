@@ -18,11 +18,13 @@ from transformers import (
     ViTModel,
 )
 
-from eval.embed import Embedded, FeatureCache, embed_images, main, normalised
-from eval.embedders import Embedder, check_embedder, load_embedder
-from eval.images import StageError, drop_duplicates, read_folder
-from eval.sscd import SSCD, generalised_mean, load_sscd
-from sdxl_ambient.images import load_rgb
+from eval.embed import main
+from eval.embedders.registry import Embedder, check_embedder, load_embedder
+from eval.embedders.sscd import SSCD, generalised_mean, load_sscd
+from eval.embedding import Embedded, FeatureCache, embed_images, normalised
+from eval.images import drop_duplicates, read_folder
+from sdxl_ambient.errors import StageError
+from sdxl_ambient.images.load import load_rgb
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

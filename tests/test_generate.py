@@ -10,13 +10,14 @@ from conftest import copy_emoji
 from PIL import Image
 
 from eval.checkpoints import Checkpoint, hash_weights
-from eval.generate import Options, average_images, captions_of, generate_images, image_seed, main, plan, read_prompts
-from eval.images import StageError
-from eval.memorization import Options as Evaluation
+from eval.drawing import average_images, captions_of, generate_images, image_seed, plan, read_prompts
+from eval.generate import Options, main
+from eval.options import Options as Evaluation
 from eval.samplers import own_samplers, samplers_of
-from sdxl_ambient.checkpoint import save_lora
-from sdxl_ambient.config import OptionError, load_options
-from sdxl_ambient.lora import add_lora
+from sdxl_ambient.config.parser import load_options
+from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.formats.peft import save_lora
+from sdxl_ambient.models.lora import add_lora
 
 PROMPTS = ["red apple", "green heart", "penguin", "yellow star", "blue car"]
 

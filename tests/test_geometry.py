@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from sdxl_ambient.conditioning import time_ids
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.geometry import SDXL_BUCKETS, Geometry, bucket_counts, mirrored, parse_buckets, resized
-from sdxl_ambient.images import load_rgb
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.images.geometry import SDXL_BUCKETS, Geometry, bucket_counts, mirrored, parse_buckets, resized
+from sdxl_ambient.images.load import load_rgb
+from sdxl_ambient.models.conditioning import time_ids
 
 NAMES = ("china.jpg", "coffee.png", "flower.jpg")  # 427 × 640, 400 × 600, 640 × 427
 

@@ -1,7 +1,7 @@
 """Twenty steps of the miniature's shipped configuration in each way of training, against numbers that were stored once.
 
-Moving or renaming code changes none of them. ``python tests/test_golden.py`` writes them anew, after a change that is meant to.
-The last bits of a convolution differ between processors, so that hashes are compared only where they were recorded; the
+Moving or renaming code changes none of them. After a change that is meant to, run this file as a script: it writes them anew.
+The last bits of a convolution differ between processors, so hashes are compared only on the kind that recorded them. The
 losses are compared everywhere.
 """
 
@@ -29,7 +29,7 @@ KEY = "5d" * 32  # so that the store is the same each time; it protects nothing
 
 
 def machine() -> dict:
-    from sdxl_ambient.manifest import processor
+    from sdxl_ambient.provenance import processor
 
     return {"processor": processor(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
 
@@ -71,14 +71,14 @@ def train(name: str, pictures: Path, output: Path) -> None:
 
 
 def shards_hash(folder: Path) -> str:
-    from sdxl_ambient.manifest import hash_tensors
+    from sdxl_ambient.provenance import hash_tensors
 
     return hash_tensors({k: v for path in sorted(folder.glob("latents-*")) for k, v in load_file(path).items()})
 
 
 def results(output: Path, name: str) -> dict:
     """Losses of every step (float32), hashes of the stored latents and of the weights, as one JSON value."""
-    from sdxl_ambient.manifest import hash_tensors
+    from sdxl_ambient.provenance import hash_tensors
 
     folders = {path.parent for path in output.rglob("events.out.tfevents*")}
     losses: dict[str, list[float]] = {}

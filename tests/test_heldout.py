@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from conftest import copy_emoji
 
-from sdxl_ambient.data import LatentStore
-from sdxl_ambient.heldout import EarlyStopping, Losses, band_edges, band_losses, compare, gap, scalars
-from sdxl_ambient.images import evenly
+from sdxl_ambient.images.load import evenly
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.heldout_loss import EarlyStopping, Losses, band_edges, band_losses, compare, gap, scalars
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def accelerator():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, encoders, schedule):
-    from sdxl_ambient.geometry import Geometry
-    from sdxl_ambient.latents import build_store
+    from sdxl_ambient.images.geometry import Geometry
+    from sdxl_ambient.store.build import build_store
 
     folder = tmp_path_factory.mktemp("heldout")
     build_store(
@@ -92,9 +92,9 @@ def test_a_network_that_learnt_one_set_has_a_gap(accelerator, schedule, store, u
     """Trained on two of six pictures, for their fixed noise, it knows those two better."""
     tuned = copy.deepcopy(unet).train().requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=1e-3)
-    from sdxl_ambient.data import collate
-    from sdxl_ambient.models import Denoiser
+    from sdxl_ambient.models.denoiser import Denoiser
     from sdxl_ambient.objective import ambient_objective
+    from sdxl_ambient.store.batches import collate
 
     batch = collate([store[i, i] for i in range(2)])
     denoise = Denoiser(tuned, shown(batch))

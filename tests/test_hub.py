@@ -23,11 +23,15 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import constants
 from running import ENV
 
-from sdxl_ambient.checkpoint import LORA_FILE, save_lora, save_unet
-from sdxl_ambient.hub import HubError, check_hub, fitting_sampler, main, model_card, push, repository
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.manifest import read_json, write_json
+from sdxl_ambient.errors import HubError
+from sdxl_ambient.formats.peft import save_lora, save_unet
+from sdxl_ambient.formats.record import LORA_FILE
+from sdxl_ambient.hub.__main__ import main
+from sdxl_ambient.hub.card import fitting_sampler, model_card
+from sdxl_ambient.hub.upload import check_hub, push, repository
+from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.pipeline import euler_like, sample, timestep_grid
+from sdxl_ambient.provenance import read_json, write_json
 
 DATA = REPOSITORY / "miniature" / "data"
 TOKEN = "hf_a_token_of_the_tests"

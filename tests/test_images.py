@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from sdxl_ambient.images import ImageError, ImagesMissing, list_images, load_rgb
+from sdxl_ambient.errors import ImageError, ImagesMissing
+from sdxl_ambient.images.load import list_images, load_rgb
 
 COFFEE = data.coffee()[:200, :300]  # 200 high, 300 wide
 

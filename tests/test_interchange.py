@@ -16,24 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient import export
-from sdxl_ambient.checkpoint import load_lora_state, lora_state, read_training_info, save_lora, save_unet
-from sdxl_ambient.interchange import (
-    SDXL_UNET,
-    InterchangeError,
-    attach,
-    from_kohya,
-    peft_file,
-    read_adapter,
-    start_from,
-    to_kohya,
-    unet_names,
-    unet_shapes,
-)
-from sdxl_ambient.lora import LORA_TARGETS, add_lora, add_text_lora
-from sdxl_ambient.manifest import hash_file
-from sdxl_ambient.models import load_unet
-from sdxl_ambient.original_layout import original_text_encoder, original_text_encoder_2, original_unet, original_vae
+from sdxl_ambient.errors import InterchangeError
+from sdxl_ambient.formats.adapter import peft_file
+from sdxl_ambient.formats.attach import attach, start_from
+from sdxl_ambient.formats.kohya import to_kohya
+from sdxl_ambient.formats.names import SDXL_UNET, unet_names, unet_shapes
+from sdxl_ambient.formats.original import original_text_encoder, original_text_encoder_2, original_unet, original_vae
+from sdxl_ambient.formats.peft import load_lora_state, lora_state, save_lora, save_unet
+from sdxl_ambient.formats.read import from_kohya, read_adapter
+from sdxl_ambient.formats.record import read_training_info
+from sdxl_ambient.models.load import load_unet
+from sdxl_ambient.models.lora import LORA_TARGETS, add_lora, add_text_lora
 from sdxl_ambient.pipeline import load_pipeline
+from sdxl_ambient.provenance import hash_file
 
 LORA = "pytorch_lora_weights.safetensors"
 INFO = {"t_n": 437, "low_noise": "skip", "base_model": "pipeline", "data": "0123abcd", "finetune": "lora", "step": 7}
@@ -402,7 +397,7 @@ def test_our_own_files_say_what_they_are(loras):
     assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert said["modelspec.implementation"] == "diffusers" and "437" in said["modelspec.title"]
     assert said["modelspec.timestep_range"] == "438,999"
-    assert said["sdxl_ambient.t_n"] == "437" and said["sdxl_ambient.data"] == "0123abcd"
+    assert said["sdxl_ambient.t_n"] == "437" and said["sdxl_ambient.store.reader"] == "0123abcd"
     assert said["sdxl_ambient.objective"] == "ambient, skip at t <= t_n" and said["sdxl_ambient.base_model"] == "pipeline"
     assert json.loads(said["lora_adapter_metadata"])["unet.r"] == 4
 
@@ -445,7 +440,7 @@ def test_nothing_of_the_noise_key_is_written(unet, config, tmp_path):
     ],
 )
 def test_what_is_known_is_said_and_nothing_else(info, wanted):
-    from sdxl_ambient.checkpoint import model_metadata
+    from sdxl_ambient.formats.record import model_metadata
 
     said = model_metadata(info, "a", "b")
     assert {k: said.get(f"sdxl_ambient.{k}") for k in wanted} == wanted

@@ -11,9 +11,9 @@ import pytest
 import torch
 from running import ENV, ROOT, SCRIPT, arguments, assert_identical, launch, states
 
-from sdxl_ambient.checkpoint import checkpoints
-from sdxl_ambient.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
-from sdxl_ambient.manifest import read_json
+from sdxl_ambient.provenance import read_json
+from sdxl_ambient.training.checkpoint import checkpoints
+from sdxl_ambient.training.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
 
 
 def test_the_first_signal_is_noted_and_the_second_ends_at_once():

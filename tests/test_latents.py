@@ -19,15 +19,18 @@ from PIL import Image
 from scipy import stats
 from stores import equal, latents_in, load_file, snapshot
 
-from sdxl_ambient.conditioning import encode_prompts
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.images import ImagesMissing, load_rgb
-from sdxl_ambient.latents import build_store, encode_image, main
-from sdxl_ambient.manifest import hash_bytes, hash_json
-from sdxl_ambient.models import ModelError, load_encoders
-from sdxl_ambient.observation import NoiseKeyError, draw_z, noise_key
-from sdxl_ambient.options import LatentsOptions
-from sdxl_ambient.plan import StoreError, content_hash
+from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.errors import ImagesMissing, ModelError, NoiseKeyError, StoreError
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.images.load import load_rgb
+from sdxl_ambient.latents import main
+from sdxl_ambient.models.conditioning import encode_prompts
+from sdxl_ambient.models.load import load_encoders
+from sdxl_ambient.models.vae import encode_image
+from sdxl_ambient.provenance import hash_bytes, hash_json
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.observation import draw_z, noise_key
+from sdxl_ambient.store.scan import content_hash
 
 
 def clean_latents(images: Path, encoders, resolution=64) -> dict[str, torch.Tensor]:
@@ -291,9 +294,7 @@ def test_the_key_is_in_no_file_and_no_message(build, emoji, tmp_path, capfd, mon
     key, said = tmp_path / "key", []
     build(emoji, tmp_path / "s", noise_key_file=key, say=said.append)
     random = []
-    from sdxl_ambient import latents
-
-    monkeypatch.setattr(latents, "noise_key", lambda path: random.append(noise_key(path)) or random[-1])
+    monkeypatch.setattr("sdxl_ambient.store.build.noise_key", lambda path: random.append(noise_key(path)) or random[-1])
     build(emoji, tmp_path / "deep" / "s", say=said.append)
     assert key.stat().st_mode & 0o777 == 0o600 and len(random) == 1
     captured = capfd.readouterr()
@@ -395,9 +396,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_shards(emoji, miniature, tmp_p
 
 
 def test_a_picture_that_changes_while_it_is_encoded_is_noticed(build, emoji, tmp_path, monkeypatch):
-    from sdxl_ambient import latents
-
-    monkeypatch.setattr(latents, "content_hash", lambda image: "ff" * 32)
+    monkeypatch.setattr("sdxl_ambient.store.build.content_hash", lambda image: "ff" * 32)
     with pytest.raises(StoreError, match="changed while it was being encoded"):
         build(emoji, tmp_path / "s")
 

@@ -16,20 +16,38 @@ from running import ENV, arguments, train_here
 from safetensors import safe_open
 from stores import equal, latents_in, snapshot
 
-from sdxl_ambient import loop
-from sdxl_ambient.checkpoint import LORA_FILE, read_training_info, save_lora, save_unet
-from sdxl_ambient.config import OptionError, build_options
-from sdxl_ambient.data import LatentStore, check_stores, observed_t_n
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.hub import model_card
-from sdxl_ambient.interchange import InterchangeError
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.lora import add_lora, add_text_lora
-from sdxl_ambient.manifest import hash_tensors, read_json, write_json
-from sdxl_ambient.models import ModelError, load_encoders
-from sdxl_ambient.plan import StoreError
-from sdxl_ambient.privacy import PrivacyOptions
+from sdxl_ambient.config.parser import build_options
+from sdxl_ambient.errors import InterchangeError, ModelError, OptionError, StoreError
+from sdxl_ambient.formats.peft import save_lora, save_unet
+from sdxl_ambient.formats.record import LORA_FILE, read_training_info
+from sdxl_ambient.hub.card import model_card
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.loop import (
+    __main__ as loop,
+)
+from sdxl_ambient.loop import (
+    draw as loop_draw,
+)
+from sdxl_ambient.loop import (
+    model as loop_model,
+)
+from sdxl_ambient.loop import (
+    options as loop_options,
+)
+from sdxl_ambient.loop import (
+    provenance as loop_provenance,
+)
+from sdxl_ambient.loop import (
+    run as loop_run,
+)
+from sdxl_ambient.models.load import load_encoders
+from sdxl_ambient.models.lora import add_lora, add_text_lora
+from sdxl_ambient.privacy.options import PrivacyOptions
+from sdxl_ambient.provenance import hash_tensors, read_json, write_json
 from sdxl_ambient.randomness import Randomness
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.checks import check_stores, observed_t_n
+from sdxl_ambient.store.reader import LatentStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +75,7 @@ def loaded(miniature, encoders):
         return encoders if (base, vae) == (str(miniature), None) else load_encoders(base, vae=vae, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_encoders", load)
+        patch.setattr("sdxl_ambient.loop.provenance.load_encoders", load)
         yield
 
 
@@ -72,7 +90,7 @@ def asked(miniature):
 
     def make(store, output, **changes):
         usual = dict(pretrained_model_name_or_path=str(miniature), latents_dir=str(store), output_dir=str(output))
-        return build_options(loop.LoopOptions, {**usual, "t_n": 300, "steps": 3, "batch_size": 2, **changes})
+        return build_options(loop_options.LoopOptions, {**usual, "t_n": 300, "steps": 3, "batch_size": 2, **changes})
 
     return make
 
@@ -80,12 +98,12 @@ def asked(miniature):
 @pytest.fixture(scope="module")
 def second(first, asked):
     """The first store restored to t = 300 by the base model, beside it."""
-    loop.restore_store(asked(first, first.parent / "second"), say=lambda message: None)
+    loop_run.restore_store(asked(first, first.parent / "second"), say=lambda message: None)
     return first.parent / "second"
 
 
 def quietly(options, say=lambda message: None):
-    return loop.restore_store(options, say=say)
+    return loop_run.restore_store(options, say=say)
 
 
 def with_lora(unet, folder, data, **info):
@@ -139,7 +157,7 @@ def test_samples_have_the_posterior_law_at_the_level_asked_for(schedule, t_m):
     t_n = torch.tensor([350, 500]).repeat(5_000)
     x_n = torch.where(t_n == 500, 1.3, -0.4).double()[:, None]
     network, randomness = Exact(schedule), Randomness(torch.Generator().manual_seed(1), len(t_n))
-    x_m = loop.draw_lower(lambda x, t: network(x, t)[0], schedule, x_n, t_n, t_m, 200, randomness)
+    x_m = loop_draw.draw_lower(lambda x, t: network(x, t)[0], schedule, x_n, t_n, t_m, 200, randomness)
     for level in (350, 500):
         rows = t_n == level
         mean, variance = law(schedule, x_n[rows], level, t_m)
@@ -157,7 +175,7 @@ def test_a_stores_samples_have_that_law(first, asked, schedule, tmp_path):
     shown = LatentStore(first)
     shown.images = store.images
     assert shown[0, 0]["embeds"].ne(_load(first / store._prompts[captions[0]])[f"{captions[0]}.embeds"]).any()
-    draw = loop.Draw(store, network, schedule, asked(first, tmp_path / "out", steps=100))
+    draw = loop_draw.Draw(store, network, schedule, asked(first, tmp_path / "out", steps=100))
     x_m = {}
     for indices in draw.batches(store.images):
         x_m |= draw.restored(indices)
@@ -192,8 +210,8 @@ def draw_shards(first, output, options, unet, schedule, processes=1):
     plan = read_json(first.parent / "second" / "plan.json")
     for rank in range(processes):
         state = SimpleNamespace(process_index=rank, num_processes=processes)
-        todo = loop.missing_shards(output, plan, state)
-        loop.write_samples(output, todo, loop.Draw(store, unet, schedule, options), quiet=True)
+        todo = loop_draw.missing_shards(output, plan, state)
+        loop_draw.write_samples(output, todo, loop_draw.Draw(store, unet, schedule, options), quiet=True)
     return latents_in(output)
 
 
@@ -217,7 +235,7 @@ def test_a_round_draws_no_random_numbers_of_another(first, asked, schedule, tmp_
     for links in ([], [{}]):
         store = LatentStore(first)
         store.rounds = links
-        draw = loop.Draw(store, Exact(schedule), schedule, asked(first, tmp_path / "o"))
+        draw = loop_draw.Draw(store, Exact(schedule), schedule, asked(first, tmp_path / "o"))
         drawn.append(draw.restored([1])[store.images[1]["content"]])
     assert float((drawn[0] - drawn[1]).square().mean()) > 0.01
 
@@ -343,12 +361,12 @@ def test_the_model_is_the_one_that_was_trained(first, asked, unet, tmp_path):
     x, t = item["x_n"][None], torch.tensor([400])
     for kind, path, model in (("lora", "run", tuned), ("unet", "full", whole)):
         options = asked(first, tmp_path / "o", **{kind: str(tmp_path / path)})
-        loaded = loop.load_model(options, torch.float32)
+        loaded = loop_model.load_model(options, torch.float32)
         assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
         with torch.no_grad():
             torch.testing.assert_close(loaded(x, t, **told)[0], model(x, t, **told)[0], atol=1e-5, rtol=1e-5)
-        assert not loop.check_history(options, store, loop.told(options))
-    half = loop.load_model(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.bfloat16)
+        assert not loop_provenance.check_history(options, store, loop_model.told(options))
+    half = loop_model.load_model(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.bfloat16)
     halves = {k: v.bfloat16() if torch.is_tensor(v) else v for k, v in told.items()}
     halves["added_cond_kwargs"]["text_embeds"] = halves["added_cond_kwargs"]["text_embeds"].bfloat16()
     with torch.no_grad():
@@ -374,7 +392,7 @@ def histories(store):
 def test_models_that_may_have_seen_more_are_refused(first, second, asked, unet, tmp_path):
     store = LatentStore(first)
     for info, message in histories(store):
-        assert message in loop.seen_besides(info, store)
+        assert message in loop_provenance.seen_besides(info, store)
     with_lora(unet, tmp_path / "clean", "0" * 64, t_n=None)
     options = asked(first, tmp_path / "o", lora=str(tmp_path / "clean"))
     with pytest.raises(
@@ -386,7 +404,7 @@ def test_models_that_may_have_seen_more_are_refused(first, second, asked, unet, 
     two = LatentStore(second)
     for seen in (store, two):
         for asked_of in (store, two):
-            assert loop.seen_besides({"data": seen.hash, "t_n": 1, "restored": seen.chain}, asked_of) is None
+            assert loop_provenance.seen_besides({"data": seen.hash, "t_n": 1, "restored": seen.chain}, asked_of) is None
 
 
 def test_what_a_foreign_model_drew_says_so(first, asked, unet, tmp_path, schedule):
@@ -399,7 +417,7 @@ def test_what_a_foreign_model_drew_says_so(first, asked, unet, tmp_path, schedul
     (line,) = check_stores(store, None, schedule)
     assert "a model that may have seen more of the images drew them, so no t_n says what protects those" in line
     info = {"data": store.hash, "t_n": 300, "restored": store.chain, "observed_t_n": 500}
-    assert "a model of other data drew" in loop.seen_besides(info, LatentStore(first))
+    assert "a model of other data drew" in loop_provenance.seen_besides(info, LatentStore(first))
     card = model_card(tmp_path / "o", info, repo_id="me/x", license="openrail++")
     assert "A model that may have seen more of the images drew some of them" in card
 
@@ -409,7 +427,7 @@ def test_a_unet_of_another_architecture_can_not_restore(first, asked, unet, tmp_
     save_unet(other, tmp_path / "full", {"t_n": 500, "data": LatentStore(first).hash})
     options = asked(first, tmp_path / "o", unet=str(tmp_path / "full"))
     with pytest.raises(ModelError, match="--unet: .* is of another architecture than .*: its cross_attention_dim differs"):
-        loop.load_model(options, torch.float32)
+        loop_model.load_model(options, torch.float32)
 
 
 def test_a_lora_of_the_text_encoders_can_not_restore(first, asked, unet, encoders, tmp_path):
@@ -421,7 +439,7 @@ def test_a_lora_of_the_text_encoders_can_not_restore(first, asked, unet, encoder
         quietly(asked(first, tmp_path / "o", lora=str(tmp_path / "run")))
     assert not (tmp_path / "o").exists()
     with pytest.raises(InterchangeError, match="--lora: "):
-        loop.load_model(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.float32)
+        loop_model.load_model(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.float32)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------
@@ -462,7 +480,7 @@ def test_a_level_that_is_not_lower_is_refused(first, second, asked, tmp_path):
 
 def test_another_round_is_refused_by_name(first, second, asked):
     before, store, (link,) = snapshot(second), LatentStore(first), LatentStore(second).rounds
-    assert loop.settle(second, loop.make_plan(store, {**link, "versions": {}}, 1)) == read_json(second / "plan.json")
+    assert loop_run.settle(second, loop_run.make_plan(store, {**link, "versions": {}}, 1)) == read_json(second / "plan.json")
     for change, message in (
         (dict(t_n=200), r"latent\.t_n: stored 300, wanted 200"),
         (dict(seed=1), "round 1: seed: stored 0, wanted 1"),
@@ -471,7 +489,7 @@ def test_another_round_is_refused_by_name(first, second, asked):
         (dict(captions="0" * 64), "round 1: captions: stored "),
     ):
         with pytest.raises(StoreError, match=f"the store .*second is of something else .*{message}.*use another folder"):
-            loop.settle(second, loop.make_plan(store, {**link, **change}, 2))
+            loop_run.settle(second, loop_run.make_plan(store, {**link, **change}, 2))
     refused(asked(first, second, seed=1), "round 1: seed: stored 0, wanted 1")
     assert snapshot(second) == before
 
@@ -481,10 +499,10 @@ def test_damaged_plans_and_lost_ones_are_refused(second, tmp_path):
     for text in ("{", "{}", json.dumps({**plan, "restored": []})):
         (part / "plan.json").write_text(text)
         with pytest.raises(StoreError, match="plan.json is damaged, or of another number of rounds"):
-            loop.settle(part, plan)
+            loop_run.settle(part, plan)
     (part / "plan.json").unlink()
     with pytest.raises(StoreError, match="holds latents but no plan.json"):
-        loop.settle(part, plan)
+        loop_run.settle(part, plan)
     manifest = read_json(part / "manifest.json")
     del manifest["images"][0]["observed_t_n"]
     write_json(part / "manifest.json", manifest)

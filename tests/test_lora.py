@@ -10,18 +10,23 @@ from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from sdxl_ambient.checkpoint import (
-    CheckpointError,
-    load_lora_state,
-    lora_metadata,
-    lora_state,
-    register_lora_hooks,
-    save_checkpoint,
-    save_lora,
+from sdxl_ambient.errors import CheckpointError, ModelError
+from sdxl_ambient.formats.peft import load_lora_state, lora_state, save_lora
+from sdxl_ambient.formats.record import lora_metadata
+from sdxl_ambient.models.conditioning import encode_prompts, encode_tokens, tokenize
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.load import load_unet
+from sdxl_ambient.models.lora import (
+    INITS,
+    LORA_TARGETS,
+    add_lora,
+    add_text_lora,
+    changes_base,
+    describe,
+    lora_targets,
+    rebase,
 )
-from sdxl_ambient.conditioning import encode_prompts, encode_tokens, tokenize
-from sdxl_ambient.lora import INITS, LORA_TARGETS, add_lora, add_text_lora, changes_base, describe, lora_targets, rebase
-from sdxl_ambient.models import Conditioning, Denoiser, ModelError, load_unet
+from sdxl_ambient.training.checkpoint import register_lora_hooks, save_checkpoint
 
 INFO = {"t_n": 500, "low_noise": "skip"}
 CAPTIONS = ["penguin", "a red apple on a table", ""]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from sdxl_ambient import manifest
+from sdxl_ambient import provenance as manifest
 
 
 def test_hashes_follow_content_only(tmp_path):

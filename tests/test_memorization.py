@@ -11,14 +11,16 @@ from conftest import REPOSITORY, copy_emoji
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from eval.calibrate import clopper_pearson
-from eval.memorization import BASE, Options, main
-from eval.summary import References
-from eval.verdict import judge, model_figures, over_budget
-from sdxl_ambient.checkpoint import save_lora, save_unet
-from sdxl_ambient.config import OptionError, load_options
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.manifest import read_json
+from eval.memorization import main
+from eval.options import BASE, Options
+from eval.reporting.figures import References
+from eval.reporting.verdict import judge, model_figures, over_budget
+from eval.statistics.calibrate import clopper_pearson
+from sdxl_ambient.config.parser import load_options
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.formats.peft import save_lora, save_unet
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.provenance import read_json
 
 DATA = REPOSITORY / "miniature" / "data"
 SETS = ["--train_data_dir", str(DATA / "finetune"), "--heldout_data_dir", str(DATA / "heldout")]

@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import GIB, RESULT, SETTINGS, setting, to_fake, written
 from benchmarks.record import ROOT
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.memory import Activations, Storages, activation_bytes, estimate, held_bytes, state_bytes
-from sdxl_ambient.models import Conditioning
-from sdxl_ambient.optimizers import make_optimizer
+from sdxl_ambient.models.denoiser import Conditioning
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.training.memory import Activations, Storages, activation_bytes, estimate, held_bytes, state_bytes
+from sdxl_ambient.training.optimizers import make_optimizer
 
 
 @pytest.fixture(scope="module")

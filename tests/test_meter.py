@@ -2,7 +2,7 @@
 
 import torch
 
-from sdxl_ambient.meter import GIB, WINDOW, Meter
+from sdxl_ambient.training.progress import GIB, WINDOW, Meter
 
 
 class Clock:

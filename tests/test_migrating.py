@@ -7,8 +7,9 @@ import pytest
 from conftest import REPOSITORY
 
 from eval.options import Options
+from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.export import ExportOptions
-from sdxl_ambient.options import LatentsOptions, TrainOptions
 
 PAGE = (REPOSITORY / "docs/MIGRATING.md").read_text(encoding="utf-8")
 OURS = {f.name for cls in (TrainOptions, LatentsOptions, Options) for f in dataclasses.fields(cls)} | {"config_file"}

@@ -10,7 +10,22 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from benchmarks import miniature_data, miniature_models, miniature_training, miniature_vae, train_miniature
+from benchmarks import train_miniature
+from benchmarks.miniature import (
+    data as miniature_data,
+)
+from benchmarks.miniature import (
+    models as miniature_models,
+)
+from benchmarks.miniature import (
+    training as miniature_training,
+)
+from benchmarks.miniature import (
+    training as train_miniature_training,
+)
+from benchmarks.miniature import (
+    vae as miniature_vae,
+)
 
 MINIATURE = Path(__file__).parents[1] / "miniature"
 PIPELINE = MINIATURE / "pipeline"
@@ -155,7 +170,7 @@ def test_denoiser_is_trained_and_heeds_the_caption(pipeline):
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.full((len(latents),), 700)
     losses = [
-        train_miniature.denoising_loss(
+        train_miniature_training.denoising_loss(
             pipeline.unet, pipeline.scheduler.alphas_cumprod, latents, *conditioning, t, noise
         ).mean()
         for conditioning in ((states, pooled), (states * 0, pooled * 0), (states.roll(1, 0), pooled.roll(1, 0)))

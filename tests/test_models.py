@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 
-from sdxl_ambient.lora import add_lora, lora_targets, trainable_to_float32
-from sdxl_ambient.models import Conditioning, Denoiser, ModelError, check_sdxl, load_encoders, load_schedule, load_unet
+from sdxl_ambient.errors import ModelError
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.load import check_sdxl, load_encoders, load_schedule, load_unet
+from sdxl_ambient.models.lora import add_lora, lora_targets, trainable_to_float32
 
 
 def one_line(error) -> str:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
-from sdxl_ambient.noise import CLEAN, PREDICTION_TYPES, NoiseSchedule, levels
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule, levels
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

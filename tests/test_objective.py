@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from sdxl_ambient.models import Conditioning, Denoiser
-from sdxl_ambient.noise import CLEAN, PREDICTION_TYPES, NoiseSchedule, levels
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule, levels
 from sdxl_ambient.objective import CHOICES, ObjectiveOptions, ambient_loss, ambient_objective
 from sdxl_ambient.randomness import Randomness
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from sdxl_ambient.manifest import hash_bytes
-from sdxl_ambient.observation import KEY_BYTES, NoiseKeyError, draw_z, noise_key
+from sdxl_ambient.errors import NoiseKeyError
+from sdxl_ambient.provenance import hash_bytes
+from sdxl_ambient.store.observation import KEY_BYTES, draw_z, noise_key
 
 A, B, WHAT, OTHER = (hash_bytes(name) for name in (b"picture a", b"picture b", b"level 500", b"level 300"))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from running import assert_identical
 
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.models import Conditioning, Denoiser
-from sdxl_ambient.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.training.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "adamw_schedulefree": "schedulefree"}
 NAMES = ("adamw", "adamw8bit", "adafactor", "prodigy", "adamw_schedulefree")

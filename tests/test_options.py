@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_ambient.config import OptionError, load_options
+from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.config.parser import load_options
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import OptionError
 from sdxl_ambient.option_table import groups, page
-from sdxl_ambient.options import LatentsOptions, TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,9 +10,9 @@ import subprocess
 import pytest
 from conftest import REPOSITORY
 
-from eval import report as page_module
 from eval.memorization import main as evaluate
-from eval.report import attack_rows, image_table, pair_groups, render, runs, strongest, with_additions
+from eval.reporting import page as page_module_page
+from eval.reporting.page import attack_rows, image_table, pair_groups, render, runs, strongest, with_additions
 
 DATA = REPOSITORY / "miniature" / "data"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -194,15 +194,15 @@ def test_pairs_at_the_threshold_are_some_of_those_nearest_to_it(made):
     report, _ = made
     figures, threshold = report["models"]["base"]["samplers"]["given"], report["threshold"]["value"]
     top, at, some = pair_groups(figures, report, lambda folder, file: None)
-    assert at["title"] == "At the threshold" and len(at["rows"]) == page_module.THRESHOLD_PAIRS
+    assert at["title"] == "At the threshold" and len(at["rows"]) == page_module_page.THRESHOLD_PAIRS
     shown = {row["file"] for row in top["rows"]}
     away = sorted(abs(r["similarity_to_train"] - threshold) for r in figures["images"] if r["file"] not in shown)
-    assert all(abs(r["similarity_to_train"] - threshold) <= away[page_module.NEAR_THRESHOLD - 1] for r in at["rows"])
+    assert all(abs(r["similarity_to_train"] - threshold) <= away[page_module_page.NEAR_THRESHOLD - 1] for r in at["rows"])
     assert not {r["file"] for r in at["rows"]} & ({r["file"] for r in some["rows"]} | shown)
 
 
 def test_a_large_table_is_cut_and_says_so(made, monkeypatch):
-    monkeypatch.setattr(page_module, "MOST_ROWS", 7)
+    monkeypatch.setattr("eval.reporting.page.MOST_ROWS", 7)
     figures = made[0]["models"]["copies"]["samplers"]["given"]
     table = image_table(figures, made[0]["threshold"]["value"])
     shown = [row["similarity_to_train"] for row in table["rows"]]

@@ -13,9 +13,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from sdxl_ambient.checkpoint import save_lora, save_unet
-from sdxl_ambient.lora import LORA_TARGETS, add_lora, add_text_lora
-from sdxl_ambient.models import ModelError
+from sdxl_ambient.errors import ModelError
+from sdxl_ambient.formats.peft import save_lora, save_unet
+from sdxl_ambient.models.lora import LORA_TARGETS, add_lora, add_text_lora
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import adapter_t_n, euler_like, first_timestep, load_pipeline, sample, timestep_grid
 

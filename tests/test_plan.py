@@ -6,11 +6,13 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from sdxl_ambient.conditioning import encode_prompts
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.images import list_images, load_rgb
-from sdxl_ambient.models import load_encoders
-from sdxl_ambient.plan import compare, content_hash, fingerprint, make_plan, scan, shards
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.images.load import list_images, load_rgb
+from sdxl_ambient.models.conditioning import encode_prompts
+from sdxl_ambient.models.load import load_encoders
+from sdxl_ambient.store.plan import fingerprint, make_plan, shards
+from sdxl_ambient.store.scan import content_hash, scan
+from sdxl_ambient.store.second_observation import compare
 
 MARKS = {"latent": {"t_n": 500}, "text": {}}
 SIZES = {"china.jpg": (427, 640), "coffee.png": (400, 600), "flower.jpg": (640, 427)}  # height, width as seen

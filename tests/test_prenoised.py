@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import save_file
 from stores import equal, latents_in, snapshot
 
-from sdxl_ambient.config import OptionError, build_options
-from sdxl_ambient.data import LatentStore
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.images import ImageError, ImagesMissing
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.options import LatentsOptions
-from sdxl_ambient.plan import StoreError
-from sdxl_ambient.prenoised import latent_hash, list_latents, load_latent
+from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.config.parser import build_options
+from sdxl_ambient.errors import ImageError, ImagesMissing, OptionError, StoreError
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.prenoised import latent_hash, list_latents, load_latent
+from sdxl_ambient.store.reader import LatentStore
 
 
 def latents(count=5, height=8, width=12):

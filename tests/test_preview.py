@@ -11,12 +11,24 @@ from conftest import copy_emoji
 from PIL import Image
 from stores import snapshot
 
-from sdxl_ambient import preview, preview_picture
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.images import load_rgb
-from sdxl_ambient.latents import encode_image
+from sdxl_ambient import probe as preview_probe
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.images.load import load_rgb
+from sdxl_ambient.models.vae import encode_image
 from sdxl_ambient.noise import levels
-from sdxl_ambient.plan import content_hash
+from sdxl_ambient.preview import (
+    __main__ as preview,
+)
+from sdxl_ambient.preview import (
+    figures as preview_figures,
+)
+from sdxl_ambient.preview import (
+    picture as preview_picture,
+)
+from sdxl_ambient.preview import (
+    run as preview_run,
+)
+from sdxl_ambient.store.scan import content_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,17 +66,17 @@ def made(miniature, images, tmp_path_factory):
 def test_psnr_by_hand():
     black, one = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
     one[0, 0, 0] = 48  # MSE = 48²/48 = 48
-    assert preview.psnr_db(one, black) == pytest.approx(10 * math.log10(255**2 / 48), abs=1e-12)
-    assert preview.psnr_db(np.full_like(black, 255), black) == pytest.approx(0, abs=1e-12)
-    assert preview.psnr_db(black, black) == pytest.approx(10 * math.log10(12 * 255**2))
+    assert preview_probe.psnr_db(one, black) == pytest.approx(10 * math.log10(255**2 / 48), abs=1e-12)
+    assert preview_probe.psnr_db(np.full_like(black, 255), black) == pytest.approx(0, abs=1e-12)
+    assert preview_probe.psnr_db(black, black) == pytest.approx(10 * math.log10(12 * 255**2))
 
 
 def test_correlation_is_of_shape_and_not_of_brightness():
     ramp = np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3))
     image, lighter, mirrored = (Image.fromarray(a) for a in (ramp, ramp + 100, np.ascontiguousarray(ramp[:, ::-1])))
-    assert preview.correlation(image, lighter) == pytest.approx(1, abs=1e-9)
-    assert preview.correlation(image, mirrored) == pytest.approx(-1, abs=1e-3)
-    assert preview.correlation(image, Image.new("RGB", (64, 64), "red")) == 0
+    assert preview_probe.correlation(image, lighter) == pytest.approx(1, abs=1e-9)
+    assert preview_probe.correlation(image, mirrored) == pytest.approx(-1, abs=1e-3)
+    assert preview_probe.correlation(image, Image.new("RGB", (64, 64), "red")) == 0
 
 
 @pytest.mark.parametrize("variance", [0.3, 1.0, 2.5])
@@ -72,14 +84,14 @@ def test_linear_reconstruction_is_the_best_one(schedule, variance):
     for t in (50, 500, 950):
         alpha, sigma = float(schedule.alpha(torch.tensor([t]))), float(schedule.sigma(torch.tensor([t])))
         one = torch.ones(1, dtype=torch.float64)
-        gain = float(preview.linear_reconstruction(one, alpha, sigma, variance))
+        gain = float(preview_figures.linear_reconstruction(one, alpha, sigma, variance))
 
         def error(g, alpha=alpha, sigma=sigma):  # E (g x_n − x_0)² in units of s²
             return (g * alpha - 1) ** 2 + g**2 * sigma**2 / variance
 
-        assert error(gain) == pytest.approx(preview.linear_error(alpha, sigma, variance), abs=1e-12)
+        assert error(gain) == pytest.approx(preview_figures.linear_error(alpha, sigma, variance), abs=1e-12)
         assert error(gain) < min(error(gain * 1.001), error(gain * 0.999))
-        mean = preview.linear_reconstruction(alpha * 3 * one, alpha, sigma, variance, 3.0)
+        mean = preview_figures.linear_reconstruction(alpha * 3 * one, alpha, sigma, variance, 3.0)
         assert float(mean) == pytest.approx(3, abs=1e-12)
 
 
@@ -89,14 +101,14 @@ def test_linear_reconstruction_agrees_with_least_squares():
     x_n = 0.6 * x_0 + 0.8 * torch.randn(200_000, generator=generator, dtype=torch.float64)
     slope, intercept = np.polyfit(x_n.numpy(), x_0.numpy(), 1)
     want = slope * x_n + intercept
-    assert (preview.linear_reconstruction(x_n, 0.6, 0.8, 1.5**2, 0.7) - want).abs().max() < 0.05
+    assert (preview_figures.linear_reconstruction(x_n, 0.6, 0.8, 1.5**2, 0.7) - want).abs().max() < 0.05
 
 
 def test_linear_reconstruction_gets_worse_with_t_n(schedule):
     found = []
     for t in range(0, 1000, 37):
         alpha, sigma = (float(f(torch.tensor([t]))) for f in (schedule.alpha, schedule.sigma))
-        found.append(preview.decibel(preview.linear_error(alpha, sigma, 0.8)))
+        found.append(preview_figures.decibel(preview_figures.linear_error(alpha, sigma, 0.8)))
     assert all(a > b for a, b in zip(found[:-1], found[1:], strict=True))
 
 
@@ -104,26 +116,35 @@ def test_moments_are_about_each_channels_mean():
     x_0 = torch.zeros(2, 4, 2, 2)
     x_0[:, 1] = 5.0
     x_0[0, 2], x_0[1, 2] = 1.0, 3.0
-    mean, variance = preview.latent_moments(x_0)
+    mean, variance = preview_figures.latent_moments(x_0)
     assert mean.dtype == torch.float64 and mean.flatten().tolist() == [0, 5, 2, 0] and variance == 0.25
 
 
 def test_identification_by_hand():
     x_0 = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    assert [preview.nearest(q, x_0) for q in torch.tensor([[0.2, 0.1], [0.4, 0.0], [0.1, 1.9]])] == [0, 0, 2]
-    assert preview.nearest(torch.tensor([0.5, 0.0]), x_0) == 0  # the first of equals
+    assert [preview_figures.nearest(q, x_0) for q in torch.tensor([[0.2, 0.1], [0.4, 0.0], [0.1, 1.9]])] == [0, 0, 2]
+    assert preview_figures.nearest(torch.tensor([0.5, 0.0]), x_0) == 0  # the first of equals
     # Shown are the last two: an estimate that is nearest to the first, which isn't shown, is found among those shown.
     shown = [SimpleNamespace(index=1), SimpleNamespace(index=2)]
     run = SimpleNamespace(x_0=x_0, shown=shown)
-    assert preview.Preview.identified(run, shown[0], torch.tensor([0.4, 0.0]), 1.0) == {"shown": True, "candidates": False}
-    assert preview.Preview.identified(run, shown[0], torch.tensor([0.4, 0.0]), 0.5) == {"shown": True, "candidates": True}
-    assert preview.Preview.identified(run, shown[1], torch.tensor([0.4, 0.0]), 1.0) == {"shown": False, "candidates": False}
+    assert preview_run.Preview.identified(run, shown[0], torch.tensor([0.4, 0.0]), 1.0) == {
+        "shown": True,
+        "candidates": False,
+    }
+    assert preview_run.Preview.identified(run, shown[0], torch.tensor([0.4, 0.0]), 0.5) == {
+        "shown": True,
+        "candidates": True,
+    }
+    assert preview_run.Preview.identified(run, shown[1], torch.tensor([0.4, 0.0]), 1.0) == {
+        "shown": False,
+        "candidates": False,
+    }
 
 
 def test_images_are_taken_evenly():
-    assert preview.evenly(4, 9) == [0, 1, 2, 3]
-    assert preview.evenly(100, 4) == [12, 37, 62, 87]
-    assert all(len(set(preview.evenly(n, k))) == min(n, k) for n in range(1, 30) for k in range(1, 30))
+    assert preview_probe.evenly(4, 9) == [0, 1, 2, 3]
+    assert preview_probe.evenly(100, 4) == [12, 37, 62, 87]
+    assert all(len(set(preview_probe.evenly(n, k))) == min(n, k) for n in range(1, 30) for k in range(1, 30))
 
 
 def test_decoding_is_the_way_back_from_encoding():
@@ -133,7 +154,7 @@ def test_decoding_is_the_way_back_from_encoding():
     vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
     vae.decode = lambda x: SimpleNamespace(sample=x)
     eight = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(0))
-    image = preview.decode_latent(vae, encode_image(vae, eight / 127.5 - 1))
+    image = preview_probe.decode_latent(vae, encode_image(vae, eight / 127.5 - 1))
     assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1).long(), eight)
 
 
@@ -150,7 +171,7 @@ def test_every_number_is_that_of_the_tiles(made):
             for tile in (entry["noisy"], entry["denoised"], *entry["samples"]):
                 picture = load_rgb(made / tile["tile"])
                 assert picture.size == (64, 64)
-                again = preview.compare(picture, reference)
+                again = preview_probe.compare(picture, reference)
                 assert again == {"psnr_db": tile["psnr_db"], "correlation": tile["correlation"]}
     for t, level in found["levels"].items():
         entries = [image["levels"][t] for image in found["images"]]
@@ -174,10 +195,10 @@ def test_the_noisy_tile_is_the_stored_latent_decoded(made, images, encoders, sch
     image = load_rgb(images / found["file"])
     content = content_hash(image)
     x_0 = encode_image(encoders.vae, Geometry(64).apply(image, content)[0])
-    z = torch.randn(x_0.shape, generator=preview.preview_generator(0, content, 300, "observation"))
+    z = torch.randn(x_0.shape, generator=preview_probe.preview_generator(0, content, 300, "observation"))
     x_n = schedule.observe(x_0[None], levels(300, 1), z[None])[0]
     tile = load_rgb(made / found["levels"]["300"]["noisy"]["tile"])
-    assert preview.decode_latent(encoders.vae, x_n).tobytes() == tile.tobytes()
+    assert preview_probe.decode_latent(encoders.vae, x_n).tobytes() == tile.tobytes()
 
 
 def test_the_picture_has_every_tile(made):
@@ -216,7 +237,7 @@ def test_an_image_is_the_same_in_every_set(made, images, miniature, tmp_path):
 
 
 def test_an_interrupted_preview_goes_on_and_gives_the_same_bytes(made, images, miniature, tmp_path, monkeypatch, capsys):
-    output, add, count = tmp_path / "preview", preview.Preview.add_entry, []
+    output, add, count = tmp_path / "preview", preview_run.Preview.add_entry, []
 
     def killed(self, *arguments):
         if len(count) == 4:
@@ -225,7 +246,7 @@ def test_an_interrupted_preview_goes_on_and_gives_the_same_bytes(made, images, m
         add(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preview.Preview, "add_entry", killed)
+        patch.setattr(preview_run.Preview, "add_entry", killed)
         assert preview.main(command(miniature, images, output)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "sdxl_ambient.preview: error: killed"
     stored = json.loads((output / "preview.json").read_text())
@@ -233,7 +254,7 @@ def test_an_interrupted_preview_goes_on_and_gives_the_same_bytes(made, images, m
     lost = output / stored["images"][0]["levels"]["300"]["denoised"]["tile"]
     lost.unlink()
     made_now = []
-    monkeypatch.setattr(preview.Preview, "add_entry", lambda self, *a: (made_now.append(a[1]), add(self, *a)))
+    monkeypatch.setattr(preview_run.Preview, "add_entry", lambda self, *a: (made_now.append(a[1]), add(self, *a)))
     assert preview.main(command(miniature, images, output)) == 0
     assert made_now == [300, 800, 800]
     assert snapshot(output) == snapshot(made)
@@ -256,13 +277,13 @@ def test_without_captions_images_need_none_and_the_model_is_told_none(images, mi
     bare = tmp_path / "bare"
     copy_emoji(bare, 2)
     (bare / "metadata.jsonl").unlink()
-    told, reconstruct = [], preview.Preview.reconstruct
+    told, reconstruct = [], preview_run.Preview.reconstruct
 
     def spy(self, image, *rest):
         told.append(image.conditioning)
         return reconstruct(self, image, *rest)
 
-    monkeypatch.setattr(preview.Preview, "reconstruct", spy)
+    monkeypatch.setattr(preview_run.Preview, "reconstruct", spy)
     assert preview.main(command(miniature, bare, tmp_path / "a", t_n="500", caption="false", posterior_samples=0)) == 0
     assert len(told) == 2 and not any(c.prompt_embeds.any() or c.pooled.any() for c in told)
     found = json.loads((tmp_path / "a/preview.json").read_text())
@@ -281,7 +302,7 @@ def test_it_says_first_that_it_holds_clean_images(made, capsys):
 def test_no_key_is_read_and_the_noise_is_its_own(monkeypatch):
     assert not {"noise_key", "draw_z", "key_id"} & vars(preview).keys()
     draw = {
-        torch.randn(4, generator=preview.preview_generator(seed, content, t, purpose)).sum().item()
+        torch.randn(4, generator=preview_probe.preview_generator(seed, content, t, purpose)).sum().item()
         for seed in (0, 1) for content in ("a", "b") for t in (100, 101) for purpose in ("observation", "sample 0")
     }  # fmt: skip
     assert len(draw) == 16

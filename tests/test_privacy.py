@@ -10,9 +10,26 @@ import pytest
 import torch
 from conftest import copy_emoji
 
-from sdxl_ambient import accounting, privacy
-from sdxl_ambient.manifest import read_json
 from sdxl_ambient.noise import levels
+from sdxl_ambient.privacy import (
+    __main__ as privacy,
+)
+from sdxl_ambient.privacy import (
+    accounting,
+)
+from sdxl_ambient.privacy import (
+    attacks as privacy_attacks,
+)
+from sdxl_ambient.privacy import (
+    options as privacy_options,
+)
+from sdxl_ambient.privacy import (
+    run as privacy_run,
+)
+from sdxl_ambient.privacy import (
+    wiener as privacy_wiener,
+)
+from sdxl_ambient.provenance import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +59,7 @@ def test_effective_levels_meet_whole_ones_and_end_at_the_first(schedule):
         ratio = accounting.snr(schedule, s) / accounting.snr(schedule, t)
         assert accounting.effective_level(schedule, t, ratio) == pytest.approx(s, abs=1e-6)
     assert accounting.effective_level(schedule, 0, 2) is None
-    found = [accounting.effective_level(schedule, 700, k) for k in privacy.OBSERVATIONS]
+    found = [accounting.effective_level(schedule, 700, k) for k in privacy_run.OBSERVATIONS]
     assert found[0] == pytest.approx(700, abs=1e-9) and sorted(found, reverse=True) == found
 
 
@@ -51,7 +68,7 @@ def test_effective_levels_meet_whole_ones_and_end_at_the_first(schedule):
 
 @pytest.mark.parametrize("t", [300, 800])
 def test_the_error_of_two_candidates_is_that_of_simulation(schedule, t):
-    alpha, sigma, draws = *privacy.coefficients(schedule, t), 20_000
+    alpha, sigma, draws = *privacy_attacks.coefficients(schedule, t), 20_000
     for distance in (0.3, 1.0, 4.0):
         a = normal(16)
         b = a + distance * torch.nn.functional.normalize(normal(16, seed=1), dim=0)
@@ -72,7 +89,7 @@ def test_the_error_of_two_candidates_by_hand():
 
 def test_identification_is_the_nearest_candidate():
     candidates, z = normal(7, 12), normal(5, 40, 12, seed=1)
-    found = privacy.identification(candidates, 5, 0.5, 0.8, lambda i: z[i])
+    found = privacy_attacks.identification(candidates, 5, 0.5, 0.8, lambda i: z[i])
     x_n = 0.5 * candidates[:5, None] + 0.8 * z
     distances = (x_n[:, :, None] - 0.5 * candidates).square().sum(-1)  # (5, draws, 7)
     right = torch.arange(5)[:, None]
@@ -121,9 +138,9 @@ def test_epsilon_holds_for_a_gaussian(rho):
 
 
 def test_no_level_gives_a_meaningful_guarantee_at_the_size_of_sdxl(schedule):
-    options = privacy.PrivacyOptions()
+    options = privacy_options.PrivacyOptions()
     norms = {"unit_variance": math.sqrt(options.dimension)}
-    whole = privacy.accounted(options, schedule, norms)
+    whole = privacy_run.accounted(options, schedule, norms)
     assert options.dimension == 65_536 and norms["unit_variance"] == 256
     assert whole["last_level"] == 999 and whole["clip_norms"]["unit_variance"]["last_epsilon"] > 500
     assert whole["clip_norms"]["unit_variance"]["snr_needed"] < whole["last_snr"] / 500
@@ -132,7 +149,7 @@ def test_no_level_gives_a_meaningful_guarantee_at_the_size_of_sdxl(schedule):
 # -- the best linear reconstruction ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", privacy.WEIGHTS)
+@pytest.mark.parametrize("weight", privacy_wiener.WEIGHTS)
 def test_the_filter_is_the_dense_one(weight):
     """Σ written out: the references' second moment, and the same over all shifts of them, which is stationary."""
     references, x_n, alpha, sigma = normal(5, 4, 3, 2) + 0.3, normal(2, 4, 3, 2, seed=1), 0.6, 0.8
@@ -144,7 +161,7 @@ def test_the_filter_is_the_dense_one(weight):
     noisy = alpha**2 * covariance + sigma**2 * torch.eye(24, dtype=torch.float64)
     gain = torch.linalg.solve(noisy, alpha * covariance).T
     want = mean + ((x_n - alpha * mean).flatten(1) @ gain.T).view_as(x_n)
-    found = privacy.LinearFilter(references, weight)(x_n, alpha, sigma)
+    found = privacy_wiener.LinearFilter(references, weight)(x_n, alpha, sigma)
     assert found.dtype == torch.float64
     assert (found - want).abs().max() < 1e-10
 
@@ -155,8 +172,8 @@ def test_the_covariance_that_fits_is_chosen():
     placed = normal(12, 1, 1, 1, seed=1) * normal(1, 4, 8, 8, seed=2) + normal(12, 1, 1, 1, seed=3) * normal(
         1, 4, 8, 8, seed=4
     )
-    assert privacy.choose_weight(stationary, 0.7, 0.7, 0) >= 0.75
-    assert privacy.choose_weight(placed, 0.7, 0.7, 0) <= 0.25
+    assert privacy_wiener.choose_weight(stationary, 0.7, 0.7, 0) >= 0.75
+    assert privacy_wiener.choose_weight(placed, 0.7, 0.7, 0) <= 0.25
 
 
 # -- a run ------------------------------------------------------------------------------------
@@ -235,7 +252,7 @@ def test_without_images_there_are_closed_forms(miniature, capsys):
 def test_no_key_is_read_and_a_draw_is_the_same_in_any_number():
     assert not {"noise_key", "draw_z", "key_id"} & (vars(privacy).keys() | vars(accounting).keys())
     pictures = [SimpleNamespace(content=c) for c in "ab"]
-    found = privacy.Attacked(pictures, torch.zeros(2, 4, 8, 8), [], torch.zeros(0))
+    found = privacy_attacks.Attacked(pictures, torch.zeros(2, 4, 8, 8), [], torch.zeros(0))
     four, one = found.noise(0, 0, 500, 4), found.noise(0, 0, 500, 1)
     assert torch.equal(four[:1], one)
     others = [found.noise(1, 0, 500, 1), found.noise(0, 1, 500, 1), found.noise(0, 0, 501, 1), four[1:]]

@@ -11,10 +11,10 @@ from conftest import copy_emoji
 from running import ENV
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from eval.embed import FeatureCache
-from sdxl_ambient.checkpoint import save_lora
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.manifest import read_json
+from eval.embedding import FeatureCache
+from sdxl_ambient.formats.peft import save_lora
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.provenance import read_json
 
 pytestmark = pytest.mark.slow
 LAUNCHERS = {"one": [], "two": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]}

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from sdxl_ambient.checkpoint import save_lora
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.lora import add_lora
-from sdxl_ambient.memory import held_bytes
-from sdxl_ambient.models import Conditioning, Denoiser, load_unet
-from sdxl_ambient.quantization import quantize, quantized_bytes, quantized_layers
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.formats.peft import save_lora
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.load import load_unet
+from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.models.quantization import quantize, quantized_bytes, quantized_layers
+from sdxl_ambient.training.memory import held_bytes
 
 pytest.importorskip("bitsandbytes")
 KINDS = ("int8", "nf4")

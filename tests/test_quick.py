@@ -10,13 +10,13 @@ from conftest import REPOSITORY, copy_emoji
 from PIL import Image
 from running import arguments, launch
 
-from eval.embed import embed
-from eval.embedders import load_embedder
+from eval.embedders.registry import load_embedder
+from eval.embedding import embed
+from eval.evaluation import evaluate
 from eval.images import read_folder
-from eval.memorization import evaluate
 from eval.options import Options
 from eval.quick import QuickLook, _InMemory, check_quick
-from sdxl_ambient.config import OptionError
+from sdxl_ambient.errors import OptionError
 
 DATA = REPOSITORY / "miniature/data"
 

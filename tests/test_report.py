@@ -11,8 +11,9 @@ import pytest
 from conftest import REPOSITORY
 
 from eval.memorization import main as evaluate
-from eval.plots import survival
-from eval.report import main, pair_groups, render
+from eval.report import main
+from eval.reporting.page import pair_groups, render
+from eval.reporting.plots import survival
 
 DATA = REPOSITORY / "miniature" / "data"
 

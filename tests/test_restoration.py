@@ -8,13 +8,17 @@ from conftest import copy_emoji
 from running import arguments, assert_identical, launch, states, train_here
 from safetensors.torch import load_file
 
-from sdxl_ambient.averaging import Average
-from sdxl_ambient.data import LatentStore, check_stores, collate
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.models import Denoiser
-from sdxl_ambient.plan import StoreError, content_hash
-from sdxl_ambient.restoration import Restoration, RestoreOptions
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.store.batches import collate
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.checks import check_stores
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.scan import content_hash
+from sdxl_ambient.training.ema import Average
+from sdxl_ambient.training.posterior_buffer import Restoration
+from sdxl_ambient.training.settings import RestoreOptions
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +64,8 @@ def test_samples_are_the_models_own_and_drawn_a_slice_at_a_time(store, unet, sch
 
 def test_a_sample_is_near_its_image_and_is_no_copy_of_the_noisy_latent(store, unet, schedule, encoders, folder):
     """At t_n = 500 the model restores most of the picture; what is kept is neither x_n nor the clean latent."""
-    from sdxl_ambient.images import load_rgb
-    from sdxl_ambient.latents import encode_image
+    from sdxl_ambient.images.load import load_rgb
+    from sdxl_ambient.models.vae import encode_image
 
     restoration = Restoration(store, RestoreOptions(6, 6, 10, "low"), seed=0)
     ((contents, x_0, _),) = drawn(restoration, unet, schedule, 0, 1)

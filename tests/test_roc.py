@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from eval.metrics import roc_auc
-from eval.roc import auc_difference, auc_interval
+from eval.statistics.roc import auc_difference, auc_interval
 
 
 def delong(*models):

@@ -15,9 +15,9 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from running import ENV, ROOT, arguments, assert_identical, assert_same_updates, no_lora_yet, train_here
 from safetensors.torch import load_file
 
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.sharding import as_number, check_sharding
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.training.distributed import as_number, check_sharding
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

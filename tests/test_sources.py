@@ -16,14 +16,15 @@ from accelerate import PartialState
 from conftest import copy_emoji
 from stores import equal, latents_in
 
-from sdxl_ambient import sources
-from sdxl_ambient.config import build_options
-from sdxl_ambient.data import Showing
-from sdxl_ambient.images import ImageError, ImagesMissing, load_rgb
-from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.plan import content_hash
-from sdxl_ambient.sources import open_records
-from sdxl_ambient.stores import open_stores
+from sdxl_ambient.config.parser import build_options
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import ImageError, ImagesMissing
+from sdxl_ambient.images import sources
+from sdxl_ambient.images.load import load_rgb
+from sdxl_ambient.images.sources import open_records
+from sdxl_ambient.store.reader import Showing
+from sdxl_ambient.store.scan import content_hash
+from sdxl_ambient.training.stores import open_stores
 
 
 @pytest.fixture
@@ -227,7 +228,7 @@ def test_two_processes_share_one_copy_and_see_one_order(tmp_path, broken, emoji)
     program = (
         "import sys, hashlib\n"
         "from accelerate import PartialState\n"
-        "from sdxl_ambient.sources import open_records\n"
+        "from sdxl_ambient.images.sources import open_records\n"
         "state = PartialState(cpu=True)\n"
         "try:\n"
         "    records = open_records(sys.argv[1], state=state)\n"

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from stores import equal, latents_in, snapshot
 
-from sdxl_ambient.models import Encoders
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.plan import StoreError
 
 
 def test_a_damaged_plan_or_a_missing_one_is_refused(build, emoji, tmp_path):

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import study, study_data
-from benchmarks.miniature_data import read_emoji
+from benchmarks.miniature.data import read_emoji
 from benchmarks.record import ROOT
-from benchmarks.study_again import compare, totals
-from benchmarks.study_cell import Folders, flags, samplers
-from benchmarks.study_grid import FULL, GRIDS, METHODS, MORE_SEEDS, REDUCED, SEEDS, Cell
-from benchmarks.study_pages import PAGES, pages, paper_tables, put
-from benchmarks.study_summary import best_trade, claims, excess_over_seeds, judged, markdown, over_seeds, pick, rows
-from eval.calibrate import Estimate, share_difference
-from sdxl_ambient.config import parse_options
-from sdxl_ambient.images import ImagesMissing
-from sdxl_ambient.options import TrainOptions
+from benchmarks.study import __main__ as study
+from benchmarks.study import data as study_data
+from benchmarks.study.again import compare, totals
+from benchmarks.study.cell import Folders, flags, samplers
+from benchmarks.study.grid import FULL, GRIDS, METHODS, MORE_SEEDS, REDUCED, SEEDS, Cell
+from benchmarks.study.pages import PAGES, pages, paper_tables, put
+from benchmarks.study.summary import best_trade, claims, excess_over_seeds, judged, markdown, over_seeds, pick, rows
+from eval.statistics.calibrate import Estimate, share_difference
+from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import ImagesMissing
 
 # -- grid ------------------------------------------------------------------------------
 

@@ -207,7 +207,7 @@ def test_only_the_unet_is_in_memory_while_training(emoji, tmp_path, monkeypatch,
         return sample(pipe, *arguments, base_unet=base_unet, **keywords)
 
     monkeypatch.setattr(train_sdxl_ambient, "ambient_objective", watched)
-    monkeypatch.setattr("sdxl_ambient.pictures.sample", drawing)
+    monkeypatch.setattr("sdxl_ambient.training.samples.sample", drawing)
     changes = dict(
         finetune=finetune, max_train_steps=2, validation_steps=1, validation_prompt="cat", num_validation_images=1,
         validation_inference_steps=2, mixed_precision="bf16",

@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from conftest import REPOSITORY, copy_emoji
 
 from eval.quick import QuickLook
-from sdxl_ambient.config import OptionError
-from sdxl_ambient.data import LatentStore
-from sdxl_ambient.geometry import Geometry
-from sdxl_ambient.latents import build_store
-from sdxl_ambient.options import TrainOptions
-from sdxl_ambient.trainee import load_trainee
-from sdxl_ambient.validation import Validation, _spread
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.model import load_trainee
+from sdxl_ambient.training.validation import Validation, _spread
 
 DATA = REPOSITORY / "miniature/data"
 

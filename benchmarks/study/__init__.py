@@ -1,0 +1,1 @@
+"""Noise against its controls: the whole study (``python -m benchmarks.study``)."""

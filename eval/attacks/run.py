@@ -1,0 +1,188 @@
+"""Runs the attacks on a model's training and held-out images, resumably, in one process or several."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eval import processes
+from eval.attacks.batch import Batch, readable
+from eval.attacks.kinds import KINDS
+from eval.attacks.membership import SETS, Answers, attack_figures
+from eval.attacks.options import AttackOptions
+from eval.attacks.subject import Subject
+from eval.checkpoints import Checkpoint, hash_weights, resolve_base
+from eval.drawing import DTYPES
+from eval.embedders.registry import Embedder
+from eval.images import ImageSet
+from sdxl_ambient.devices import resolve_device
+from sdxl_ambient.errors import StageError
+from sdxl_ambient.provenance import differences, hash_json, read_json, write_json
+
+
+@torch.no_grad()
+def interrogate(subject: Subject, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Answers]:
+    """What ``options.attacks`` find on one batch of images: how many could be opened, and arrays (n,) by name."""
+    images, pictures = readable(images)
+    answers: Answers = {}
+    if pictures:
+        batch = Batch(subject, embedder, images, pictures)
+        for name in dict.fromkeys(options.attacks):
+            answers.update(KINDS[name](batch, options))
+    return len(pictures), answers
+
+
+def interrogate_sets(
+    subject: Subject,
+    embedder: Embedder,
+    sets: dict[str, ImageSet],
+    options: AttackOptions,
+    name: str = "",
+    parts: Path | None = None,
+) -> dict[str, Answers]:
+    """Each set's answers, from all processes: float64 arrays in the order of the images, the same in every process.
+
+    Batches are made before any image is opened, so that neither the processes nor an unreadable image change who shares a
+    batch. Attacks that one of the sets gave no answer to are left out of all. Each batch's answers are kept in the folder
+    ``parts``, where an interrupted run finds them again; it belongs to one question.
+
+    Raises:
+        StageError: no image of a set can be opened, no attack can be run on all sets, or an answer isn't finite.
+    """
+    batches = [(key, i, one) for key, s in sets.items() for i, one in enumerate(_batches(s, options.batch_size))]
+    mine, done = processes.share(batches), []
+    total = sum(len(images) for *_, images in mine)
+    with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
+        for key, i, images in mine:
+            path = parts / f"{key}-{options.batch_size}-{i}.json" if parts else None
+            done.append((key, *_kept(path, lambda one=images: interrogate(subject, embedder, one, options))))
+            bar.update(len(images))
+    done = processes.collect(done)
+    for key, images in sets.items():
+        if not (kept := sum(count for one, count, _ in done if one == key)):
+            raise _none_left(images, len(images) - kept)
+    return _combine(done, sets)
+
+
+def _kept(path: Path | None, ask: Callable[[], tuple[int, Answers]]) -> tuple[int, Answers]:
+    """What ``path`` holds, or what is asked now and kept there."""
+    if path is not None and path.exists():
+        there = read_json(path)
+        return there["count"], {name: np.array(values, np.float32) for name, values in there["answers"].items()}
+    count, answers = ask()
+    if path is not None:
+        write_json(path, {"count": count, "answers": {name: values.tolist() for name, values in answers.items()}})
+    return count, answers
+
+
+def _batches(images: ImageSet, size: int) -> list[ImageSet]:
+    return [images.subset(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
+
+
+def _none_left(images: ImageSet, unreadable: int = 0) -> StageError:
+    left_out = len(images.excluded) + unreadable
+    return StageError(f"{images.folder}: no image left to attack with ({left_out} left out)")
+
+
+def _combine(done: list[tuple[str, int, Answers]], sets: dict[str, ImageSet]) -> dict[str, Answers]:
+    found: dict[str, dict[str, list]] = {key: {} for key in sets}
+    for key, _, answers in done:
+        for name, values in answers.items():
+            found[key].setdefault(name, []).append(values)
+    names = [n for n in found[next(iter(sets))] if all(n in answers for answers in found.values())]
+    if not names:
+        raise StageError("--attacks: magnitude needs captions, and one of the sets has none")
+    joined = {key: {n: np.concatenate(answers[n]).astype(np.float64) for n in names} for key, answers in found.items()}
+    for key, answers in joined.items():
+        if broken := [name for name, values in answers.items() if not np.isfinite(values).all()]:
+            raise StageError(f"{sets[key].folder}: {broken[0]} isn't finite; in float16 SDXL needs another VAE")
+    return joined
+
+
+def attack(
+    options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder, folder: Path
+) -> dict[str, Answers]:
+    """Every attack's answers on one model, asked or read from where they are: ``{"train": {name: (n,)}, "heldout": …}``.
+
+    Names are ``error/T``, ``MODE/T``, ``mask`` and ``magnitude``; figures are made of them by :func:`attack_figures`. All
+    processes call it, share the batches and get the same; the main one writes ``folder``/attack.json.
+
+    Raises:
+        StageError: ``folder`` has the answers to another question, a set has no usable image, or an answer isn't finite.
+    """
+    sets = {key: images.thinned(options.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
+    settings = attack_settings(options, checkpoint, sets["train"], sets["heldout"], embedder)
+    path = Path(folder) / "attack.json"
+    # The main process looks, for all: another could look when the file is already written, and miss the work to share.
+    there = processes.collect([read_json(path) if processes.is_main() and path.exists() else None])[0]
+    if there is not None:
+        if changed := differences(there["settings"], settings):
+            raise StageError(f"{path} was made with other settings: {'; '.join(changed)}; give another --output_dir")
+        return {key: {name: np.array(values) for name, values in there["answers"][key].items()} for key in SETS}
+    for images in sets.values():
+        if not len(images):
+            raise _none_left(images)
+    parts = Path(folder) / f"parts-{hash_json(settings)[:16]}"
+    answers = interrogate_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
+    if processes.is_main():
+        lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in answers.items()}
+        figures = attack_figures(answers["train"], answers["heldout"])
+        write_json(path, {"settings": settings, "answers": lists, "figures": figures})
+        shutil.rmtree(parts, ignore_errors=True)
+    processes.wait()
+    return answers
+
+
+def _open(options: AttackOptions, checkpoint: Checkpoint) -> Subject:
+    from sdxl_ambient.pipeline import load_pipeline
+
+    pipe = load_pipeline(
+        str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)),
+        lora=checkpoint.lora,
+        lora_scale=options.lora_scale,
+        unet=checkpoint.unet,
+        vae=options.pretrained_vae_model_name_or_path,
+        dtype=DTYPES[options.dtype],
+        device=resolve_device(options.device),
+        variant=options.variant,
+    )
+    return Subject(pipe, options.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
+
+
+def attack_settings(
+    options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder
+) -> dict:
+    """Everything that determines the answers, as attack.json keeps it; not how the work is cut into batches."""
+    sets, told = {"train": train, "heldout": heldout}, options.attack_prompts == "caption" or "magnitude" in options.attacks
+    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    vae = options.pretrained_vae_model_name_or_path
+    return {
+        **{name: getattr(options, name) for name in _deciding(options)},
+        "attacks": sorted(set(options.attacks)),
+        "lora_scale": options.lora_scale if checkpoint.lora else None,
+        "device": torch.device(resolve_device(options.device)).type,
+        "base_weights": hash_weights(base, "base"),
+        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
+        "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
+        "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
+        "embedder": embedder.key,
+        **{key: images.hashes for key, images in sets.items()},
+        "captions": {key: hash_json([r.caption for r in images.records]) for key, images in sets.items()} if told else None,
+    }
+
+
+def _deciding(options: AttackOptions) -> list[str]:
+    """The options that change an answer of the attacks that are run."""
+    names = ["attack_steps", "attack_prompts", "resolution", "seed", "dtype"]
+    if "noise" in options.attacks:
+        names += ["attack_t", "attack_modes"]
+    if "mask" in options.attacks:
+        names += ["mask_share"]
+    if {"mask", "magnitude"} & set(options.attacks):
+        names += ["guidance_scale"]
+    return names

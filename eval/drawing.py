@@ -1,0 +1,343 @@
+"""Draws the images that are measured: one seed per image, whatever the batch, resumed where it stopped."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from eval.checkpoints import Checkpoint, check_model_path, hash_weights, resolve_base
+from eval.processes import is_main, share, wait
+from eval.samplers import Sampler
+from sdxl_ambient.config.parser import option
+from sdxl_ambient.devices import check_device, resolve_device
+from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.images.load import evenly, list_images
+from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class GenerationOptions:
+    """What the images of every model and sampler have in common."""
+
+    pretrained_model_name_or_path: str | None = option(None, "base model: local directory or Hub id", metavar="BASE")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE, which float16 needs", metavar="VAE")
+    revision: str | None = option(None, "revision of the base model on the Hub")
+    variant: str | None = option(None, "variant of the base model's files, such as fp16")
+    lora_scale: float = option(1.0, "strength of the LoRA", minimum=0.0)
+    prompts_file: str | None = option(None, "one prompt per line (.txt) or a 'text' per line (.jsonl)", metavar="FILE")
+    num_images: int | None = option(None, "images per model and sampler; by default one per prompt", minimum=1)
+    images_per_prompt: int | None = option(None, "images for each prompt, instead of --num_images", minimum=1)
+    batch_size: int = option(8, "images drawn at once", minimum=1)
+    num_inference_steps: int = option(25, "sampling steps", minimum=1)
+    guidance_scale: float = option(5.0, "classifier-free guidance", minimum=0.0)
+    resolution: int | None = option(None, "side of the images; by default the model's own", minimum=8)
+    sampler_t_n: int | None = option(
+        None, "noise level for early_stop and hybrid; by default the one the checkpoint was trained at", minimum=0
+    )
+    seed: int = option(0, "every image's seed follows from this and its index", minimum=0)
+    num_seeds: int = option(1, "draw all images once for each of so many seeds, from --seed on", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
+    dtype: str = option("float32", "precision of the networks", choices=tuple(DTYPES))
+
+    def check_generation(self) -> None:
+        """Refuse what can't work, before anything is loaded. Raises OptionError."""
+        if self.num_images is not None and self.images_per_prompt is not None:
+            raise OptionError("--images_per_prompt: can not be combined with --num_images; give one of them")
+        if self.prompts_file is not None and not Path(self.prompts_file).is_file():
+            raise OptionError(f"--prompts_file: {self.prompts_file!r} is not a file")
+        if self.resolution is not None and self.resolution % 8:
+            raise OptionError(f"--resolution: {self.resolution} is not a multiple of 8")
+        check_model_path("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image to make: ``seed`` is the image's own, ``run`` the seed that it was asked for with."""
+
+    index: int
+    prompt: str
+    seed: int
+    run: int = 0
+
+    @property
+    def file(self) -> str:
+        return f"images/{self.index:06d}.png"
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a .jsonl file (``text``) or of any other, one per line; empty lines are skipped.
+
+    Raises:
+        StageError: no prompt in it, or a line that isn't an object with a ``text``.
+    """
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"--prompts_file: {str(path)!r} can't be read as text: {error}") from None
+    if path.suffix == ".jsonl":
+        lines = [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)]
+    if not lines:
+        raise StageError(f"--prompts_file: {str(path)!r} holds no prompt")
+    return lines
+
+
+def _prompt_of(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise StageError(f"--prompts_file: {str(path)!r}, prompt {number}: not a JSON object with a 'text'")
+    return text
+
+
+def captions_of(folder: str | Path, caption_column: str = "text") -> list[str]:
+    """The captions of a data set in the order of its images. Raises StageError if it has none."""
+    captions = [r.caption for r in list_images(folder, caption_column) if r.caption]
+    if not captions:
+        raise StageError(f"--train_data_dir: {str(folder)!r} has no captions to use as prompts; give --prompts_file")
+    return captions
+
+
+def plan(
+    prompts: list[str],
+    seed: int,
+    num_images: int | None = None,
+    images_per_prompt: int | None = None,
+    num_seeds: int = 1,
+    mean_of: int | None = None,
+) -> list[Draw]:
+    """The images to draw, the same prompts for each seed. Fewer images than prompts: evenly spaced prompts; more: the
+    prompts over and over.
+
+    With ``mean_of`` = k, a k-th of the prompts (rounded down, at least one), evenly, each k times in a row.
+    """
+    if num_images is not None and num_images < len(prompts):
+        chosen = evenly(prompts, num_images)
+    else:
+        total = num_images or len(prompts) * (images_per_prompt or 1)
+        chosen = [prompts[i % len(prompts)] for i in range(total)]
+    if mean_of is not None:
+        chosen = [prompt for prompt in evenly(chosen, max(1, len(chosen) // mean_of)) for _ in range(mean_of)]
+    asked = [(run, i, prompt) for run in range(seed, seed + num_seeds) for i, prompt in enumerate(chosen)]
+    return [Draw(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(asked)]
+
+
+def image_seed(seed: int, index: int) -> int:
+    """63 bits from SHA-256 of (seed, index): images share no noise, and the same index has the same noise in every
+    model.
+    """
+    return int(hash_bytes(f"{seed}/{index}".encode())[:16], 16) >> 1
+
+
+def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sampler, draws: list[Draw]) -> dict:
+    """Everything that determines the images, for the manifest."""
+    vae = options.pretrained_vae_model_name_or_path
+    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    return {
+        "base_weights": hash_weights(base, "base"),
+        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
+        "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
+        "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
+        **sampler.describe(),
+        "lora_scale": sampler.lora_scale if checkpoint.lora else None,
+        "num_inference_steps": options.num_inference_steps,
+        "resolution": options.resolution,
+        "seed": options.seed,
+        "num_seeds": options.num_seeds,
+        "dtype": options.dtype,
+        "device": torch.device(resolve_device(options.device)).type,
+        "num_images": len(draws),
+        "prompts": hash_json([d.prompt for d in draws]),
+    }
+
+
+def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
+    """A function (prompts, generators, sampler) → images that loads the pipeline when it is first called."""
+    base = str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant))
+    dtype, device = DTYPES[options.dtype], resolve_device(options.device)
+
+    @functools.cache
+    def pipe():
+        from sdxl_ambient.pipeline import load_pipeline
+
+        return load_pipeline(
+            base,
+            lora=checkpoint.lora,
+            unet=checkpoint.unet,
+            vae=options.pretrained_vae_model_name_or_path,
+            dtype=dtype,
+            device=device,
+            variant=options.variant,
+        )
+
+    @functools.cache
+    def base_unet():
+        from sdxl_ambient.models.load import load_unet
+
+        return load_unet(base, dtype=dtype, variant=options.variant).to(device)
+
+    def draw(prompts, generators, sampler: Sampler):
+        from sdxl_ambient.pipeline import sample
+
+        if checkpoint.lora:
+            pipe().set_adapters(["adapter"], [sampler.lora_scale])
+        return sample(
+            pipe(),
+            prompts,
+            sampler=sampler.mode,
+            t_n=sampler.t_n,
+            base_unet=base_unet() if sampler.mode == "hybrid" and checkpoint.unet else None,
+            generators=generators,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+            height=options.resolution,
+            width=options.resolution,
+        )
+
+    return draw
+
+
+def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
+    """The VAE that images are drawn with, and their side in pixels."""
+    from sdxl_ambient.models.load import load_vae
+
+    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)
+    size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.to(resolve_device(options.device)), options.resolution or size
+
+
+def generate_images(
+    folder: str | Path,
+    settings: dict,
+    draws: list[Draw],
+    draw: Callable[[list[str], list[torch.Generator]], list[Image.Image]],
+    batch_size: int,
+    about: dict | None = None,
+) -> int:
+    """Draw what is missing in ``folder`` and return how many images that was (of this process).
+
+    Writes ``images/000000.png`` …, each whole or not at all, ``manifest.json`` first and ``metadata.jsonl`` last, so
+    that the folder is an imagefolder once it is complete. ``draw`` isn't called when nothing is missing. All processes
+    call it and share the batches.
+
+    Args:
+        settings: what determines the images. A folder made with other settings is refused.
+        about: kept in the manifest, not compared.
+
+    Raises:
+        StageError: the folder holds images of other settings; the message names the differences.
+    """
+    folder = Path(folder)
+    _claim(folder, settings, about or {})
+    # Whole batches, also when only one image of a batch is missing: a resumed run repeats the uninterrupted run's
+    # arithmetic.
+    batches = share([draws[i : i + batch_size] for i in range(0, len(draws), batch_size)])
+    missing = [b for b in batches if not all((folder / d.file).is_file() for d in b)]
+    done, total = 0, sum(map(len, missing))
+    hidden = not missing or not is_main()
+    with tqdm(total=total, unit="image", desc=f"draw {'/'.join(folder.parts[-2:])}", disable=hidden) as bar:
+        for batch in missing:
+            images = draw([d.prompt for d in batch], [torch.Generator("cpu").manual_seed(d.seed) for d in batch])
+            for one, image in zip(batch, images, strict=True):
+                with atomic(folder / one.file) as temporary:
+                    image.save(temporary)
+            done += len(batch)
+            bar.update(len(batch))
+            if all(np.ptp(np.asarray(image)) == 0 for image in images):
+                bar.write(f"{folder}: images {batch[0].index} to {batch[-1].index} are uniform; float16 needs another VAE")
+    wait()
+    if is_main() and not (folder / "metadata.jsonl").is_file():
+        _write_metadata(folder, draws)
+    wait()
+    return done
+
+
+def _write_metadata(folder: Path, draws: list[Draw]) -> None:
+    rows = [
+        json.dumps({"file_name": d.file, "text": d.prompt, "index": d.index, "seed": d.seed, "run": d.run}) for d in draws
+    ]
+    with atomic(folder / "metadata.jsonl") as temporary:
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def average_images(source: Path, folder: str | Path, draws: list[Draw], count: int) -> list[Draw]:
+    """Pixel means of ``count`` consecutive images of ``source`` at a time, as an imagefolder with a manifest.
+
+    Returns the means as draws, each with the prompt and the run of its first image. A mean that is there is not made again.
+    """
+    folder = Path(folder)
+    manifest = read_json(source / MANIFEST)
+    _claim(folder, {**manifest["settings"], "averaged": count}, {**manifest["about"], "samples": source.name})
+    means = []
+    groups = [draws[i : i + count] for i in range(0, len(draws), count)]
+    for index, group in enumerate(groups):
+        means.append(Draw(index, group[0].prompt, group[0].seed, group[0].run))
+        if is_main() and not (folder / means[-1].file).is_file():
+            pixels = np.mean([np.asarray(Image.open(source / d.file), np.float32) for d in group], axis=0)
+            with atomic(folder / means[-1].file) as temporary:
+                Image.fromarray(np.round(pixels).astype(np.uint8)).save(temporary)
+    if is_main() and not (folder / "metadata.jsonl").is_file():
+        _write_metadata(folder, means)
+    wait()
+    return means
+
+
+def _claim(folder: Path, settings: dict, about: dict) -> None:
+    """Make the folder ours, or make sure that it already is."""
+    path = folder / MANIFEST
+    if path.is_file():
+        changed = differences(read_json(path).get("settings", {}), settings)
+        if changed:
+            raise StageError(
+                f"{folder} holds images of other settings ({'; '.join(changed)}); "
+                "give another --output_dir, or delete that folder"
+            )
+    elif is_main():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
+        write_json(path, {"settings": settings, "about": about, "environment": environment()})
+        (folder / "images").mkdir(exist_ok=True)
+    wait()
+
+
+def generate(
+    options: GenerationOptions, checkpoint: Checkpoint, samplers: list[Sampler], prompts: list[str], root: Path
+) -> dict[str, tuple[Path, list[Draw]]]:
+    """Draw one checkpoint with each sampler into ``root/NAME``; the model is loaded once, if at all.
+
+    Returns each sampler's folder and what is in it.
+    """
+    draw = open_checkpoint(options, checkpoint)
+    found = {}
+    for sampler in samplers:
+        many = (sampler.num_images, None) if sampler.num_images else (options.num_images, options.images_per_prompt)
+        draws = plan(prompts, options.seed, *many, options.num_seeds, sampler.mean_of)
+        folder = root / sampler.name
+        samples = folder if sampler.mean_of is None else root / f"{sampler.name}.samples"
+        about = {
+            "name": checkpoint.name,
+            "base": options.pretrained_model_name_or_path,
+            "lora": str(checkpoint.lora) if checkpoint.lora else None,
+            "unet": str(checkpoint.unet) if checkpoint.unet else None,
+        }
+        settings = describe(options, checkpoint, sampler, draws)
+        generate_images(samples, settings, draws, functools.partial(draw, sampler=sampler), options.batch_size, about)
+        if sampler.mean_of is not None:
+            draws = average_images(samples, folder, draws, sampler.mean_of)
+        found[sampler.name] = (folder, draws)
+    return found

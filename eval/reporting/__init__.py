@@ -1,0 +1,1 @@
+"""Measured arrays → figures, verdict, plots, page."""

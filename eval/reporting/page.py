@@ -1,0 +1,286 @@
+"""The report's figures → one HTML page that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import random
+from pathlib import Path
+
+import jinja2
+
+from eval.images import data_uri
+from eval.reporting.plots import model_curves, overview_curves, rate_curves, trade_off, training_curve
+from sdxl_ambient.provenance import atomic
+
+TOP_PAIRS, THRESHOLD_PAIRS, RANDOM_PAIRS = 8, 6, 4
+NEAR_THRESHOLD = 16  # images nearest to the threshold, of which the pairs at it are drawn
+MOST_ROWS = 500  # of a table of images
+MOST_COPIED = 12
+MOST_EXCLUDED = 200
+# Keys that reports of schema 2 lack: a page can still be made from them.
+_MODEL_ADDITIONS = ("run", "step", "worst_case")
+_SAMPLER_ADDITIONS = ("seeds", "difference_to_base", "excess_interval", "most_copied", "clip_score", "score_normalized")
+_ATTACK_ADDITIONS = ("auc_interval", "difference_to_base", "gap", "gap_standard_error")
+# Columns that are left out where no sampler has them.
+_SOMETIMES = (*_SAMPLER_ADDITIONS, "excess_over_heldout", "similarity_to_heldout", "fd_pixels")
+
+
+def write_html(report: dict, output_dir: str | Path) -> Path:
+    """Write ``index.html`` beside report.json, whole or not at all, and return its path."""
+    path = Path(output_dir) / "index.html"
+    with atomic(path) as temporary:
+        temporary.write_text(render(report, output_dir), encoding="utf-8")
+    return path
+
+
+def render(report: dict, root: str | Path) -> str:
+    """The page. ``root`` is the folder that relative image folders in the report start from."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(_FILTERS)
+    report, pictures = with_additions(report), _Pictures(Path(root))
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        models=[_model(name, model, report, pictures) for name, model in report["models"].items()],
+        overview=overview_curves(report),
+        curves=model_curves(report),
+        rates=rate_curves(report),
+        trade=trade_off(report),
+        runs=runs(report),
+        excluded=excluded(report),
+        attacks=(attacks := attack_rows(report)),
+        strongest=strongest(attacks),
+        has_several=any(len(model["samplers"]) > 1 for model in report["models"].values()),
+        has_more=any(len(model["samplers"]) > 2 for model in report["models"].values()),
+        has={key: any(figures[key] is not None for figures in _all_samplers(report)) for key in _SOMETIMES},
+        highest=max(report["models"], key=lambda name: report["models"][name]["share_above_threshold"] or 0.0),
+    )
+
+
+def with_additions(report: dict) -> dict:
+    """A copy in which keys that came after schema 2 are there, as None where nothing else follows from the rest."""
+    report = copy.deepcopy(report)
+    report["threshold"].setdefault("null", "heldout")
+    for model in report["models"].values():
+        model.setdefault("own_sampler", next(iter(model["samplers"])))
+        _fill(model, _MODEL_ADDITIONS)
+        for sampler in model["samplers"].values():
+            _fill(sampler, _SAMPLER_ADDITIONS)
+            for row in sampler["images"]:
+                _fill(row, ("p_value", "score_normalized"))
+        for attack in (model["attacks"] or {}).values():
+            _fill(attack, _ATTACK_ADDITIONS)
+    return report
+
+
+def _all_samplers(report: dict) -> list[dict]:
+    return [figures for model in report["models"].values() for figures in model["samplers"].values()]
+
+
+def _fill(entry: dict, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        entry.setdefault(key)
+
+
+def _model(name: str, model: dict, report: dict, pictures) -> dict:
+    """A model's own and worst sampler with their figures, tables and pictures."""
+    shown = dict.fromkeys([model["own_sampler"], model["worst_sampler"]])
+    samplers = [
+        {
+            "name": sampler,
+            "figures": model["samplers"][sampler],
+            "pairs": pair_groups(model["samplers"][sampler], report, pictures),
+            "images": image_table(model["samplers"][sampler], report["threshold"]["value"]),
+            "copied": copied_images(model["samplers"][sampler], report, pictures),
+        }
+        for sampler in shown
+    ]
+    return {"name": name, "model": model, "own": samplers[0], "worst": samplers[-1], "samplers": samplers}
+
+
+class _Pictures:
+    """Pictures as ``data:`` addresses, each file read once."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.made: dict[Path, str | None] = {}
+
+    def __call__(self, folder: str, file: str) -> str | None:
+        inside = self.root / folder / file
+        path = inside if inside.is_file() else Path(folder) / file
+        if path not in self.made:
+            self.made[path] = data_uri(path)
+        return self.made[path]
+
+
+def _closest(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: (-row["similarity_to_train"], row["file"]))
+
+
+def pair_groups(figures: dict, report: dict, pictures) -> list[dict]:
+    """The closest pairs of one sampler, some about the threshold and some at random (always the same ones)."""
+    threshold, order = report["threshold"]["value"], _closest(figures["images"])
+    top, rest = order[:TOP_PAIRS], order[TOP_PAIRS:]
+    at = []
+    if threshold is not None:
+        # A sample of those near it, since the nearest few may all lie on one side.
+        near = sorted(rest, key=lambda row: (abs(row["similarity_to_train"] - threshold), row["file"]))[:NEAR_THRESHOLD]
+        at = random.Random(0).sample(near, min(THRESHOLD_PAIRS, len(near)))
+        rest = [row for row in rest if row not in at]
+    chosen = random.Random(0).sample(rest, min(RANDOM_PAIRS, len(rest)))
+    groups = [("The closest", top), ("At the threshold", at), ("Some at random", chosen)]
+    return [
+        {"title": title, "rows": [_pair(row, figures, report, pictures) for row in _closest(rows)]}
+        for title, rows in groups
+        if rows
+    ]
+
+
+def _pair(row: dict, figures: dict, report: dict, pictures) -> dict:
+    return {
+        **row,
+        "above": _above(row, report["threshold"]["value"]),
+        "generated_picture": pictures(figures["folder"], row["file"]),
+        "train_picture": pictures(report["data"]["train"]["folder"], row["nearest_train"]),
+    }
+
+
+def _above(row: dict, threshold: float | None) -> bool:
+    return threshold is not None and row["similarity_to_train"] > threshold
+
+
+def copied_images(figures: dict, report: dict, pictures) -> list[dict]:
+    """The training images that most generated ones are nearest to, each beside the nearest of them."""
+    return [
+        {
+            **row,
+            "generated_picture": pictures(figures["folder"], row["generated"]),
+            "train_picture": pictures(report["data"]["train"]["folder"], row["file"]),
+        }
+        for row in (figures["most_copied"] or [])[:MOST_COPIED]
+    ]
+
+
+# Key, title, and for numbers: digits, and whether small ones come first when sorted.
+_IMAGE_COLUMNS = (
+    ("file", "Generated file", None, True),
+    ("prompt", "Prompt", None, True),
+    ("similarity_to_train", "Similarity to T", 3, False),
+    ("above", "Above threshold", None, False),
+    ("nearest_train", "Nearest training image", None, True),
+    ("similarity_to_heldout", "Similarity to H", 3, False),
+    ("l2_ratio", "ℓ2 ratio", 2, True),
+    ("p_value", "p-value", 4, True),
+    ("score_normalized", "Score-normalised", 3, False),
+)
+
+
+def image_table(figures: dict, threshold: float | None) -> dict:
+    """One row per image, the closest first, at most MOST_ROWS; columns without any value are left out."""
+    rows = _closest(figures["images"])[:MOST_ROWS]
+    if threshold is not None:
+        rows = [{**row, "above": "yes" if _above(row, threshold) else "no"} for row in rows]
+    names = ("key", "title", "digits", "ascending")
+    columns = [dict(zip(names, c, strict=True)) for c in _IMAGE_COLUMNS if any(r.get(c[0]) is not None for r in rows)]
+    return {"columns": columns, "rows": rows, "total": len(figures["images"])}
+
+
+def attack_rows(report: dict) -> list[dict]:
+    """Every model's attacks, named ATTACK/T in the report, or ATTACK where there is no timestep."""
+    rows = []
+    for model, entry in report["models"].items():
+        for name, figures in (entry["attacks"] or {}).items():
+            attack, _, t = name.partition("/")
+            rows.append({"model": model, "attack": attack, "t": t, "figures": figures})
+    return rows
+
+
+def strongest(rows: list[dict]) -> list[dict]:
+    """Of each model the attack with the highest AUC."""
+    best: dict[str, dict] = {}
+    for row in rows:
+        held = best.setdefault(row["model"], row)
+        if (row["figures"]["auc"] or 0.0) > (held["figures"]["auc"] or 0.0):
+            best[row["model"]] = row
+    return list(best.values())
+
+
+def runs(report: dict) -> list[dict]:
+    """Checkpoints of one training run side by side, in the order of their steps; runs of which there are at least two."""
+    found: dict[str, list[dict]] = {}
+    for name, model in report["models"].items():
+        if model["run"] is not None and model["step"] is not None:
+            own, worst = (model["samplers"][model[key]] for key in ("own_sampler", "worst_sampler"))
+            names = {"own_name": model["own_sampler"], "worst_name": model["worst_sampler"]}
+            point = {"name": name, "step": model["step"], "own": own, "worst": worst, **names}
+            found.setdefault(model["run"], []).append(point)
+    several = {run: sorted(points, key=lambda p: p["step"]) for run, points in found.items() if len(points) > 1}
+    return [{"name": run, "points": points, "svg": training_curve(points)} for run, points in several.items()]
+
+
+def excluded(report: dict) -> list[dict]:
+    """What was left out of each set of images, at most MOST_EXCLUDED of it named."""
+    data = report["data"]
+    sets = [("training set", data["train"]["excluded"])]
+    if data["heldout"]:
+        sets.append(("held-out set", data["heldout"]["excluded"]))
+    generated = [
+        (f"{name}, {sampler}", figures["excluded"])
+        for name, model in report["models"].items()
+        for sampler, figures in model["samplers"].items()
+        if figures["excluded"]
+    ]
+    return [{"what": what, "count": len(rows), "rows": rows[:MOST_EXCLUDED]} for what, rows in sets + generated]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}".replace("-", "−")
+
+
+def _ends(interval) -> tuple | None:
+    """(low, high) of an interval that is a pair, an estimate with ``low`` and ``high``, or None."""
+    if interval is None:
+        return None
+    return (interval["low"], interval["high"]) if isinstance(interval, dict) else tuple(interval)
+
+
+def _interval(interval, text=_share) -> str:
+    ends = _ends(interval)
+    return "–" if ends is None else f"{text(ends[0])} to {text(ends[1])}"
+
+
+def _difference(estimate: dict | None, text=_share) -> str:
+    """A signed difference with its interval."""
+    if estimate is None:
+        return "–"
+    sign = "+" if estimate["value"] > 0 else ""
+    return f"{sign}{text(estimate['value'])} ({_interval(estimate, text)})"
+
+
+def _script_hash(code: str) -> str:
+    """What the page's Content-Security-Policy names its one script by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+
+
+_FILTERS = {
+    "number": _number,
+    "share": _share,
+    "interval": _interval,
+    "interval_number": lambda interval: _interval(interval, _number),
+    "difference": _difference,
+    "difference_number": lambda estimate: _difference(estimate, _number),
+    "estimate": lambda e: "–" if e is None else f"{_share(e['value'])} ({_interval(e)})",
+    "quantile": lambda s, q, digits=3: "–" if s is None else _number(s["quantiles"][q], digits),
+    "script_hash": _script_hash,
+}

@@ -1,0 +1,1 @@
+"""Thresholds, intervals and tests, from arrays alone."""

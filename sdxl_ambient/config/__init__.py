@@ -1,0 +1,1 @@
+"""Options: typed, checked, from flags and YAML."""

@@ -1,0 +1,67 @@
+"""Where and in which precision networks run: choice and check of the device, one network on it at a time, processes."""
+
+from __future__ import annotations
+
+import datetime
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from sdxl_ambient.errors import OptionError, PreviewError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_device(device: str) -> None:
+    """auto, cpu, or a CUDA GPU that is there; an OptionError else."""
+    try:
+        asked = torch.device("cpu" if device == "auto" else device)
+    except RuntimeError:
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise OptionError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N")
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device: {device!r} is not there; this machine has {torch.cuda.device_count()} CUDA GPUs")
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is a GPU where there is one."""
+    return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Placement:
+    """Puts one network at a time on the device, so that its memory holds the larger, not the sum. On a CPU does nothing."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.there = device, None
+
+    def use(self, module):
+        """The module, on the device; the one that was there goes to the CPU's memory."""
+        if self.there is not module:
+            self.clear()
+            self.there = module.to(self.device)
+        return module
+
+    def clear(self) -> None:
+        """Nothing on the device."""
+        if self.there is not None and self.device.type == "cuda":
+            self.there.to("cpu")
+            torch.cuda.empty_cache()
+        self.there = None
+
+
+def one_process(device: torch.device) -> PartialState:
+    """The state of a lone process; several would write the same files."""
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes > 1:
+        raise PreviewError("this is made by one process; start it with python -m")
+    return state
+
+
+def processes() -> PartialState:
+    """The processes that a command which makes a store was started with."""
+    # Without a word on the CPU, PartialState leaves processes that torchrun started there unaware of each other.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    # One process may prepare a data set, or have the larger pictures, for longer than the usual ten minutes.
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))

@@ -1,0 +1,83 @@
+"""What a user did wrong, as one line; and the one place that prints it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something that the user can put right. The message is one line: what is wrong, its value, what to do."""
+
+
+class OptionError(UserError, ValueError):
+    """A wrong option. The message names the option, its value, and what is allowed."""
+
+
+class ImageError(UserError, ValueError):
+    """An image that can't be used. The message is the reason."""
+
+
+class ImagesMissing(UserError, ValueError):
+    """A source without a single usable entry, or with broken metadata."""
+
+
+class StoreError(UserError, ValueError):
+    """A store that is damaged, or differs from what is asked for. The message says in what."""
+
+
+class NoiseKeyError(UserError, ValueError):
+    """A key file that can't be used. The message never holds the key."""
+
+
+class ModelError(UserError, ValueError):
+    """A model that is missing, damaged, or not SDXL."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+class InterchangeError(UserError, ValueError):
+    """A LoRA or UNet file that can't be read or converted whole."""
+
+
+class HubError(UserError, RuntimeError):
+    """An upload that can't be made, or failed."""
+
+
+class StageError(UserError, ValueError):
+    """A stage of the evaluation that can't go on with what it was given."""
+
+
+class PreviewError(UserError, ValueError):
+    """A preview that is damaged, or differs from what is asked for."""
+
+
+class PrivacyError(UserError, ValueError):
+    """Images or a file that the privacy assessment can't use."""
+
+
+class AnnotateError(UserError, ValueError):
+    """Sets that can't be compared, or a folder that can't be written."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training that can't go on, since gradients aren't finite in step after step. Checkpoints stay."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line of at most 300 characters, or its class's name where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def run_command(prog: str, function: Callable[[], int | None], also: tuple[type[Exception], ...] = ()) -> int:
+    """Call ``function`` and return its exit code, 0 for None.
+
+    UserError, OSError and those in ``also`` become one line on stderr and exit code 2.
+    """
+    try:
+        return function() or 0
+    except (UserError, OSError, *also) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

@@ -1,0 +1,138 @@
+"""What is recorded with weights, in their file and beside it, and how it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+
+from sdxl_ambient.errors import CheckpointError
+from sdxl_ambient.provenance import read_json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
+INFO_FILE = "training.json"
+INFO_KEY = "sdxl_ambient"  # the same information inside an adapter's own file, under this metadata key
+ARCHITECTURE = "stable-diffusion-xl-v1-base"  # as ModelSpec names SDXL; "/lora" is appended as kohya's scripts do
+STATE_FILE = "checkpoint.json"
+MODEL_FILE = "model.safetensors"  # a fully fine-tuned UNet in a training state, as accelerate stores it
+
+
+def public_info(info: dict) -> dict:
+    """What may stand in a file that is shared: all but what is named after a key, since the noise's must never be."""
+    return {name: value for name, value in info.items() if "key" not in name.lower()}
+
+
+def model_metadata(info: dict, architecture: str, implementation: str, title: str | None = None) -> dict[str, str]:
+    """A safetensors file's metadata: Stability's ModelSpec 1.0.0, and ``info`` whole and in its main points.
+
+    No date unless ``info`` has one, so that the same weights are saved with the same words.
+
+    Args:
+        info: what training records; ``resolution`` (pixels, or width and height) and ``prediction_type`` are used if there.
+        implementation: whose names the tensors have, such as "diffusers".
+    """
+    info = public_info(info)
+    t_n, objective = info.get("t_n"), info.get("low_noise") if "t_n" in info else None
+    size = info.get("resolution")
+    size = [size, size] if isinstance(size, int) else size
+    found = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.title": title or _title(info),
+        "modelspec.date": info.get("date"),
+        "modelspec.resolution": size and "x".join(map(str, size)),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(info.get("prediction_type"), info.get("prediction_type")),
+        # Levels that were never trained: a loader that heeds this keeps them the base model's.
+        "modelspec.timestep_range": f"{t_n + 1},999" if objective == "skip" and isinstance(t_n, int) else None,
+        f"{INFO_KEY}.t_n": ("none" if t_n is None else t_n) if "t_n" in info else None,
+        f"{INFO_KEY}.objective": objective and ("denoising" if t_n is None else f"ambient, {objective} at t <= t_n"),
+        f"{INFO_KEY}.base_model": info.get("base_model"),
+        f"{INFO_KEY}.data": info.get("data"),
+        INFO_KEY: json.dumps(info, sort_keys=True),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _title(info: dict) -> str:
+    facts = [f"{name} {info[name]}" for name in ("t_n", "step") if info.get(name) is not None]
+    return " ".join(["SDXL Ambient", info.get("finetune") or "LoRA", *([f"({', '.join(facts)})"] if facts else [])])
+
+
+def read_training_info(path: str | Path) -> dict:
+    """What training recorded about a LoRA or a UNet (folder or file), or a training state; {} where nothing is recorded.
+
+    Raises:
+        CheckpointError: a record that can't be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        own = _json(_metadata(path).get(INFO_KEY), path) if path.suffix == ".safetensors" else {}
+        return own or (read_training_info(path.parent) if path.name in (LORA_FILE, MODEL_FILE) else {})
+    if info := _info_file(path):
+        return info
+    if (path / LORA_FILE).is_file() and (info := _json(_metadata(path / LORA_FILE).get(INFO_KEY), path / LORA_FILE)):
+        return info
+    if path.name == "unet":
+        return read_training_info(path.parent)
+    # A training state of an earlier version has no record of its own; the run's holds for it but for the step.
+    if (step := step_of(path)) is not None and (info := _info_file(path.parent)):
+        return {**info, "step": step}
+    return {}
+
+
+def _info_file(folder: Path) -> dict:
+    path = folder / INFO_FILE
+    return _json(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
+
+
+def _json(text: str | None, path: Path) -> dict:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} can't be read: what it says of its training is not a JSON object")
+    return found
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(str(file), "pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from None
+
+
+def lora_metadata(file: str | Path) -> dict:
+    """peft's configuration inside a LoRA's file (``unet.r``, ``unet.lora_alpha``, …); {} where there is none.
+
+    Raises:
+        CheckpointError: unreadable, or a training state of ours that was saved without it at an alpha that isn't its rank:
+            a loader would take the rank for alpha, and evaluate a LoRA of another strength.
+    """
+    file = Path(file)
+    found = _json(_metadata(file).get(LORA_ADAPTER_METADATA_KEY), file)
+    if not found and (file.parent / STATE_FILE).is_file() and not _alpha_is_rank(file.parent.parent / "options.json"):
+        raise CheckpointError(
+            f"{file} was saved without its alpha by an earlier version, so its strength is unknown; "
+            "resume the training from it, which saves it anew, or take the run's final weights"
+        )
+    return found
+
+
+def _alpha_is_rank(options_file: Path) -> bool:
+    try:
+        options = read_json(options_file)["options"]
+        return options["lora_alpha"] in (None, options["rank"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def step_of(folder: str | Path) -> int | None:
+    """The step in the name of a ``checkpoint-<step>`` folder; None for any other name."""
+    start, _, step = Path(folder).name.partition("-")
+    return int(step) if start == "checkpoint" and step.isdecimal() and step.isascii() else None

@@ -1,0 +1,1 @@
+"""Files and data sets → RGB pictures with captions."""

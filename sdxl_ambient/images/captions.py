@@ -1,0 +1,162 @@
+"""What is said of the files of a folder, or of the rows of a data set: captions and noise levels.
+
+A folder says it in ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: one row per file, named by ``file_name``),
+its own or, for the files below it, a subfolder's; captions also in ``.txt`` files beside the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdxl_ambient.errors import ImagesMissing
+from sdxl_ambient.levels import CLEAN, MAXIMUM_T_N
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns say what. Without ``captions_needed`` the one of the captions may be missing."""
+
+    caption: str = "text"
+    t_n: str | None = None
+    captions_needed: bool = True
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is said of one entry: its captions, its own noise level (−1 clean, None: the set's), and the whole row."""
+
+    captions: tuple[str, ...] = ()
+    t_n: int | None = None
+    row: dict = field(default_factory=dict)
+    where: str = ""
+
+
+def captions_of(value, column: str, where: str) -> tuple[str, ...]:
+    """A text, a list of texts or nothing → captions without empty ones. Raises ImagesMissing for anything else."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(t, str | None) for t in texts):
+        raise ImagesMissing(f"{where}: {column!r} is not a text or a list of texts: {value!r}")
+    return tuple(t for t in texts if t)
+
+
+def level_of(value, column: str, where: str) -> int | None:
+    """A timestep, −1 (clean) or None (nothing said); also as a text or a float, as tables spell it.
+
+    Raises:
+        ImagesMissing: anything else.
+    """
+    level = value.strip() if isinstance(value, str) else value
+    if level is None or level == "" or (isinstance(level, float) and math.isnan(level)):
+        return None
+    try:
+        number = None if isinstance(level, bool) else float(level)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not CLEAN <= number <= MAXIMUM_T_N or number != int(number):
+        raise ImagesMissing(
+            f"{where}: --t_n_column: {column!r} is {value!r}; allowed are 0 to {MAXIMUM_T_N}, {CLEAN} for clean, "
+            "and nothing for --t_n"
+        )
+    return int(number)
+
+
+def not_one_of(option: str, value: str, known, where) -> ImagesMissing:
+    """The error about a column that isn't there."""
+    return ImagesMissing(f"--{option}: {value!r} is not one of: {', '.join(map(str, known))} ({where})")
+
+
+def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told]:
+    """What a folder's metadata and ``.txt`` files say of each of ``paths``.
+
+    Raises:
+        ImagesMissing: metadata that is damaged, names a file that isn't there, lacks a column, or has a wrong value.
+    """
+    rows = _metadata(folder, paths)
+    known = sorted({name for _, row in rows.values() for name in row})
+    if columns.t_n is not None and columns.t_n not in known:
+        if not rows:
+            raise ImagesMissing(f"--t_n_column: {columns.t_n!r} needs a metadata.jsonl or metadata.csv in {str(folder)!r}")
+        raise not_one_of("t_n_column", columns.t_n, known, folder)
+    told = {}
+    for name, (where, row) in rows.items():
+        captions = captions_of(row.get(columns.caption), columns.caption, where)
+        level = None if columns.t_n is None else level_of(row.get(columns.t_n), columns.t_n, where)
+        told[name] = Told(captions, level, row, where)
+    found = []
+    for path in paths:
+        one = told.get(path.relative_to(folder).as_posix(), Told())
+        found.append(one if one.captions else Told(_sidecar(path), one.t_n, one.row, one.where))
+    if rows and columns.captions_needed and columns.caption not in known and not any(t.captions for t in found):
+        raise not_one_of("caption_column", columns.caption, known, folder)
+    return found
+
+
+def _metadata(root: Path, paths: Sequence[Path]) -> dict[str, tuple[str, dict]]:
+    """File name below ``root`` → where its row stands, and the row; of several the one that stands nearest to the file.
+
+    Nothing where there is no metadata.
+    """
+    folders = {root} | {f for path in paths for f in path.parents if root in f.parents}
+    rows = {}
+    for folder in sorted(folders, key=lambda f: (len(f.parts), f)):
+        inside = folder.relative_to(root)
+        rows |= {(inside / name).as_posix(): row for name, row in _rows_in(folder).items()}
+    return rows
+
+
+def _rows_in(folder: Path) -> dict[str, tuple[str, dict]]:
+    """One folder's own metadata."""
+    files = [path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).is_file()]
+    if len(files) > 1:
+        raise ImagesMissing(f"{str(folder)!r} holds metadata.jsonl and metadata.csv; keep one of them")
+    rows = {}
+    for path in files:
+        for where, row in _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path):
+            name = Path(row["file_name"])
+            if not (folder / name).is_file():
+                raise ImagesMissing(f"{where}: {str(name)!r} is not in the folder")
+            rows[name.as_posix()] = where, row
+    return rows
+
+
+def _json_rows(path: Path):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise ImagesMissing(f"{where}: not a JSON object with a 'file_name'")
+        yield where, row
+
+
+def _csv_rows(path: Path):
+    try:
+        # Spreadsheets mark the start of a file in UTF-8.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ImagesMissing(f"{path}: not a CSV file in UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or not row.get("file_name"):
+                raise ImagesMissing(f"{where}: not a row with a 'file_name' and one field for each column")
+            yield where, row
+    except csv.Error as error:
+        raise ImagesMissing(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _sidecar(path: Path) -> tuple[str, ...]:
+    text = path.with_suffix(".txt")
+    caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+    return (caption,) if caption else ()

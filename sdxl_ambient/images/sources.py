@@ -1,0 +1,200 @@
+"""Where pictures come from: a folder of images, a folder of parquet or webdataset files, or a data set of the Hub.
+
+The ``datasets`` library copies what it loads into Arrow files. Here these clean copies lie in a private folder that is
+deleted as soon as every process of the machine has mapped them into memory; on Linux the mapping outlives the files' names.
+Pictures are never decoded by it: :func:`sdxl_ambient.images.load.load_rgb` gets their bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pyarrow.compute
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from sdxl_ambient.errors import ImageError, ImagesMissing
+from sdxl_ambient.images.captions import Columns, captions_of, level_of, not_one_of
+from sdxl_ambient.images.load import SUFFIXES, Record, list_files, list_images
+
+# Kinds of files that hold many pictures: ending → the module of ``datasets`` that reads them.
+KINDS = {".parquet": "parquet", ".tar": "webdataset"}
+# Where webdataset's customary names stand for the defaults.
+_CUSTOMARY = {"text": ("txt", "json.text", "json.caption")}
+
+
+def open_records(
+    train_data_dir: str | Path | None = None,
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    dataset_split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "text",
+    t_n_column: str | None = None,
+    captions_needed: bool = True,
+    state: PartialState | None = None,
+    say=print,
+) -> list[Record]:
+    """Every picture of a folder or of a data set, in an order that is the same in every process. All processes call it.
+
+    Raises:
+        ImagesMissing: nothing there, a package, data set, split or column that is missing, or wrong values in a column.
+    """
+    state = state or PartialState()
+    columns = Columns(caption_column, t_n_column, captions_needed)
+    if dataset_name is not None:
+        where = f"{dataset_name}, split {dataset_split}"
+        load = partial(_load, "dataset_name", dataset_name, dataset_name, name=dataset_config_name, split=dataset_split)
+    else:
+        files = _packed(train_data_dir)
+        if not files:
+            return list_images(train_data_dir, caption_column, t_n_column, captions_needed)
+        where = str(train_data_dir)
+        # Names are patterns to the library.
+        names = [glob.escape(str(path.resolve())) for path in files]
+        kind = KINDS[files[0].suffix.lower()]
+        load = partial(_load, "train_data_dir", where, kind, data_files=names, split="train")
+    return _records(_in_private(load, state), where, image_column, columns, say)
+
+
+def _packed(folder: str | Path) -> list[Path]:
+    """The parquet or webdataset files of a folder that holds no images; none for other folders."""
+    found = list_files(folder, {*KINDS, *SUFFIXES})
+    packed = [p for p in found if p.suffix.lower() in KINDS]
+    if len(packed) < len(found):
+        return []
+    kinds = sorted({p.suffix.lower() for p in packed})
+    if len(kinds) > 1:
+        raise ImagesMissing(f"--train_data_dir: {str(folder)!r} holds {' and '.join(kinds)} files; allowed is one kind")
+    return packed
+
+
+# -- loading ----------------------------------------------------------------------
+
+
+def _load(option: str, value: str, path: str, *, cache_dir: str, **keywords):
+    """``datasets.load_dataset`` with every failure turned into a one-line ImagesMissing that names the option."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImagesMissing(
+            f"--{option}: needs the package datasets, which is not installed (pip install datasets)"
+        ) from None
+    try:
+        return load_dataset(path, cache_dir=cache_dir, keep_in_memory=False, **keywords)
+    except Exception as error:  # scripts, networks, file formats: whatever they raise
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        raise ImagesMissing(f"--{option}: {value!r} can't be loaded: {reason}") from None
+
+
+def _in_private(load: Callable, state: PartialState):
+    """``load(cache_dir=…)`` in a folder of mode 700 that is gone afterwards: prepared by one process of each machine, mapped
+    by all of them. An error in one of them is raised in all, as none may wait for another for ever."""
+    own = tempfile.mkdtemp(prefix="sdxl_ambient-") if state.is_local_main_process else None
+    try:
+        folder = _gather(own, state)[state.process_index - state.local_process_index]
+        data = error = None
+        for turn in (True, False):
+            if state.is_local_main_process == turn:
+                try:
+                    data = load(cache_dir=folder)
+                except ImagesMissing as failure:
+                    error = str(failure)
+            failed = [e for e in _gather(error, state) if e is not None]
+            if failed:
+                raise ImagesMissing(failed[0])
+        return data
+    finally:
+        if own is not None:
+            shutil.rmtree(own)
+
+
+def _gather(value, state: PartialState) -> list:
+    return gather_object([value]) if state.num_processes > 1 else [value]
+
+
+# -- rows => records ----------------------------------------------------------------------
+
+
+def _records(data, where: str, image_column: str, columns: Columns, say) -> list[Record]:
+    """One record per row of a :class:`datasets.Dataset`."""
+    from datasets import Image
+
+    if not len(data):
+        raise ImagesMissing(f"{where} holds no rows")
+    column = _image_column(data, image_column, where, say)
+    images = data.select_columns([column]).cast_column(column, Image(decode=False))
+    captions = _values(data, "caption_column", columns.caption, where, columns.captions_needed, say)
+    levels = _values(data, "t_n_column", columns.t_n, where, True, say) if columns.t_n is not None else [None] * len(data)
+    return [
+        Record(
+            name,
+            partial(_read, images, column, i),
+            captions_of(captions[i], columns.caption, f"{where}, row {i}"),
+            level_of(levels[i], columns.t_n, f"{where}, row {i}"),
+        )
+        for i, name in enumerate(_names(data, images, column))
+    ]
+
+
+def _read(images, column: str, index: int) -> Path | bytes:
+    """A row's picture as the data set holds it."""
+    value = images[index][column] or {}
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if not value.get("path"):
+        raise ImageError("the row holds no picture")
+    return Path(value["path"])
+
+
+def _names(data, images, column: str) -> list[str]:
+    """``row 3``, with the key or file name that it has in the data set."""
+    if "__key__" in data.column_names:
+        paths = data["__key__"][:]
+    else:
+        # Beside the bytes, which are not read here.
+        paths = pyarrow.compute.struct_field(images.data.column(column), "path").to_pylist()
+    return [f"row {i}" + (f" ({Path(path).name})" if path else "") for i, path in enumerate(paths)]
+
+
+def _image_like(feature) -> bool:
+    from datasets import Image, Value
+
+    holds_bytes = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or holds_bytes or (isinstance(feature, Value) and "binary" in feature.dtype)
+
+
+def _image_column(data, name: str, where: str, say) -> str:
+    found = [column for column, feature in data.features.items() if _image_like(feature)]
+    if name in found:
+        return name
+    if name in data.features:
+        raise ImagesMissing(f"--image_column: {name!r} holds no pictures; allowed: {', '.join(found) or 'none'} ({where})")
+    if name == "image" and len(found) == 1:
+        say(f"note: the pictures are taken from the column {found[0]!r} (--image_column)")
+        return found[0]
+    raise not_one_of("image_column", name, data.column_names, where)
+
+
+def _values(data, option: str, name: str, where: str, needed: bool, say) -> list:
+    """A column's values; one of ``json``, as webdataset has it, is called ``json.NAME``."""
+    inner = data.features.get("json")
+    known = [*data.column_names, *(f"json.{key}" for key in inner)] if isinstance(inner, dict) else data.column_names
+    found = next((n for n in (name, f"json.{name}", *_CUSTOMARY.get(name, ())) if n in known), None)
+    if found is None and needed:
+        raise not_one_of(option, name, known, where)
+    if found is None:
+        return [None] * len(data)
+    if found != name:
+        say(f"note: --{option}: {name!r} is not there, {found!r} is taken")
+    if found == "txt":
+        return [text.strip() if isinstance(text, str) else text for text in data[found][:]]  # as .txt files are read
+    if found in data.column_names:
+        return data[found][:]
+    return [(row or {}).get(found.removeprefix("json.")) for row in data["json"][:]]

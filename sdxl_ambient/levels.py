@@ -1,0 +1,6 @@
+"""Noise levels as numbers: timesteps t_n from 0 to :data:`MAXIMUM_T_N`, and :data:`CLEAN` for pictures without noise."""
+
+from __future__ import annotations
+
+CLEAN = -1  # the noise level of clean data inside integer tensors
+MAXIMUM_T_N = 998  # one level above it must be left to train on

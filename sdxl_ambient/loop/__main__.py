@@ -1,0 +1,39 @@
+r"""The ambient loop: from a store of noisy latents, a store of samples at a lower noise level that a model draws given them.
+
+    python -m sdxl_ambient.loop --pretrained_model_name_or_path BASE --lora RUN --latents_dir STORE --t_n 300 \
+        --output_dir RESTORED
+
+x_n *is* x_t at t = t_n, so the model's reverse chain from it down to t = m gives one sample of p(x_m | x_n). Training goes
+on from those at t_n = m, the next model draws the next store, and so on: expectation-maximisation, a store for each round
+(Bai et al., arXiv 2405.13712; Hosseintabar et al., arXiv 2510.12691). ``--low_noise restore`` does the like within a run, in
+a buffer.
+
+The new store has the layout of any (:mod:`sdxl_ambient.latents`), and plan.json and manifest.json say what it holds:
+``restored`` is a link for each round, the oldest first, and every image has the level it was observed at, ``observed_t_n``.
+Restored samples are no observations: what protects an image is its one observation behind them, as long as the models that
+drew them have seen nothing else of it. See docs/LOOP.md.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.devices import processes
+from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, StoreError
+from sdxl_ambient.loop.options import LoopOptions
+from sdxl_ambient.loop.run import restore_store
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(LoopOptions, argv, prog="sdxl_ambient.loop", description=__doc__)
+    try:
+        restore_store(options, processes())
+    except (StoreError, ModelError, InterchangeError, CheckpointError, OSError) as error:
+        print(f"sdxl_ambient.loop: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,140 @@
+"""Draws samples at a lower level from a store's noisy latents, and writes them as a store."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from sdxl_ambient.devices import DTYPES
+from sdxl_ambient.errors import ModelError, StoreError
+from sdxl_ambient.images.geometry import size_of
+from sdxl_ambient.loop.options import LoopOptions, lowered
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.posterior import Denoise, spaced_times, walk
+from sdxl_ambient.provenance import atomic
+from sdxl_ambient.randomness import Randomness, sample_generator
+from sdxl_ambient.store.batches import collate
+from sdxl_ambient.store.plan import shards
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.shards import readable, write_shard
+
+
+def draw_lower(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_n: torch.Tensor,
+    t_n: torch.Tensor,
+    t_m: int,
+    steps: int,
+    randomness: Randomness,
+) -> torch.Tensor:
+    """A sample of p(x_m | x_n) for each row of ``x_n`` (batch, …): the reverse chain from t_n (batch,) down to exactly t_m.
+
+    The times fall as :func:`sdxl_ambient.posterior.restore`'s do, quadratically, so that steps get shorter towards t_m.
+    """
+    times = spaced_times(t_n, torch.full_like(t_n, t_m), steps, power=2)
+    return walk(denoise, schedule, x_n, times, randomness)
+
+
+@dataclass
+class Draw:
+    """Makes a new store's latents of ``store``'s, the parent."""
+
+    store: LatentStore
+    unet: torch.nn.Module
+    schedule: NoiseSchedule
+    options: LoopOptions
+
+    def __post_init__(self):
+        # Training draws one of an image's captions each time; its one sample is drawn given the first.
+        self.store = copy.copy(self.store)
+        self.store.images = [{**i, "captions": i["captions"][:1]} for i in self.store.images]
+        self.index = {i["content"]: k for k, i in enumerate(self.store.images)}
+        self.purpose = f"loop round {len(self.store.rounds) + 1}"  # no round draws the random numbers of another
+
+    def batches(self, entries: Sequence[dict]) -> Iterator[list[int]]:
+        """The images of a shard that are restored, in the parent's numbers: those of one size, in forward passes."""
+        groups: dict[tuple, list[int]] = {}
+        for entry in entries:
+            index = self.index[entry["content"]]
+            if lowered(self.store.images[index], self.options.t_n):
+                groups.setdefault(size_of(entry), []).append(index)
+        for members in groups.values():
+            for start in range(0, len(members), self.options.batch_size):
+                yield members[start : start + self.options.batch_size]
+
+    def restored(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """x_m (4, h, w) of some images, float32 on the CPU, by content.
+
+        Raises:
+            ModelError: the UNet gives NaN or infinity.
+        """
+        batch = collate([self.store[0, index] for index in indices])
+        device, dtype = self.unet.device, DTYPES[self.options.dtype]
+        generators = [sample_generator(self.options.seed, self.purpose, content) for content in batch.contents]
+        x_m = draw_lower(
+            Denoiser(self.unet, batch.conditioning.to(device, dtype), dtype),
+            self.schedule,
+            batch.x_n.to(device),
+            batch.t_n,
+            self.options.t_n,
+            self.options.steps,
+            Randomness(generators, len(indices)),
+        )
+        x_m = x_m.float().cpu()
+        if not bool(torch.isfinite(x_m).all()):
+            raise ModelError("the UNet gives values that are not finite; use --dtype bfloat16 or float32")
+        return {content: x.clone() for content, x in zip(batch.contents, x_m, strict=True)}
+
+    def taken_over(self, entries: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """The latents of a shard that stay as they are."""
+        kept = [i["content"] for i in entries if not lowered(self.store.images[self.index[i["content"]]], self.options.t_n)]
+        return {content: self.store[0, self.index[content]]["x_n"].contiguous() for content in kept}
+
+
+def whole(path: Path, names: Sequence[str]) -> bool:
+    """Whether a shard is there. A damaged one is drawn again, which gives the same samples: they follow from the seed."""
+    try:
+        return readable(path, names)
+    except StoreError:
+        return False
+
+
+def missing_shards(output: Path, plan: dict, state: PartialState) -> list[tuple[str, list[dict]]]:
+    """This process's share of the shards, those that aren't there yet."""
+    mine = shards(plan)[state.process_index :: state.num_processes]
+    return [(name, entries) for name, entries in mine if not whole(output / name, [i["content"] for i in entries])]
+
+
+def write_samples(output: Path, todo: list[tuple[str, list[dict]]], draw: Draw, quiet: bool = False) -> None:
+    """Make some shards, each written once it is whole."""
+    total = sum(len(entries) for _, entries in todo)
+    with tqdm(total=total, desc="restoring", unit="img", disable=quiet, mininterval=1) as bar:
+        for name, entries in todo:
+            tensors = draw.taken_over(entries)
+            bar.update(len(tensors))
+            for indices in draw.batches(entries):
+                tensors |= draw.restored(indices)
+                bar.update(len(indices))
+            write_shard(output / name, tensors)
+
+
+def share_texts(store: LatentStore, output: Path) -> dict:
+    """Give the new store its parent's captions, in links where the file system has them. Returns what its manifest says."""
+    told = {name: store.manifest[name] for name in ("prompts", "tokens") if store.manifest.get(name)}
+    for name in sorted({*told["prompts"].values(), *([told["tokens"]] if "tokens" in told else [])}):
+        with atomic(output / name) as temporary:
+            try:
+                os.link(store.folder / name, temporary)
+            except OSError:
+                shutil.copyfile(store.folder / name, temporary)
+    return told

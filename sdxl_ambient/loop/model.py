@@ -1,0 +1,61 @@
+"""The model that restores, and what is told of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from sdxl_ambient.errors import InterchangeError, ModelError
+from sdxl_ambient.formats.adapter import Adapter
+from sdxl_ambient.formats.attach import attach
+from sdxl_ambient.formats.read import lora_file, read_adapter
+from sdxl_ambient.formats.record import read_training_info
+from sdxl_ambient.loop.options import LoopOptions
+from sdxl_ambient.models.load import load_unet, load_unet_file, unet_file
+
+
+def load_model(options: LoopOptions, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet to restore with, frozen, on the CPU.
+
+    Raises:
+        ModelError, InterchangeError: one that can't be loaded, or that is not for this base.
+    """
+    base = options.pretrained_model_name_or_path
+    if options.unet is not None:
+        file = unet_file(options.unet)
+        how = dict(dtype=dtype)
+        unet = load_unet_file(file, base, revision=options.revision, **how) if file else load_unet(options.unet, **how)
+        wanted = UNet2DConditionModel.load_config(base, subfolder="unet", revision=options.revision)
+        names = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+        if wrong := [n for n in names if unet.config.get(n) != wanted.get(n)]:
+            raise ModelError(f"--unet: {options.unet!r} is of another architecture than {base}: its {wrong[0]} differs")
+    else:
+        unet = load_unet(base, dtype=dtype, revision=options.revision, variant=options.variant)
+    if options.lora is not None:
+        try:
+            attach(unet, read_lora(options.lora, dict(unet.config)))
+        except InterchangeError as error:
+            raise InterchangeError(f"--lora: {error}") from None
+    return unet.eval().requires_grad_(False)
+
+
+def read_lora(lora: str, config: dict) -> Adapter:
+    """A LoRA of the UNet alone, since a store holds what the base's own text encoders made of its captions.
+
+    Raises:
+        InterchangeError: one that is unreadable, for another architecture, or of the text encoders too.
+    """
+    adapter = read_adapter(lora_file(Path(lora)), config)
+    if others := [part for part in adapter.parts if part != "unet"]:
+        raise InterchangeError(f"{lora!r} changes {' and '.join(others)} too; only a LoRA of the UNet alone can restore")
+    return adapter
+
+
+def told(options: LoopOptions) -> dict:
+    """What training recorded of the model to restore with; {} for the base model, and where nothing is recorded."""
+    if options.model is None:
+        return {}
+    name, path = options.model
+    return read_training_info(lora_file(Path(path)) if name == "lora" else path)

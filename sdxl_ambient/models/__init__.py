@@ -1,0 +1,1 @@
+"""The parts of an SDXL model: loaded, made trainable, and called."""

@@ -1,0 +1,1 @@
+"""What noisy latents show, level by level (``python -m sdxl_ambient.preview``)."""

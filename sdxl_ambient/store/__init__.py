@@ -1,0 +1,1 @@
+"""Stores of noisy latents: planned, drawn once, read in batches."""

@@ -1,0 +1,151 @@
+"""A finished store as a data set: a latent, its level, a caption's embedding and the time ids for each item."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.images.geometry import Size, bucket_counts, mirrored, size_of
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.provenance import hash_bytes, hash_json, read_json
+from sdxl_ambient.randomness import sample_generator
+from sdxl_ambient.store.lineage import observed_levels, rounds
+from sdxl_ambient.store.plan import shards
+
+EMPTY = hash_bytes(b"")  # the caption of a sample that is shown without one
+MAXIMUM_OPEN = 64  # shards that a process keeps open
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How pictures are shown: half of them mirrored with ``random_flip``; a part ``empty_prompts`` of them without their
+    caption, which is zeros with ``zero_empty``, as SDXL's own pipeline has it, else the embedding of "". What is drawn
+    follows from ``seed`` and the position in the stream."""
+
+    seed: int = 0
+    random_flip: bool = False
+    empty_prompts: float = 0.0
+    zero_empty: bool = True
+
+
+class LatentStore(Dataset):
+    """A finished store of noisy latents. An item is asked for as (position in the stream, index of the picture).
+
+    ``rounds`` tells how its latents were restored (:mod:`sdxl_ambient.loop`), and is empty where they are observations;
+    ``observed`` has the level that each picture was observed at, by content, which then is not the latent's own.
+
+    Raises:
+        StoreError: unfinished, damaged, of another format, or without what ``showing`` needs.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None, showing: Showing | None = None):
+        self.folder, self.showing = Path(folder), showing or Showing()
+        if not (self.folder / "manifest.json").is_file():
+            raise StoreError(f"{self.folder} is not a finished store of latents: it has no manifest.json")
+        try:
+            self.manifest = read_json(self.folder / "manifest.json")
+            self.images = self.manifest["images"][:limit]
+            self._file_of = {i["content"]: name for name, entries in shards(self.manifest) for i in entries}
+            self._prompts, self._tokens = self.manifest["prompts"], self.manifest.get("tokens")
+            self.observed = observed_levels(self.manifest)
+            self.rounds = rounds(self.manifest)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.folder / 'manifest.json'} is damaged: {error}") from None
+        if self.showing.empty_prompts and not self.showing.zero_empty and EMPTY not in self._prompts:
+            raise StoreError(
+                f"{self.folder} was made by an earlier version, without the empty prompt; run again with the images"
+            )
+        self._open: OrderedDict[str, object] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getstate__(self) -> dict:
+        # Open files do not travel to a worker process.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    @property
+    def hash(self) -> str:
+        """Identifies the store in artefacts: a hash of its plan, which says nothing of the noise."""
+        own = [i["t_n"] for i in self.manifest["images"]]
+        uniform = set(own) == {self.manifest["fingerprint"]["latent"]["t_n"]}
+        contents = [i["content"] for i in self.manifest["images"]]
+        restored = [self.chain, [self.observed[c] for c in contents]] if self.rounds else []
+        return hash_json([self.manifest["fingerprint"], contents, *([] if uniform else [own]), *restored])
+
+    @property
+    def chain(self) -> list[dict]:
+        """``rounds`` as artefacts that are shared tell them: without the key's id."""
+        return [{name: value for name, value in link.items() if name != "key_id"} for link in self.rounds]
+
+    @property
+    def schedule_hash(self) -> str:
+        """The noise schedule that the latents were made with."""
+        return self.manifest["fingerprint"]["latent"]["schedule"]
+
+    @cached_property
+    def groups(self) -> dict[Size, list[int]]:
+        """Indices of the pictures of each size in pixels, since a batch holds one size."""
+        found: dict[Size, list[int]] = {size: [] for size in bucket_counts(self.images)}
+        for index, entry in enumerate(self.images):
+            found[size_of(entry)].append(index)
+        return found
+
+    def _file(self, name: str):
+        """A shard, kept open; of many the least recently used one is closed."""
+        if name not in self._open:
+            self._open[name] = safe_open(str(self.folder / name), "pt")
+            if len(self._open) > MAXIMUM_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def _tensor(self, file: str, name: str) -> torch.Tensor:
+        try:
+            return self._file(file).get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{self.folder / file} is damaged: {error}") from None
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        position, index = item
+        entry = self.images[index]
+        caption, dropped, flipped = self._drawn(entry["captions"], position)
+        file = self._prompts[caption]
+        x_n = self._tensor(self._file_of[entry["content"]], entry["content"])
+        embeds, pooled = self._tensor(file, f"{caption}.embeds"), self._tensor(file, f"{caption}.pooled")
+        if dropped and self.showing.zero_empty:
+            embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+        tokens = self._tokens and self._tensor(self._tokens, f"{EMPTY if dropped else caption}.tokens")
+        return {
+            # The stored latent is mirrored: a mirrored picture that is observed anew would be a second observation.
+            "x_n": x_n.flip(-1) if flipped else x_n,
+            "t_n": CLEAN if entry["t_n"] is None else entry["t_n"],
+            "embeds": embeds,
+            "pooled": pooled,
+            "time_ids": mirrored(entry["time_ids"]) if flipped else entry["time_ids"],
+            "position": position,
+            "content": entry["content"],
+            "tokens": tokens,
+            "dropped": dropped,
+            "flipped": flipped,
+        }
+
+    def _drawn(self, captions: list[str], position: int) -> tuple[str, bool, bool]:
+        """How the sample at a position is shown: the caption whose embedding is read, whether it is shown without one, and
+        whether it is mirrored. Only what is asked for is drawn."""
+        how = self.showing
+        if len(captions) == 1 and not how.empty_prompts and not how.random_flip:
+            return captions[0], False, False
+        generator = sample_generator(how.seed, "shown", position)
+        several = len(captions) > 1
+        caption = captions[int(torch.randint(len(captions), (), generator=generator))] if several else captions[0]
+        dropped = bool(how.empty_prompts) and float(torch.rand((), generator=generator)) < how.empty_prompts
+        flipped = how.random_flip and float(torch.rand((), generator=generator)) < 0.5
+        return EMPTY if dropped and not how.zero_empty else caption, dropped, flipped

@@ -1,0 +1,83 @@
+"""Opens every picture once and tells which can be used: its content hash, its size, its perceptual fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+
+from sdxl_ambient.errors import ImageError
+from sdxl_ambient.images.duplicates import fingerprint as perceptual
+from sdxl_ambient.images.load import Record, load_rgb
+from sdxl_ambient.provenance import hash_bytes
+
+
+def content_hash(image: Image.Image) -> str:
+    """SHA-256 of an RGB picture's size and pixels: the same for copies whose files differ."""
+    return hash_bytes(f"{image.width}x{image.height}|".encode() + image.tobytes())
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """One usable picture: content hash, (height, width) in pixels, its record with the captions that it is shown with, and
+    its perceptual fingerprint (400 bytes) where that was asked for."""
+
+    content: str
+    size: tuple[int, int]
+    record: Record
+    print: bytes | None = None
+
+    @property
+    def caption(self) -> str:
+        """Its first caption."""
+        return self.record.captions[0]
+
+
+Look = Callable[[Record], tuple[str, tuple[int, int], bytes | None]]
+
+
+def look(record: Record) -> tuple[str, tuple[int, int], None]:
+    """Content hash and (height, width) of a picture. Raises ImageError."""
+    image = load_rgb(record.read())
+    return content_hash(image), (image.height, image.width), None
+
+
+def look_closely(record: Record) -> tuple[str, tuple[int, int], bytes]:
+    """The same with its perceptual fingerprint."""
+    image = load_rgb(record.read())
+    return content_hash(image), (image.height, image.width), perceptual(image).astype(np.uint8).tobytes()
+
+
+def scan(
+    records: Sequence[Record],
+    instance_prompt: str | None,
+    state: PartialState,
+    look: Look = look,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[list[Scanned], list[dict]]:
+    """Open every picture once, each process its share. Returns the usable ones and ``{"file", "reason"}`` for the others.
+
+    Records stay where they are: all processes have the same ones. ``check`` is called before each, and may raise.
+    """
+    found, skipped = [], []
+    mine = range(state.process_index, len(records), state.num_processes)
+    for i in tqdm(mine, desc="reading images", unit="img", disable=not state.is_main_process, mininterval=1):
+        check()
+        try:
+            if not records[i].captioned(instance_prompt).captions:
+                raise ImageError("no caption (a metadata file, a .txt file beside it, a column, or --instance_prompt)")
+            found.append((i, look(records[i])))
+        except ImageError as error:
+            skipped.append((i, {"file": records[i].name, "reason": str(error)}))
+    if state.num_processes > 1:
+        found, skipped = gather_object(found), gather_object(skipped)
+    usable = [
+        Scanned(content, size, records[i].captioned(instance_prompt), mark)
+        for i, (content, size, mark) in sorted(found, key=lambda p: p[0])
+    ]
+    return usable, [s for _, s in sorted(skipped, key=lambda p: p[0])]

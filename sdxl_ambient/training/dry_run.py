@@ -1,0 +1,136 @@
+"""What a run would do, found out without training: counts, sizes, memory, and the first batch as the network will see it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sdxl_ambient.images.geometry import bucket_counts
+from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.models.load import load_vae
+from sdxl_ambient.models.vae import decode_latents
+from sdxl_ambient.objective import Restored, ambient_objective
+from sdxl_ambient.provenance import atomic, write_json
+from sdxl_ambient.randomness import sample_generator
+from sdxl_ambient.store.batches import Batch, Stream, loader
+from sdxl_ambient.store.checks import spoken_levels
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.memory import estimate
+from sdxl_ambient.training.optimizers import parse_extra
+
+RECORD, PICTURE = "dry_run.json", "dry_run.png"
+GIB = 2**30
+
+
+def dry_run(options, accelerator, trainee, schedule, store: LatentStore, stream: Stream, objective, plan: dict) -> dict:
+    """Report what would be trained in ``dry_run.json``, and the first batch's noisy latents, decoded, in ``dry_run.png``.
+
+    Nothing clean is shown: the picture is what whoever has the store can see too. ``plan``: steps and samples, as they are
+    to be reported.
+    """
+    batch = next(iter(loader(store, stream)))
+    found = {**plan, **of_the_store(store), "first_batch": first_batch(store, batch)}
+    found["memory"] = memory(options, accelerator, trainee, schedule, batch, objective)
+    if accelerator.is_main_process:
+        write_json(Path(options.output_dir) / RECORD, found)
+        vae = load_vae(
+            options.pretrained_model_name_or_path,
+            options.pretrained_vae_model_name_or_path,
+            revision=options.revision,
+            variant=options.variant,
+        ).to(accelerator.device)
+        with atomic(Path(options.output_dir) / PICTURE) as temporary:
+            contact_sheet(vae, batch.x_n).save(temporary)
+    for line in in_words(found):
+        accelerator.print(line)
+    accelerator.print(f"Nothing was trained. {Path(options.output_dir) / RECORD} and {PICTURE} have the rest.")
+    accelerator.wait_for_everyone()
+    return found
+
+
+def of_the_store(store: LatentStore) -> dict:
+    """Counts of a store: pictures, captions, what was left out, sizes in pixels, noise levels."""
+    manifest = store.manifest
+    levels = Counter("clean" if i["t_n"] is None else str(i["t_n"]) for i in store.images)
+    return {
+        "store": str(store.folder),
+        "counts": manifest["counts"],
+        "skipped": manifest["skipped"],
+        "near_duplicates": manifest.get("near_duplicates") or [],
+        "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in sorted(bucket_counts(store.images).items())],
+        "t_n": dict(sorted(levels.items())),
+        "levels": spoken_levels(store),
+    }
+
+
+def first_batch(store: LatentStore, batch: Batch) -> list[dict]:
+    """What the first batch of the main process holds, a row per sample."""
+    rows = zip(batch.contents, batch.t_n.tolist(), batch.conditioning.time_ids.int().tolist(), strict=True)
+    shown = zip(batch.dropped.tolist(), batch.flipped.tolist(), strict=True)
+    return [
+        {"content": content, "t_n": t_n, "time_ids": ids, "without_caption": dropped, "mirrored": flipped}
+        for (content, t_n, ids), (dropped, flipped) in zip(rows, shown, strict=True)
+    ]
+
+
+def memory(options, accelerator, trainee, schedule, batch: Batch, objective) -> dict[str, int]:
+    """Bytes of one process, part by part; activations are counted in one real forward pass."""
+
+    rows = {"restore": options.restored_per_batch, "clean": options.clean_per_batch}.get(options.low_noise, 0)
+    more = [i % len(batch.x_n) for i in range(rows)]  # as many rows of some pictures as --low_noise adds
+
+    def forward():
+        given, generators, restored = trainee.conditioning(batch, accelerator.device), batch.generators(options.seed), None
+        x_n, t_n = batch.x_n.to(accelerator.device), batch.t_n
+        if rows:
+            restored = Restored(x_n[more], t_n[more].clamp(min=0))
+            if options.low_noise == "restore" and options.restore_levels == "all":
+                given, x_n, t_n, generators = given.rows(more), x_n[:0], t_n[:0], []
+            else:
+                given = given.followed_by(given.rows(more))
+            generators += [sample_generator(options.seed, "dry run", i) for i in range(rows)]
+        denoise = Denoiser(trainee.unet, given, trainee.dtype)
+        with accelerator.autocast():
+            return ambient_objective(denoise, schedule, x_n, t_n, generators, objective, restored).total
+
+    return estimate(
+        trainee.modules,
+        forward=forward,
+        optimizer=options.optimizer_name,
+        extra=parse_extra(options.optimizer_args),
+        fused_backward_pass=options.fused_backward_pass,
+        use_ema=options.use_ema,
+        offload_ema=options.offload_ema,
+    )
+
+
+def contact_sheet(vae, x_n: torch.Tensor, columns: int = 4, most: int = 16) -> Image.Image:
+    """Noisy latents (n, 4, h, w) decoded one by one, side by side."""
+    pictures = []
+    for one in x_n[:most]:
+        pixels = decode_latents(vae, one[None].to(vae.device))[0].clamp(-1, 1)
+        array = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+        pictures.append(Image.fromarray(array))
+    width, height = pictures[0].size
+    columns = min(columns, len(pictures))
+    sheet = Image.new("RGB", (width * columns, height * -(-len(pictures) // columns)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def in_words(found: dict) -> list[str]:
+    """The report's main points, a line each."""
+    counts, parts = found["counts"], found["memory"]
+    sizes = ", ".join(f"{s['height']}x{s['width']}: {s['images']}" for s in found["sizes"])
+    spent = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size and name != "total")
+    return [
+        f"Images: {counts['images']} at {found['levels']}, {counts['captions']} captions, {counts['skipped']} skipped, "
+        f"{counts['exact_duplicates']} exact duplicates, {len(found['near_duplicates'])} near-duplicates",
+        f"Sizes (height x width in pixels: images): {sizes}",
+        f"Steps: {found['steps']} of {found['samples_per_step']} samples, {found['epochs']:.1f} epochs",
+        f"Memory of one process, GiB: {parts['total'] / GIB:.2f} ({spent}), without the framework's own",
+    ]

@@ -1,0 +1,104 @@
+"""What is trained: the UNet, or a LoRA on it and perhaps on both text encoders; how it is shown captions and exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.formats.attach import start_from
+from sdxl_ambient.formats.peft import save_lora, save_unet
+from sdxl_ambient.models.conditioning import encode_tokens
+from sdxl_ambient.models.denoiser import Conditioning
+from sdxl_ambient.models.load import load_encoders, load_unet
+from sdxl_ambient.models.lora import add_lora, add_text_lora, describe, trainable_to_float32
+from sdxl_ambient.store.batches import Batch
+
+
+@dataclass
+class Trainee:
+    """The modules that are trained, out of any distributed wrapper.
+
+    ``dtype`` is that of frozen weights and of what the UNet is shown; weights that are trained are float32. ``record`` is
+    what a resume must agree in. ``encoders`` are the text encoders as they are called: in their wrappers, once prepared.
+    """
+
+    unet: torch.nn.Module
+    dtype: torch.dtype
+    record: dict
+    text_encoders: tuple = ()
+    zero_empty: bool = True
+    encoders: tuple = field(default=())
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.unet, *self.text_encoders]
+
+    @property
+    def names(self) -> dict[torch.nn.Parameter, str]:
+        """The names of the weights that are trained."""
+        return {p: name for module in self.modules for name, p in module.named_parameters() if p.requires_grad}
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.names)
+
+    def groups(self, text_encoder_lr: float | None, scale: float) -> list[dict]:
+        """The optimizer's parameter groups: the UNet's, and the text encoders' with their own learning rate."""
+        parts = [self.unet], self.text_encoders
+        unet, text = ([p for module in part for p in module.parameters() if p.requires_grad] for part in parts)
+        own = {} if text_encoder_lr is None else {"lr": text_encoder_lr * scale}
+        return [{"params": unet}, *([{"params": text, **own}] if text else [])]
+
+    def conditioning(self, batch: Batch, device) -> Conditioning:
+        """What the UNet is shown of a batch: its stored embeddings, or, where the encoders are trained, new ones."""
+        if not self.text_encoders:
+            return batch.conditioning.to(device, self.dtype)
+        encoders = self.encoders or self.text_encoders
+        embeds, pooled = encode_tokens(batch.tokens, encoders, batch.dropped, zero_empty=self.zero_empty)
+        return Conditioning(embeds, pooled, batch.conditioning.time_ids).to(device, self.dtype)
+
+    def export(self, folder: Path, info: dict, state: dict | None = None) -> Path:
+        """Write what users load; ``state``: the UNet's whole state dict where it is spread over processes."""
+        if self.record["finetune"] == "full":
+            return save_unet(self.unet, folder, info, state=state)
+        return save_lora(self.unet, folder, info, self.text_encoders or None, state=state)
+
+
+def load_trainee(options: TrainOptions, accelerator, zero_empty: bool) -> Trainee:
+    """Load the UNet, and the text encoders where they are trained, and make them trainable."""
+    base, where = options.pretrained_model_name_or_path, dict(revision=options.revision, variant=options.variant)
+    lora = options.finetune == "lora"
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    # Frozen weights may be half; weights that are trained are float32 and autocast in the forward pass.
+    dtype = half if lora and half else torch.float32
+    unet = load_unet(base, dtype=dtype, quantize=options.quantize_base, device=accelerator.device, **where)
+    trainee = Trainee(unet, dtype, {"finetune": options.finetune, **describe(options)}, zero_empty=zero_empty)
+    how = dict(
+        rank=options.rank,
+        alpha=options.lora_alpha or options.rank,
+        targets=options.lora_targets,
+        dropout=options.lora_dropout,
+        use_dora=options.use_dora,
+        use_rslora=options.use_rslora,
+        init=options.init_lora_weights,
+    )
+    if options.train_text_encoder:
+        trainee.text_encoders = load_encoders(base, text_dtype=dtype, **where).text_encoders
+    if not lora:
+        trainable_to_float32(unet.requires_grad_(True))
+    elif options.lora is not None:
+        trainee.record |= start_from(unet, options.lora, trainee.text_encoders, dropout=options.lora_dropout)
+    else:
+        add_lora(unet, **how)
+    add_text_lora(trainee.text_encoders, **how)  # but to those that the file has given one
+    if options.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    for module in trainee.modules:
+        if options.gradient_checkpointing:
+            (getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable)()
+        module.train()
+    return trainee

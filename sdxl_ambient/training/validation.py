@@ -1,0 +1,210 @@
+"""What is looked at between training steps: held-out loss and denoising gap, images, and whether the weights copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from sdxl_ambient.errors import OptionError
+from sdxl_ambient.images.load import evenly, list_images
+from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.load import load_part
+from sdxl_ambient.pipeline import euler_like, timestep_grid
+from sdxl_ambient.provenance import write_json
+from sdxl_ambient.store.checks import common_t_n, levels_of
+from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.training.heldout_loss import EarlyStopping, Losses, band_edges, band_losses, compare, scalars
+from sdxl_ambient.training.samples import Painter, track_images
+
+HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
+
+
+class Validation:
+    """Runs what is due after a step, keeps the records, and says when there has been enough training.
+
+    Args:
+        quick: a folder of drawn images → the evaluation's short figures of it; where ``--memorization_every`` asks for them.
+
+    Raises:
+        OptionError: a sampler that can't be had at the store's noise level.
+    """
+
+    def __init__(self, options, accelerator, trainee, schedule, store: LatentStore, heldout: LatentStore | None, quick=None):
+        self.options, self.accelerator, self.schedule, self.quick = options, accelerator, schedule, quick
+        self.output, self.heldout = Path(options.output_dir), heldout
+        self.store = LatentStore(store.folder, showing=Showing())  # as they are: with captions, not mirrored
+        # Handing over, or stopping, at the lowest level of the store leaves no level that training never saw. A store that
+        # was given has levels of its own, whatever --t_n says.
+        lowest = levels_of(store)[0]
+        self.painter = Painter(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainee)
+        self.samplers = list(dict.fromkeys(self.painter.sampler(s) for s in options.validation_sampler))
+        self._check_samplers()
+        self.trainee = trainee
+        self.stopping = EarlyStopping(options.early_stopping, options.max_denoising_gap)
+        self.memorization: list[dict] = []
+        self.start: Losses | None = None  # of the weights that training starts from
+
+    def _check_samplers(self) -> None:
+        options, level = self.options, self.painter.options.t_n
+        asked = [("validation_sampler", s) for s in self.samplers if options.prompts]
+        asked += [("memorization_every", self.painter.sampler("auto"))] if options.memorization_every else []
+        asked = [(flag, name) for flag, name in asked if name != "full"]
+        if not asked:
+            return
+        flag, name = asked[0]
+        if level is None:
+            raise OptionError(f"--{flag}: {name!r} needs a noise level; allowed for clean latents is full")
+        where = dict(subfolder="scheduler", revision=options.revision)
+        scheduler = load_part(EulerDiscreteScheduler, options.pretrained_model_name_or_path, "scheduler", **where)
+        steps = options.validation_inference_steps
+        first = timestep_grid(euler_like(scheduler), steps)[0]
+        if level >= first:
+            raise OptionError(
+                f"--{flag}: {name!r} begins at timestep {first} in {steps} steps, which is not above t_n = {level}; more "
+                f"--validation_inference_steps begin higher{', full always works' if flag == 'validation_sampler' else ''}"
+            )
+
+    # -- state ----------------------------------------------------------------------
+
+    @property
+    def best(self) -> list | None:
+        """Step and held-out loss of the weights in ``best``."""
+        return self.stopping.best and [self.stopping.best["step"], self.stopping.best["heldout"]]
+
+    def state_dict(self) -> dict:
+        """For a checkpoint's record."""
+        start = self.start and {
+            "heldout": self.start.heldout.tolist(),
+            "train": self.start.train.tolist(),
+            "store": self.heldout.hash,
+        }
+        return {"heldout": self.stopping.records, "memorization": self.memorization, "start": start}
+
+    def load_state_dict(self, progress: dict) -> None:
+        # An earlier version kept pairs of step and loss, of other times and noise, which can't be compared with these.
+        self.stopping.records = [r for r in progress.get("heldout", []) if isinstance(r, dict)]
+        self.memorization = progress.get("memorization", [])
+        if (start := progress.get("start")) and self.heldout is not None:
+            self.start = Losses(*(torch.tensor(start[s], dtype=torch.float64) for s in ("heldout", "train")))
+            self._check_start(start.get("store", self.heldout.hash), progress.get("step"))
+
+    def _check_start(self, store: str, step: int | None) -> None:
+        """Losses of other pictures or bands can't be compared with those to come, which then begin anew."""
+        shapes = [(len(pictures), self.options.heldout_bands) for _, pictures in self._pictures()]
+        if store != self.heldout.hash or [tuple(x.shape) for x in (self.start.heldout, self.start.train)] != shapes:
+            self.start, self.stopping.records = None, []
+            self.accelerator.print(
+                f"note: --heldout_bands, --heldout_samples or the held-out images are others than before step {step}: the "
+                "held-out loss and the denoising gap are counted from here"
+            )
+
+    # -- what is due ----------------------------------------------------------------------
+
+    def due(self, step: int, last: bool) -> bool:
+        every = self.options.memorization_every
+        return last or step % self.options.validation_steps == 0 or (every is not None and step % every == 0)
+
+    def run(self, unet, step: int, last: bool, export: Callable[[Path, int], None]) -> str | None:
+        """Everything that is due after ``step``. All processes call it. Returns why training should stop, if it should.
+
+        Args:
+            unet: as it is trained, in its wrapper. export: writes the current weights into a folder.
+        """
+        options, reason = self.options, None
+        if last or step % options.validation_steps == 0:
+            if self.heldout is not None:
+                reason = self._losses(unet, step, export)
+            if options.prompts:
+                self._images(step)
+        if options.memorization_every and (last or step % options.memorization_every == 0):
+            self._memorization(step)
+        self.accelerator.wait_for_everyone()
+        return None if last else reason
+
+    def begin(self, unet) -> None:
+        """Before the first step: the losses that later ones are compared with. All processes call it."""
+        if self.heldout is not None and self.start is None:
+            self.start = self._measure(unet)
+
+    def _pictures(self) -> list[tuple[LatentStore, list[int]]]:
+        """The held-out and the training pictures that losses are taken of: as many of each, where there are."""
+        most = min(self.options.heldout_samples, len(self.heldout))
+        return [(store, evenly(range(len(store)), most)) for store in (self.heldout, self.store)]
+
+    def _measure(self, unet) -> Losses:
+        options, pair = self.options, []
+        for store, pictures in self._pictures():
+            pair.append(
+                band_losses(
+                    self.accelerator,
+                    unet,
+                    lambda batch: self.trainee.conditioning(batch, self.accelerator.device),
+                    self.schedule,
+                    store,
+                    pictures,
+                    bands=options.heldout_bands,
+                    batch_size=options.train_batch_size,
+                    loss_space=options.loss_space,
+                    dtype=self.trainee.dtype,
+                )
+            )
+        return Losses(*pair)
+
+    def _losses(self, unet, step: int, export) -> str | None:
+        record = compare(step, self._measure(unet), self.start, self._edges())
+        lowest = self.stopping.add(record)
+        self.accelerator.log(scalars(record), step=step)
+        own = record["gap"]
+        self.accelerator.print(
+            f"\nstep {step}: held-out loss {record['heldout']:.5f}, of as many training images {record['train']:.5f}, "
+            f"gap {100 * own['value']:.1f} ± {200 * own['standard_error']:.1f} %"
+        )
+        if lowest:
+            export(self.output / "best", step)
+        if self.accelerator.is_main_process:
+            write_json(self.output / HELDOUT_FILE, {"losses": self.stopping.records, "best": self.best})
+        return self.stopping.reason
+
+    def _edges(self) -> list[tuple[int, int]] | None:
+        level = common_t_n(self.heldout)
+        if level == "mixed" or level != common_t_n(self.store):
+            return None
+        return band_edges(self.schedule, CLEAN if level is None else level, self.options.heldout_bands)
+
+    def _images(self, step: int) -> None:
+        options, drawn = self.options, {}
+        for name in self.samplers:
+            folder = self.output / "validation" / f"step-{step:06d}" / name
+            files = self.painter.draw(folder, options.prompts, options.num_validation_images, name)
+            drawn |= {f"{name}: {p}": f for p, f in zip(options.prompts, files, strict=True)}
+        if self.accelerator.is_main_process:
+            track_images(self.accelerator, drawn, step)
+
+    def _memorization(self, step: int) -> None:
+        """Draw with training captions, and compare: the share of copies and its excess over held-out images."""
+        options = self.options
+        records = list_images(options.train_data_dir, options.caption_column)
+        captions = [r.captions[0] if r.captions else options.instance_prompt or "" for r in records]
+        prompts = _spread(captions, options.memorization_images)
+        folder = self.output / "memorization" / f"step-{step:06d}"
+        self.painter.draw(folder, prompts, 1, self.painter.sampler("auto"), purpose="memorization")
+        if self.accelerator.is_main_process:
+            figures = {"step": step, **self.quick(folder)}
+            self.memorization.append(figures)
+            write_json(self.output / MEMORIZATION_FILE, {"looks": self.memorization})
+            share, excess = figures["share_above_threshold"], figures["excess_over_heldout"]
+            low, high = figures["excess_interval"]
+            self.accelerator.print(
+                f"\nstep {step}: {share:.3f} of {len(prompts)} images above the threshold, "
+                f"excess over held-out {excess:.3f} [{low:.3f}, {high:.3f}]"
+            )
+            self.accelerator.log({"copied_share": share, "memorized_excess": excess}, step=step)
+
+
+def _spread(items: list, wanted: int) -> list:
+    """``wanted`` of the items, evenly spaced, more than once where there are fewer."""
+    return [items[k % len(items)] for k in range(wanted)] if wanted > len(items) else evenly(items, wanted)
