@@ -44,18 +44,18 @@ from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.objective import ambient_objective
 from sdxl_ambient.provenance import environment, write_json
 from sdxl_ambient.store.batches import Stream, loader, small_groups
-from sdxl_ambient.store.checks import check_stores, spoken_levels
-from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.store.checks import check_stores, format_store_levels
+from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.checkpoint import refuse_to_overwrite, register_lora_hooks, save_checkpoint
 from sdxl_ambient.training.clean_levels import CleanLevels
 from sdxl_ambient.training.distributed import as_number, check_sharding, full_state, is_sharded, tell_deepspeed
 from sdxl_ambient.training.dry_run import dry_run
-from sdxl_ambient.training.ema import Average
+from sdxl_ambient.training.ema import EMA
 from sdxl_ambient.training.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
-from sdxl_ambient.training.model import load_trainee
+from sdxl_ambient.training.model import load_trainable
 from sdxl_ambient.training.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
-from sdxl_ambient.training.posterior_buffer import Restoration
-from sdxl_ambient.training.progress import Meter
+from sdxl_ambient.training.posterior_buffer import PosteriorBuffer
+from sdxl_ambient.training.progress import ProgressMeter
 from sdxl_ambient.training.resume import find_start, run_record, training_info
 from sdxl_ambient.training.stores import open_stores
 from sdxl_ambient.training.validation import Validation
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(options: TrainOptions, accelerator: Accelerator, interruption: Interruption, stack: ExitStack) -> None:
-    output, say = Path(options.output_dir), accelerator.print
+    output, log = Path(options.output_dir), accelerator.print
     refuse_to_overwrite(output, options.resume_from_checkpoint)
     check_sharding(options, accelerator)
     hub = repository(options.hub_model_id, output) if options.push_to_hub else None
@@ -126,12 +126,12 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     base = options.pretrained_model_name_or_path
     zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, options.revision)
-    showing = Showing(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
-    store, heldout = open_stores(options, accelerator, schedule, showing, interruption.check)
+    presentation = Presentation(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
+    store, heldout = open_stores(options, accelerator, schedule, presentation, interruption.check)
     for line in check_stores(store, heldout, schedule, options.low_noise):
-        say(line)
-    trainee = load_trainee(options, accelerator, zero_empty)
-    trained = trainee.trained
+        log(line)
+    trainable = load_trainable(options, accelerator, zero_empty)
+    trained = trainable.trained
 
     # -- optimizer ----------------------------------------------------------------------------------------------------
 
@@ -148,9 +148,9 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         )
 
     scale = samples_per_step if options.scale_lr else 1
-    groups = trainee.groups(options.text_encoder_lr, scale)
+    groups = trainable.groups(options.text_encoder_lr, scale)
     fused = options.fused_backward_pass
-    optimizer = FusedBackward(optimizer_of, groups, trainee.names) if fused else optimizer_of(groups)
+    optimizer = FusedBackward(optimizer_of, groups, trainable.names) if fused else optimizer_of(groups)
     max_train_steps = options.max_train_steps or math.ceil(options.num_train_epochs * len(store) / samples_per_step)
     # Counted in optimizer steps and stepped by hand: prepared, it would advance once per process.
     lr_scheduler = get_scheduler(
@@ -161,13 +161,13 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,
     )
-    unet, *encoders, optimizer = accelerator.prepare(*trainee.modules, optimizer)
-    trainee.encoders = tuple(encoders)
+    unet, *encoders, optimizer = accelerator.prepare(*trainable.modules, optimizer)
+    trainable.encoders = tuple(encoders)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]  # sharding has replaced them
     accelerator.register_for_checkpointing(lr_scheduler)
     sharded = is_sharded(accelerator)
     if options.finetune == "lora" and not sharded:
-        register_lora_hooks(accelerator, trainee.unet, trainee.text_encoders or None)
+        register_lora_hooks(accelerator, trainable.unet, trainable.text_encoders or None)
 
     # -- averages, rows for t ≤ t_n, resume ---------------------------------------------------------------------------
 
@@ -175,23 +175,23 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     restoration = clean = None
     mine = options.seed, accelerator.process_index, accelerator.num_processes
     if options.low_noise == "restore":
-        restoration = Restoration(store, options.restore_options(), *mine)
+        restoration = PosteriorBuffer(store, options.restore_options(), *mine)
     if options.low_noise == "clean":
-        latents = LatentStore(options.stores["clean_latents_dir"], showing=showing)
+        latents = LatentStore(options.stores["clean_latents_dir"], presentation=presentation)
         clean = CleanLevels(latents, store, options.clean_per_batch, *mine)
     low = restoration or clean  # gives each forward pass rows that follow the noisy ones
     # Averaged weights are what is exported, or draw the samples of restore's and the consistency loss's reverse steps.
     first_round = restoration and options.restore_teacher == "base"
     average = start = None
     if options.use_ema or options.consistency_teacher == "ema" or (restoration and not first_round):
-        average = Average(trainee.modules, options.ema_decay, options.offload_ema)
+        average = EMA(trainable.modules, options.ema_decay, options.offload_ema)
         accelerator.register_for_checkpointing(average)
     if first_round:
-        start = Average(trainee.modules, options.ema_decay)  # never updated: the weights that training started from
+        start = EMA(trainable.modules, options.ema_decay)  # never updated: the weights that training started from
         accelerator.register_for_checkpointing(start)
     skipped = Skipped(options.max_skipped_steps)
-    validation = Validation(options, accelerator, trainee, schedule, store, heldout, look)
-    run = run_record(options, store, samples_per_step, trainee.record | (clean.record if clean else {}))
+    validation = Validation(options, accelerator, trainable, schedule, store, heldout, look)
+    run = run_record(options, store, samples_per_step, trainable.record | (clean.record if clean else {}))
     progress = {"step": 0, "run": run, "processes": accelerator.num_processes}
     if found := find_start(output, options, run, accelerator, sharded):
         folder, progress = found
@@ -200,7 +200,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         validation.load_state_dict(progress)
         if restoration:
             restoration.load(folder)
-        say(f"Resuming from {folder}.")
+        log(f"Resuming from {folder}.")
         progress.update(run=run, processes=accelerator.num_processes)
     if accelerator.is_main_process:
         record = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
@@ -211,7 +211,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     # -- loop ---------------------------------------------------------------------------------------------------------
 
     def shown(batch):
-        return trainee.conditioning(batch, accelerator.device)
+        return trainable.conditioning(batch, accelerator.device)
 
     def evaluating():
         """The weights that are exported and validated, which may be averages."""
@@ -221,7 +221,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         """Write the weights as they are now: within ``evaluating()``, those that are meant to be used."""
         state = full_state(accelerator, unet)
         if accelerator.is_main_process:
-            trainee.export(folder, training_info(options, store, schedule, step), state)
+            trainable.export(folder, training_info(options, store, schedule, step), state)
 
     def save(step: int) -> None:
         def more(folder: Path) -> None:
@@ -236,12 +236,12 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
             save_checkpoint(accelerator, output, step, progress, options.checkpoints_total_limit, more, info)
 
     first = progress["step"]
-    say(
-        f"Training {trained:,} weights ({options.finetune}) on {len(store)} images at t_n = {spoken_levels(store)}: "
+    log(
+        f"Training {trained:,} weights ({options.finetune}) on {len(store)} images at t_n = {format_store_levels(store)}: "
         f"steps {first} to {max_train_steps}, {samples_per_step} samples each."
     )
     for line in small_groups(store.groups, samples_per_step // accumulation):
-        say(line)
+        log(line)
     stream = Stream(
         len(store),
         options.train_batch_size,
@@ -255,12 +255,12 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     if options.dry_run:
         epochs = max_train_steps * samples_per_step / len(store)
         plan = {"steps": max_train_steps, "samples_per_step": samples_per_step, "epochs": epochs, "trained": trained}
-        dry_run(options, accelerator, trainee, schedule, store, stream, objective, plan)
+        dry_run(options, accelerator, trainable, schedule, store, stream, objective, plan)
         return
     extras = low.batches(stream.start, stream.stop, options.dataloader_num_workers) if low else None
     with evaluating():
         validation.begin(unet)
-    meter = Meter(samples_per_step, max_train_steps, first, device=accelerator.device)
+    meter = ProgressMeter(samples_per_step, max_train_steps, first, device=accelerator.device)
     bar = tqdm(
         total=max_train_steps, initial=first, desc="steps", unit="step", disable=not accelerator.is_local_main_process
     )
@@ -270,22 +270,22 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         with accelerator.accumulate(unet, *encoders):
             generators, restored = batch.generators(options.seed), None
             extra = next(extras) if low else None
-            denoise = Denoiser(unet, shown(batch), trainee.dtype)
+            denoise = Denoiser(unet, shown(batch), trainable.dtype)
             if clean or (restoration and step >= options.restore_start):
                 drawn, shown_extra = low.generators(extra), shown(extra)
                 if clean:
                     restored = clean.restored(extra)
                 else:
-                    model = Denoiser(start or average, shown_extra, trainee.dtype)
+                    model = Denoiser(start or average, shown_extra, trainable.dtype)
                     restored = restoration.restored(extra, model, schedule, drawn)
                     batch = batch.first(0) if options.restore_levels == "all" else batch
                 generators = [*generators[: len(batch.x_n)], *drawn]
                 denoise = Denoiser(
-                    unet, denoise.conditioning.rows(slice(len(batch.x_n))).followed_by(shown_extra), trainee.dtype
+                    unet, denoise.conditioning.rows(slice(len(batch.x_n))).followed_by(shown_extra), trainable.dtype
                 )
             teacher = None
             if options.consistency_teacher == "ema":
-                teacher = Denoiser(average, denoise.conditioning, trainee.dtype)
+                teacher = Denoiser(average, denoise.conditioning, trainable.dtype)
             due = step >= options.consistency_start and step % options.consistency_every == 0
             asked = objective if due else replace(objective, consistency_weight=0.0)
             x_n = batch.x_n.to(accelerator.device)
@@ -325,9 +325,9 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         if finite:
             skipped.passed()
         else:
-            say(f"\nstep {step}: left out; so far {skipped}")
+            log(f"\nstep {step}: left out; so far {skipped}")
         if restoration:
-            restoration.settle()
+            restoration.commit()
         rescue.finished(step)
         meter.step()
         bar.update()
@@ -344,11 +344,11 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
             if step % options.checkpointing_steps == 0 or last or told_to_stop or enough:
                 rescue.save(step)
         if enough:
-            say(f"\nStopped after step {step}: {enough}.")
+            log(f"\nStopped after step {step}: {enough}.")
             break
         if told_to_stop and not last:
             reason = interruption.reason or "another process, which was told to stop"
-            say(f"\nStopped by {reason} after step {step}; --resume_from_checkpoint latest goes on from here.")
+            log(f"\nStopped by {reason} after step {step}; --resume_from_checkpoint latest goes on from here.")
             return
     bar.close()
 
@@ -357,12 +357,12 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     accelerator.wait_for_everyone()
     with evaluating():
         export(output, step)
-    say(f"Saved {output}")
+    log(f"Saved {output}")
     if validation.best:
-        say(f"Lowest held-out loss {validation.best[1]:.4f} at step {validation.best[0]}: {output / 'best'}")
+        log(f"Lowest held-out loss {validation.best[1]:.4f} at step {validation.best[0]}: {output / 'best'}")
     if hub and accelerator.is_main_process:
         push(output, repo_id=hub, private=options.hub_private, license=options.hub_license,
-             report=options.memorization_report, say=say)  # fmt: skip
+             report=options.memorization_report, log=log)  # fmt: skip
 
 
 def quick_look(options: TrainOptions, accelerator: Accelerator, stack: ExitStack):

@@ -29,7 +29,7 @@ from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.build import build_store
-from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.store.reader import LatentStore, Presentation
 
 MINIATURE = ROOT / "miniature/pipeline"
 IMAGES = ROOT / "miniature/data/finetune"
@@ -117,7 +117,9 @@ def main(argv=None) -> int:
         making.join()
         if making.exitcode:
             raise RuntimeError("the store can't be made; the reason is above")
-        store = LatentStore(Path(folder) / "store", showing=Showing(random_flip=True, empty_prompts=0.1, zero_empty=False))
+        store = LatentStore(
+            Path(folder) / "store", presentation=Presentation(random_flip=True, empty_prompts=0.1, zero_empty=False)
+        )
         figures = {"images": len(store), "batch_size": BATCH, **memory(store, epochs)}
         training = Training(next(batches(store, 1)))
         training.rate(2)  # warms up

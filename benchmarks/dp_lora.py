@@ -56,7 +56,7 @@ from sdxl_ambient.objective import ambient_loss
 from sdxl_ambient.provenance import write_json
 from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import Batch, collate
-from sdxl_ambient.store.checks import check_stores, levels_of, spoken_levels
+from sdxl_ambient.store.checks import check_stores, format_store_levels, levels_of
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.resume import training_info
 
@@ -300,7 +300,7 @@ def open_clean(folder: str, schedule: NoiseSchedule) -> LatentStore:
     store = LatentStore(folder)
     if levels_of(store) != [CLEAN]:
         raise StoreError(
-            f"{folder} holds latents at t_n = {spoken_levels(store)}; DP-SGD is compared on clean ones, t_n none"
+            f"{folder} holds latents at t_n = {format_store_levels(store)}; DP-SGD is compared on clean ones, t_n none"
         )
     check_stores(store, None, schedule)
     return store

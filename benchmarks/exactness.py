@@ -28,8 +28,8 @@ from benchmarks.record import target, write_record
 from benchmarks.sdxl import sdxl_schedule
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
-from sdxl_ambient.posterior import posterior_mean, restore, spaced_times, walk
+from sdxl_ambient.objective import ExtraRows, ObjectiveOptions, ambient_objective
+from sdxl_ambient.posterior import ancestral_steps, posterior_mean, sample_posterior, spaced_times
 from sdxl_ambient.provenance import hash_json, read_json
 from sdxl_ambient.randomness import Randomness
 
@@ -163,7 +163,7 @@ class Buffer:
         self.x_n, self.t_n, self.method, self.schedule = x_n, t_n, method, schedule
         self.x_0 = torch.full_like(x_n, float("nan"))
 
-    def restored(self, network: Network, generator: torch.Generator) -> Restored:
+    def restored(self, network: Network, generator: torch.Generator) -> ExtraRows:
         seeds, count, _ = self.x_n.shape
         index = torch.randint(count, (self.method.restore,), generator=generator)
         missing = self.x_0[0, index, 0].isnan()
@@ -172,11 +172,13 @@ class Buffer:
         if len(stale):
             rows = self.x_n[:, stale].reshape(-1, 2)
             t_n = torch.full((len(rows),), self.t_n)
-            found = restore(network.flat(), self.schedule, rows, t_n, self.method.steps, Randomness(generator, len(rows)))
+            found = sample_posterior(
+                network.flat(), self.schedule, rows, t_n, self.method.steps, Randomness(generator, len(rows))
+            )
             self.x_0[:, stale] = found.reshape(seeds, -1, 2)
         x_0 = self.x_0[:, index].reshape(-1, 2)
         top = self.schedule.num_timesteps - 1 if self.method.levels == "all" else self.t_n
-        return Restored(x_0, torch.full((len(x_0),), top))
+        return ExtraRows(x_0, torch.full((len(x_0),), top))
 
 
 def train(method: Method, t_n: int, budget: int, seeds: int, learning_rate: float = 2e-3) -> tuple[Network, dict]:
@@ -243,7 +245,9 @@ def samples(network: Network, schedule: NoiseSchedule, stop: int, count: int, st
     rows = network.seeds * count
     start, end = torch.full((rows,), 999), torch.full((rows,), stop)
     times = spaced_times(start, end, steps, power=1.5)
-    x = walk(network.flat(), schedule, torch.randn(rows, 2, generator=generator), times, Randomness(generator, rows))
+    x = ancestral_steps(
+        network.flat(), schedule, torch.randn(rows, 2, generator=generator), times, Randomness(generator, rows)
+    )
     return posterior_mean(network.flat(), schedule, x, end).reshape(network.seeds, count, 2)
 
 

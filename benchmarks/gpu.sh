@@ -27,7 +27,7 @@ step() {  # step NAME FLAGS…
   attempt "$name" python3 -m benchmarks.step_time --model sdxl --precision bf16 --json "$results/$name.json" "$@"
 }
 
-attempt tests python3 -m pytest -q -p no:cacheprovider tests/test_cuda.py
+attempt tests python3 -m pytest -q -p no:cacheprovider tests/integration/test_cuda.py
 step step_time-gpu-lora-b1 --finetune lora --batch_size 1 --steps 5
 step step_time-gpu-lora-b4-checkpointing --finetune lora --batch_size 4 --steps 3 --gradient_checkpointing
 step step_time-gpu-full-b1-checkpointing --finetune full --batch_size 1 --steps 3 --gradient_checkpointing \

@@ -33,8 +33,8 @@ from benchmarks.sdxl import sdxl, sdxl_schedule
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora, trainable_to_float32
-from sdxl_ambient.objective import ObjectiveOptions, Restored, ambient_objective
-from sdxl_ambient.posterior import restore
+from sdxl_ambient.objective import ExtraRows, ObjectiveOptions, ambient_objective
+from sdxl_ambient.posterior import sample_posterior
 from sdxl_ambient.randomness import Randomness
 
 T_N = 500
@@ -149,10 +149,10 @@ def encode_every_time(s: Setup):
 def restoring(s: Setup):
     half, quarter = max(1, s.batch // 2), max(1, s.batch // 8)
     denoise = Denoiser(s.unet, s.conditioning.rows(slice(quarter)), s.dtype)
-    fresh = restore(denoise, s.schedule, s.x_0[:quarter], s.t_n[:quarter], 10, Randomness(s.generator, quarter))
+    fresh = sample_posterior(denoise, s.schedule, s.x_0[:quarter], s.t_n[:quarter], 10, Randomness(s.generator, quarter))
     x_0 = torch.cat([fresh, s.x_0[quarter:half]])
     both = s.conditioning.followed_by(s.conditioning.rows(slice(half)))
-    restored = Restored(x_0, s.t_n[:half])
+    restored = ExtraRows(x_0, s.t_n[:half])
     return ambient_objective(Denoiser(s.unet, both, s.dtype), s.schedule, s.x_0, s.t_n, s.generator, None, restored).total
 
 

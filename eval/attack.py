@@ -36,7 +36,7 @@ from sdxl_ambient.errors import ImagesMissing, OptionError, StageError
 
 
 @dataclass
-class Options(AttackOptions):
+class AttackCommandOptions(AttackOptions):
     lora: str | None = option(None, "LoRA: directory or .safetensors file", metavar="PATH")
     unet: str | None = option(None, "fully fine-tuned UNet: directory or .safetensors file", metavar="PATH")
     train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")
@@ -59,7 +59,7 @@ class Options(AttackOptions):
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(Options, argv, prog="eval.attack", description=__doc__)
+    options = parse_options(AttackCommandOptions, argv, prog="eval.attack", description=__doc__)
     try:
         main_process = processes.is_main()  # before anything is put on a GPU: it gives each process its own
         train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))

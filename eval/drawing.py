@@ -19,7 +19,7 @@ from eval.samplers import Sampler
 from sdxl_ambient.config.parser import option
 from sdxl_ambient.devices import check_device, resolve_device
 from sdxl_ambient.errors import OptionError, StageError
-from sdxl_ambient.images.load import evenly, list_images
+from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -63,7 +63,7 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True)
-class Draw:
+class ImageRequest:
     """One image to make: ``seed`` is the image's own, ``run`` the seed that it was asked for with."""
 
     index: int
@@ -119,21 +119,21 @@ def plan(
     images_per_prompt: int | None = None,
     num_seeds: int = 1,
     mean_of: int | None = None,
-) -> list[Draw]:
+) -> list[ImageRequest]:
     """The images to draw, the same prompts for each seed. Fewer images than prompts: evenly spaced prompts; more: the
     prompts over and over.
 
     With ``mean_of`` = k, a k-th of the prompts (rounded down, at least one), evenly, each k times in a row.
     """
     if num_images is not None and num_images < len(prompts):
-        chosen = evenly(prompts, num_images)
+        chosen = spread(prompts, num_images)
     else:
         total = num_images or len(prompts) * (images_per_prompt or 1)
         chosen = [prompts[i % len(prompts)] for i in range(total)]
     if mean_of is not None:
-        chosen = [prompt for prompt in evenly(chosen, max(1, len(chosen) // mean_of)) for _ in range(mean_of)]
+        chosen = [prompt for prompt in spread(chosen, max(1, len(chosen) // mean_of)) for _ in range(mean_of)]
     asked = [(run, i, prompt) for run in range(seed, seed + num_seeds) for i, prompt in enumerate(chosen)]
-    return [Draw(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(asked)]
+    return [ImageRequest(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(asked)]
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -143,7 +143,7 @@ def image_seed(seed: int, index: int) -> int:
     return int(hash_bytes(f"{seed}/{index}".encode())[:16], 16) >> 1
 
 
-def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sampler, draws: list[Draw]) -> dict:
+def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sampler, draws: list[ImageRequest]) -> dict:
     """Everything that determines the images, for the manifest."""
     vae = options.pretrained_vae_model_name_or_path
     base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
@@ -224,7 +224,7 @@ def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
 def generate_images(
     folder: str | Path,
     settings: dict,
-    draws: list[Draw],
+    draws: list[ImageRequest],
     draw: Callable[[list[str], list[torch.Generator]], list[Image.Image]],
     batch_size: int,
     about: dict | None = None,
@@ -267,7 +267,7 @@ def generate_images(
     return done
 
 
-def _write_metadata(folder: Path, draws: list[Draw]) -> None:
+def _write_metadata(folder: Path, draws: list[ImageRequest]) -> None:
     rows = [
         json.dumps({"file_name": d.file, "text": d.prompt, "index": d.index, "seed": d.seed, "run": d.run}) for d in draws
     ]
@@ -275,7 +275,7 @@ def _write_metadata(folder: Path, draws: list[Draw]) -> None:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def average_images(source: Path, folder: str | Path, draws: list[Draw], count: int) -> list[Draw]:
+def average_images(source: Path, folder: str | Path, draws: list[ImageRequest], count: int) -> list[ImageRequest]:
     """Pixel means of ``count`` consecutive images of ``source`` at a time, as an imagefolder with a manifest.
 
     Returns the means as draws, each with the prompt and the run of its first image. A mean that is there is not made again.
@@ -286,7 +286,7 @@ def average_images(source: Path, folder: str | Path, draws: list[Draw], count: i
     means = []
     groups = [draws[i : i + count] for i in range(0, len(draws), count)]
     for index, group in enumerate(groups):
-        means.append(Draw(index, group[0].prompt, group[0].seed, group[0].run))
+        means.append(ImageRequest(index, group[0].prompt, group[0].seed, group[0].run))
         if is_main() and not (folder / means[-1].file).is_file():
             pixels = np.mean([np.asarray(Image.open(source / d.file), np.float32) for d in group], axis=0)
             with atomic(folder / means[-1].file) as temporary:
@@ -317,7 +317,7 @@ def _claim(folder: Path, settings: dict, about: dict) -> None:
 
 def generate(
     options: GenerationOptions, checkpoint: Checkpoint, samplers: list[Sampler], prompts: list[str], root: Path
-) -> dict[str, tuple[Path, list[Draw]]]:
+) -> dict[str, tuple[Path, list[ImageRequest]]]:
     """Draw one checkpoint with each sampler into ``root/NAME``; the model is loaded once, if at all.
 
     Returns each sampler's folder and what is in it.

@@ -4,8 +4,8 @@ Two training images that are one picture make ratios of nearest distances look h
 training image raises the threshold until nothing is found. Files of equal bytes are found before
 (:func:`eval.images.drop_duplicates`).
 
-Pictures are near-duplicates where :mod:`sdxl_ambient.images.duplicates` says so by their perceptual hashes, or where an
-embedder finds them as near to each other as a JPEG copy is to its original. Merely similar held-out images stay: without them the
+Pictures are near-duplicates where :mod:`sdxl_ambient.images.duplicates` says so by perceptual hashes, or where an embedder
+finds them as near to each other as a JPEG copy is to its original. Merely similar held-out images stay: without them the
 threshold would be too low.
 """
 

@@ -23,7 +23,7 @@ from sdxl_ambient.errors import ImagesMissing, OptionError, StageError
 
 
 @dataclass
-class Options:
+class EmbedOptions:
     image_dir: list[str] = option([], "folders of images", metavar="DIR")
     embedder: str = option("pixel", "what similarity is measured in", choices=EMBEDDERS)
     embedder_weights: str | None = option(None, "local path or Hub id of the embedder's weights", metavar="PATH_OR_ID")
@@ -45,7 +45,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(Options, argv, prog="eval.embed", description=__doc__)
+    options = parse_options(EmbedOptions, argv, prog="eval.embed", description=__doc__)
     is_main()  # gives each process its GPU, before anything is loaded
     try:
         embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))

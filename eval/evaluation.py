@@ -11,7 +11,7 @@ from eval.drawing import captions_of, generate, read_prompts
 from eval.embedders.registry import Embedder
 from eval.embedding import Embedded
 from eval.images import ImageSet, read_folder
-from eval.options import BASE, STAGES, Options
+from eval.options import BASE, STAGES, MemorizationOptions
 from eval.processes import is_main
 from eval.reporting.figures import References, control_figures, make_references, sampler_figures, threshold_figures
 from eval.reporting.verdict import judge, model_figures
@@ -31,7 +31,7 @@ class Drawn:
     runs: dict[str, int] | None = None
 
 
-def plan_models(options: Options) -> list[tuple[Checkpoint, list[Sampler]]]:
+def plan_models(options: MemorizationOptions) -> list[tuple[Checkpoint, list[Sampler]]]:
     """Each model with its samplers: all that can be refused before loading."""
     models = options.models()
     if not models:
@@ -43,7 +43,9 @@ def plan_models(options: Options) -> list[tuple[Checkpoint, list[Sampler]]]:
     return [(c, samplers_of(c, options, first)) for c in models]
 
 
-def draw_all(options: Options, models: list[tuple[Checkpoint, list[Sampler]]]) -> dict[str, tuple[dict, dict[str, Drawn]]]:
+def draw_all(
+    options: MemorizationOptions, models: list[tuple[Checkpoint, list[Sampler]]]
+) -> dict[str, tuple[dict, dict[str, Drawn]]]:
     """Every model's images: name → (what it is, sampler → folder). Draws what is missing."""
     found = {}
     if models:
@@ -69,7 +71,9 @@ def draw_all(options: Options, models: list[tuple[Checkpoint, list[Sampler]]]) -
     return found
 
 
-def attack_all(options: Options, train: ImageSet, heldout: ImageSet | None, embedder: Embedder) -> dict[str, dict]:
+def attack_all(
+    options: MemorizationOptions, train: ImageSet, heldout: ImageSet | None, embedder: Embedder
+) -> dict[str, dict]:
     """Each model's answers to the attacks; none for folders of images, or without images that were not trained on."""
     if options.skip_attacks or heldout is None:
         return {}
@@ -77,7 +81,7 @@ def attack_all(options: Options, train: ImageSet, heldout: ImageSet | None, embe
     return {c.name: attack(options, c, train, heldout, embedder, folder / c.name) for c in options.models()}
 
 
-def evaluate(options: Options) -> dict | None:
+def evaluate(options: MemorizationOptions) -> dict | None:
     """Run every stage and return the report; None in processes that only helped, or where ``until`` ends it before."""
     models, sets = plan_models(options), read_sets(options)
     last = STAGES.index(options.until)
@@ -114,7 +118,9 @@ def embed_drawn(drawn: Drawn, embedding: Embedding) -> tuple[Embedded, Embedded,
     return embedding(images), embedding.pooled(images), clip
 
 
-def measure(options: Options, drawn: dict, embedded: dict, answers: dict, references: References) -> dict[str, dict]:
+def measure(
+    options: MemorizationOptions, drawn: dict, embedded: dict, answers: dict, references: References
+) -> dict[str, dict]:
     """The models' entries of the report."""
     entries = {}
     for name, (about, folders) in drawn.items():
@@ -133,7 +139,7 @@ def measure(options: Options, drawn: dict, embedded: dict, answers: dict, refere
     return entries
 
 
-def _report(options: Options, embedding: Embedding, references: References, entries: dict[str, dict]) -> dict:
+def _report(options: MemorizationOptions, embedding: Embedding, references: References, entries: dict[str, dict]) -> dict:
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(),
@@ -147,7 +153,7 @@ def _report(options: Options, embedding: Embedding, references: References, entr
     }
 
 
-def _settings(options: Options) -> dict:
+def _settings(options: MemorizationOptions) -> dict:
     names = (
         "preset",
         "num_inference_steps",

@@ -23,7 +23,7 @@ from sdxl_ambient.errors import ImagesMissing, OptionError, StageError
 
 
 @dataclass
-class Options(GenerationOptions):
+class GenerateOptions(GenerationOptions):
     lora: str | None = option(None, "LoRA: directory or .safetensors file", metavar="PATH")
     unet: str | None = option(None, "fully fine-tuned UNet: directory or .safetensors file", metavar="PATH")
     sampler: str = option("full", "how to sample", choices=SAMPLERS)
@@ -42,7 +42,7 @@ class Options(GenerationOptions):
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(Options, argv, prog="eval.generate", description=__doc__)
+    options = parse_options(GenerateOptions, argv, prog="eval.generate", description=__doc__)
     is_main()  # gives each process its GPU, before anything is loaded
     try:
         checkpoint = tuned(options)

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdxl_ambient.errors import ImageError
-from sdxl_ambient.images.load import Record, evenly, list_images, load_rgb
+from sdxl_ambient.images.load import Record, list_images, load_rgb, spread
 from sdxl_ambient.provenance import hash_file
 
 
@@ -32,7 +32,7 @@ class ImageSet:
 
     def thinned(self, most: int) -> ImageSet:
         """At most ``most`` of the images, evenly."""
-        return self.subset(evenly(range(len(self)), most))
+        return self.subset(spread(range(len(self)), most))
 
     def subset(self, indices, excluded: list[dict] = ()) -> ImageSet:
         """The images at ``indices``; ``excluded`` is added to what was left out before."""

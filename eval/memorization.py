@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.checkpoints import model_errors
 from eval.evaluation import evaluate
-from eval.options import BASE, Options
+from eval.options import BASE, MemorizationOptions
 from eval.processes import is_main
 from eval.reporting.page import write_html
 from eval.reporting.verdict import over_budget
@@ -28,7 +28,7 @@ from sdxl_ambient.provenance import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse_options(Options, argv, prog="eval.memorization", description=__doc__)
+    options = parse_options(MemorizationOptions, argv, prog="eval.memorization", description=__doc__)
     is_main()  # gives each process its GPU, before anything is loaded
     try:
         report = evaluate(options)

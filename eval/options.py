@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass
-class Options(AttackOptions):
+class MemorizationOptions(AttackOptions):
     lora: list[str] = option([], "LoRAs to evaluate, diffusers' or kohya's format, each [NAME=]PATH", metavar="[NAME=]PATH")
     unet: list[str] = option(
         [], "fully fine-tuned UNets to evaluate, folders or single files, each [NAME=]PATH", metavar="[NAME=]PATH"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from eval.embedders.registry import Embedder
 from eval.embedding import Embedded, normalised
 from eval.images import ImageSet, read_folder
-from eval.options import Options
+from eval.options import MemorizationOptions
 from eval.reporting.figures import References, make_references, share_figures
 from eval.sets import Embedding, embed_sets, read_sets
 from eval.statistics.calibrate import smallest_null
@@ -49,7 +49,7 @@ class QuickLook:
         caption_column: str = "text",
     ):
         name, _, weights = embedder.partition("=")
-        self.options = Options(
+        self.options = MemorizationOptions(
             train_data_dir=train_data_dir,
             heldout_data_dir=heldout_data_dir,
             output_dir=str(work_dir),
@@ -104,7 +104,7 @@ def check_quick(heldout: int, alpha: float) -> None:
 
 
 class _InMemory(Embedding):
-    """Embeds without the cache's files and without the other processes that :func:`eval.embedding.embed` shares work with."""
+    """Embeds alone and without files, where :func:`eval.embedding.embed` has a cache and other processes."""
 
     def __call__(self, images: ImageSet, embedder: Embedder | None = None) -> Embedded:
         embedder, kept, parts, excluded = embedder or self.embedder, [], [], []

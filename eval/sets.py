@@ -14,7 +14,7 @@ from eval.duplicates import drop_near_duplicates, drop_near_embeddings, jpeg_lim
 from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import Embedded, embed
 from eval.images import ImageSet, drop_duplicates, read_folder
-from eval.options import Options
+from eval.options import MemorizationOptions
 from eval.reporting.figures import FRECHET_MOST
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import StageError
@@ -25,7 +25,7 @@ from sdxl_ambient.provenance import hash_tensors, read_json, write_json
 class Embedding:
     """The embedders of a run and their cache."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: MemorizationOptions):
         self.device = resolve_device(options.device)
         self.cache, self.batch_size = Path(options.output_dir) / "embeddings", options.embedding_batch_size
         self.embedder = load_embedder(options.embedder, options.embedder_weights, self.device)
@@ -40,7 +40,7 @@ class Embedding:
         return self(images.thinned(FRECHET_MOST), self.pooled_pixels)
 
 
-def read_sets(options: Options) -> tuple[ImageSet, ImageSet | None]:
+def read_sets(options: MemorizationOptions) -> tuple[ImageSet, ImageSet | None]:
     """The fine-tuning and the held-out set, without files that come twice."""
     train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
     if options.heldout_data_dir is None:
@@ -56,7 +56,7 @@ def _check_left(heldout: ImageSet) -> None:
 
 
 def embed_sets(
-    options: Options, train: ImageSet, heldout: ImageSet | None, embedding: Embedding
+    options: MemorizationOptions, train: ImageSet, heldout: ImageSet | None, embedding: Embedding
 ) -> tuple[Embedded, Embedded | None]:
     """Both sets' embeddings, without near-duplicates: by perceptual hash, then by the embedder."""
     if options.near_duplicates == "drop":
@@ -77,7 +77,7 @@ def embed_sets(
     return train, heldout
 
 
-def plant(options: Options, train: Embedded, embedder: Embedder) -> dict[str, np.ndarray]:
+def plant(options: MemorizationOptions, train: Embedded, embedder: Embedder) -> dict[str, np.ndarray]:
     """Similarities of known copies of training images; through the model's VAE too, where there is a model.
 
     Kept in ``controls.json`` for the next run that asks the same.

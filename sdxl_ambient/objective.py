@@ -12,7 +12,7 @@ import torch
 
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.posterior import Denoise, at_least_float32, posterior_mean, spaced_times, walk
+from sdxl_ambient.posterior import Denoise, ancestral_steps, at_least_float32, posterior_mean, spaced_times
 from sdxl_ambient.randomness import Generators, Randomness
 
 CHOICES = {
@@ -65,7 +65,7 @@ class ObjectiveOptions:
 
 
 @dataclass
-class Restored:
+class ExtraRows:
     """Samples x̃_0 (m, …) that the model itself drew, and the highest timestep (m,) that each is trained at.
 
     In the batch that ``denoise`` sees they follow the noisy samples. Clean latents in their place are trained alike;
@@ -235,7 +235,9 @@ def _consistency(denoise, schedule, x_n, t_n, x_t, t, output, randomness, option
         if options.consistency_anchor == "chain":
             # Where clean data stand in the batch they walk from a = 1 to a = 1 and are dropped below.
             start, a = a, 1 + (randomness.uniform() * a).long()
-            x_a = walk(teacher or denoise, schedule, x_n, spaced_times(start, a, options.consistency_steps), randomness)
+            x_a = ancestral_steps(
+                teacher or denoise, schedule, x_n, spaced_times(start, a, options.consistency_steps), randomness
+            )
         anchor = posterior_mean(denoise, schedule, x_a, a.to(x_a.device))
     reach = torch.minimum(a, torch.full_like(a, options.consistency_max_step))
     s = (a - 1 - (randomness.uniform() * reach).long()).clamp(min=0)
@@ -257,7 +259,7 @@ def ambient_objective(
     t_n: torch.Tensor,
     generator: Generators = None,
     options: ObjectiveOptions | None = None,
-    restored: Restored | None = None,
+    restored: ExtraRows | None = None,
     teacher: Denoise | None = None,
 ) -> Losses:
     """Draw a time above its own t_n for every sample, renoise to it, and return the losses.

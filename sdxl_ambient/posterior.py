@@ -32,7 +32,7 @@ def spaced_times(start: torch.Tensor, end: torch.Tensor, steps: int, power: floa
 
 
 @torch.no_grad()
-def walk(
+def ancestral_steps(
     denoise: Denoise,
     schedule: NoiseSchedule,
     x: torch.Tensor,
@@ -55,7 +55,7 @@ def walk(
 
 
 @torch.no_grad()
-def restore(
+def sample_posterior(
     denoise: Denoise,
     schedule: NoiseSchedule,
     x_n: torch.Tensor,
@@ -70,5 +70,5 @@ def restore(
     would have lost the detail that a sample must have. t_n (batch,), every one of them ≥ 0.
     """
     times = spaced_times(t_n, torch.zeros_like(t_n), steps, power=2)[:-1]
-    x = walk(denoise, schedule, x_n, times, randomness)
+    x = ancestral_steps(denoise, schedule, x_n, times, randomness)
     return posterior_mean(denoise, schedule, x, times[-1].to(x.device))

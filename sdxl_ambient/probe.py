@@ -17,13 +17,13 @@ from tqdm import tqdm
 from sdxl_ambient.devices import Placement
 from sdxl_ambient.errors import ImagesMissing, ModelError, PreviewError
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.images.load import list_images, load_rgb
+from sdxl_ambient.images.load import list_images, load_rgb, spread
 from sdxl_ambient.models.conditioning import encode_prompts, time_ids
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import decode_latents, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
-from sdxl_ambient.posterior import Denoise, posterior_mean, restore
+from sdxl_ambient.posterior import Denoise, posterior_mean, sample_posterior
 from sdxl_ambient.preview.options import PreviewOptions
 from sdxl_ambient.randomness import Randomness
 from sdxl_ambient.store.scan import Scanned, content_hash, scan
@@ -52,13 +52,7 @@ def _centred_thumbnail(image: Image.Image) -> np.ndarray:
     return pixels - pixels.mean(axis=(0, 1))
 
 
-def evenly(total: int, count: int) -> list[int]:
-    """``count`` distinct indices below ``total``, in the middle of equal pieces; all of them where there are no more."""
-    count = min(total, count)
-    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
-def choose(options: PreviewOptions, state: PartialState, say) -> tuple[list[Scanned], list[int]]:
+def choose(options: PreviewOptions, state: PartialState, log) -> tuple[list[Scanned], list[int]]:
     """The candidates, distinct pictures evenly from the set, and the indices of those among them that are shown.
 
     Raises:
@@ -69,7 +63,7 @@ def choose(options: PreviewOptions, state: PartialState, say) -> tuple[list[Scan
         options.caption_column,
         captions_needed=options.caption and not options.instance_prompt,
     )
-    some = [records[i] for i in evenly(len(records), options.num_candidates)]
+    some = spread(records, options.num_candidates)
     # Where captions aren't told, images need none; the placeholder is never read.
     prompt = options.instance_prompt if options.caption else options.instance_prompt or "-"
     pictures, skipped = scan(some, prompt, state)
@@ -78,14 +72,14 @@ def choose(options: PreviewOptions, state: PartialState, say) -> tuple[list[Scan
         raise ImagesMissing(f"none of {len(some)} images in {options.train_data_dir!r} can be used: {skipped[0]['reason']}")
     if skipped:
         first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
-        say(f"note: {len(skipped)} of {len(some)} images are skipped, the first is {first}")
+        log(f"note: {len(skipped)} of {len(some)} images are skipped, the first is {first}")
     if len(candidates) < options.num_images:
-        say(f"note: {len(candidates)} images are shown, since there are no more")
-    return candidates, evenly(len(candidates), options.num_images)
+        log(f"note: {len(candidates)} images are shown, since there are no more")
+    return candidates, spread(range(len(candidates)), options.num_images)
 
 
 @dataclass
-class Shown:
+class ProbedImage:
     """An image that is shown: where it is among the candidates, its square, its latent (4, h, w), what the model is told."""
 
     picture: Scanned
@@ -102,7 +96,7 @@ class Shown:
 
 def encode_candidates(
     candidates: Sequence[Scanned], shown: Sequence[int], vae, geometry: Geometry
-) -> tuple[torch.Tensor, list[Shown]]:
+) -> tuple[torch.Tensor, list[ProbedImage]]:
     """Clean latents (n, 4, h, w) of all candidates, float32 on the CPU, and what is needed of those that are shown."""
     latents, found = [], []
     for i, picture in enumerate(tqdm(candidates, desc="encoding images", unit="image", mininterval=1)):
@@ -113,7 +107,7 @@ def encode_candidates(
         latents.append(encode_image(vae, pixels))
         if i in shown:
             ids = time_ids(picture.size, corner, (geometry.resolution,) * 2)
-            found.append(Shown(picture, i, _to_image(pixels), latents[-1], ids))
+            found.append(ProbedImage(picture, i, _to_image(pixels), latents[-1], ids))
     return torch.stack(latents), found
 
 
@@ -139,7 +133,7 @@ def preview_generator(seed: int, content: str, t: int, purpose: str) -> torch.Ge
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def observe(schedule: NoiseSchedule, shown: Shown, t: int, seed: int) -> torch.Tensor:
+def observe(schedule: NoiseSchedule, shown: ProbedImage, t: int, seed: int) -> torch.Tensor:
     """x_n (4, h, w) of an image at level ``t``, float32, by the preview's own noise."""
     z = Randomness([preview_generator(seed, shown.picture.content, t, "observation")], 1).normal(shown.x_0[None])
     return schedule.observe(shown.x_0[None], levels(t, 1), z)[0]
@@ -160,13 +154,17 @@ def denoise(
     count, samples = len(generators), x_n.new_empty((0, *x_n.shape)).cpu()
     if count:
         repeated = x_n[None].repeat(count, 1, 1, 1)
-        samples = restore(network, schedule, repeated, levels(t, count), steps, Randomness(generators, count)).float().cpu()
+        samples = (
+            sample_posterior(network, schedule, repeated, levels(t, count), steps, Randomness(generators, count))
+            .float()
+            .cpu()
+        )
     if not bool(torch.isfinite(mean).all() and torch.isfinite(samples).all()):
         raise ModelError("the UNet gives values that are not finite; use --dtype bfloat16 or float32")
     return mean, samples
 
 
-def tell(shown: Sequence[Shown], encoders: Encoders, caption: bool, zeros: bool, place: Placement) -> None:
+def tell(shown: Sequence[ProbedImage], encoders: Encoders, caption: bool, zeros: bool, place: Placement) -> None:
     """Give every shown image its conditioning: its caption, or none, which is zeros where the pipeline has it so."""
     both = place.use(torch.nn.ModuleList(encoders.text_encoders))
     for image in shown:

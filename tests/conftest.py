@@ -5,18 +5,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.pictures import REPOSITORY, copy_emoji
 
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.models.load import load_encoders, load_schedule, load_unet
 from sdxl_ambient.store.build import build_store
 
-REPOSITORY = Path(__file__).parents[1]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -44,17 +42,6 @@ def unet(miniature):
     return load_unet(miniature).eval().requires_grad_(False)
 
 
-def copy_emoji(folder: Path, count: int, split: str = "finetune") -> Path:
-    """Copy the first emoji of a split, with their captions, into a new folder."""
-    source = REPOSITORY / "miniature" / "data" / split
-    folder.mkdir(parents=True)
-    rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()][:count]
-    for row in rows:
-        shutil.copy(source / row["file_name"], folder)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 @pytest.fixture
 def emoji(tmp_path) -> Path:
     """An imagefolder of six 64×64 RGBA emoji."""
@@ -66,7 +53,7 @@ def build(encoders, schedule):
     """build_store with the miniature and small defaults."""
 
     def run(images, output, *, resolution=64, center=True, encoders=encoders, schedule=schedule, **keywords):
-        keywords = {"t_n": 500, "say": lambda message: None, **keywords}
+        keywords = {"t_n": 500, "log": lambda message: None, **keywords}
         return build_store(images, output, encoders, schedule, Geometry(resolution, center), **keywords)
 
     return run

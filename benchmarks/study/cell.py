@@ -15,7 +15,7 @@ from eval.attacks.run import attack
 from eval.checkpoints import Checkpoint
 from eval.drawing import captions_of, generate
 from eval.images import read_folder
-from eval.options import Options
+from eval.options import MemorizationOptions
 from eval.reporting.figures import References, make_references, sampler_figures, threshold_figures
 from eval.samplers import Sampler
 from eval.sets import Embedding, embed_sets, plant, read_sets
@@ -111,7 +111,7 @@ def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[i
     store, how = output / "latents", {**cell.flags, "batch_size": min(cell.size, cell.flags["batch_size"])}
     build_store(
         folders.train(cell.size), store, load_encoders(str(base)), load_schedule(str(base)), Geometry(64), t_n=None,
-        say=lambda message: None,
+        log=lambda message: None,
     )  # fmt: skip
     cost = train_dp_lora(base, store, output, seed=cell.seed, **how)
     return {cell.lengths[-1]: output}, cost
@@ -124,14 +124,14 @@ def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[i
 class Evaluation:
     """The controls of one fine-tuning set: made once in each worker."""
 
-    options: Options
+    options: MemorizationOptions
     embedding: Embedding
     references: References
 
     @staticmethod
     @functools.cache
     def of(folders: Folders, size: int) -> Evaluation:
-        options = Options(
+        options = MemorizationOptions(
             pretrained_model_name_or_path=str(ROOT / COMMON["pretrained_model_name_or_path"]),
             train_data_dir=str(folders.train(size)),
             heldout_data_dir=str(folders.heldout),
@@ -156,7 +156,7 @@ class Evaluation:
     def measure(self, name: str, adapter: Path | None, t_n: int, seed: int, folder: Path) -> dict:
         """Every sampler's figures, the worst of them by excess, and the attacks', of one adapter or the base model."""
         # Each seed has other initial noise, so that the seeds' scatter holds that of sampling.
-        options = Options(**{**vars(self.options), "seed": 1000 * seed})
+        options = MemorizationOptions(**{**vars(self.options), "seed": 1000 * seed})
         checkpoint, references = Checkpoint(name, lora=adapter), self.references
         drawn = generate(options, checkpoint, samplers(adapter, t_n), captions_of(options.train_data_dir), folder)
         found = {}

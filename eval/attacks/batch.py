@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from eval.attacks.options import AttackOptions
-from eval.attacks.subject import Subject, image_generator
+from eval.attacks.subject import LoadedModel, image_generator
 from eval.embedders.registry import Embedder
 from eval.embedding import normalised
 from eval.images import ImageSet
@@ -22,7 +22,7 @@ from sdxl_ambient.images.load import load_rgb
 class Batch:
     """Some images of one set, with what several attacks need of them."""
 
-    subject: Subject
+    subject: LoadedModel
     embedder: Embedder
     images: ImageSet
     pictures: list[Image.Image]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval.attacks.subject import Subject
+from eval.attacks.subject import LoadedModel
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.randomness import Randomness
 
@@ -58,7 +58,7 @@ def painted_over(image: Image.Image, box: Box) -> Image.Image:
 
 @torch.no_grad()
 def inpaint(
-    subject: Subject,
+    subject: LoadedModel,
     images: Sequence[Image.Image],
     prompts: Sequence[str | None],
     generators: Sequence[torch.Generator],
@@ -69,7 +69,7 @@ def inpaint(
     """Square RGB images of the model's size with what is within ``box`` made anew, each from its own generator.
 
     The rest comes back as the VAE leaves it. Prompts may be None, as
-    :meth:`eval.attacks.subject.Subject.conditioning` takes them.
+    :meth:`eval.attacks.subject.LoadedModel.conditioning` takes them.
     """
     latents = subject.encode([painted_over(image, box) for image in images])
     noise = Randomness(list(generators), len(images)).normal(latents)
@@ -97,7 +97,7 @@ def inpaint(
     return subject.decode(filled.float())
 
 
-def _stock(subject: Subject):
+def _stock(subject: LoadedModel):
     from diffusers import StableDiffusionXLInpaintPipeline
 
     # Not from_pipe, which casts the shared weights to float32; and a scheduler of its own, since it keeps its place.

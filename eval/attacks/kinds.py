@@ -8,13 +8,13 @@ import torch
 
 from eval.attacks.batch import Batch
 from eval.attacks.inpaint import hole, inpaint
-from eval.attacks.membership import Answers
+from eval.attacks.membership import Scores
 from eval.attacks.options import AttackOptions
 from eval.attacks.subject import conditional_magnitude, denoising_errors, image_generator, reconstruct
 from sdxl_ambient.randomness import Randomness
 
 
-def noise_attack(batch: Batch, options: AttackOptions) -> Answers:
+def noise_attack(batch: Batch, options: AttackOptions) -> Scores:
     """``error/T`` mean squared errors of ε̂ and ``MODE/T`` similarities of each image to itself, (n,) each."""
     schedule, answers = batch.subject.schedule, {}
     denoise = batch.subject.denoiser(batch.prompts(options))
@@ -29,7 +29,7 @@ def noise_attack(batch: Batch, options: AttackOptions) -> Answers:
     return answers
 
 
-def mask_attack(batch: Batch, options: AttackOptions) -> Answers:
+def mask_attack(batch: Batch, options: AttackOptions) -> Scores:
     """``mask`` similarities of what the hole was filled with to what was there after the VAE's round trip, (n,)."""
     subject = batch.subject
     box = hole(subject.resolution, options.mask_share, subject.pipe.vae_scale_factor)
@@ -42,7 +42,7 @@ def mask_attack(batch: Batch, options: AttackOptions) -> Answers:
     return {"mask": (batch.embed(patches) * batch.embed(own)).sum(1)}
 
 
-def magnitude_attack(batch: Batch, options: AttackOptions) -> Answers:
+def magnitude_attack(batch: Batch, options: AttackOptions) -> Scores:
     """``magnitude`` of the images that have a caption, (n,); nothing where none has one."""
     rows = [i for i, record in enumerate(batch.images.records) if record.caption]
     if not rows:

@@ -8,11 +8,11 @@ from eval import metrics
 from eval.statistics import roc
 
 SETS = ("train", "heldout")
-Answers = dict[str, np.ndarray]
+Scores = dict[str, np.ndarray]
 
 
 def attack_figures(
-    train: Answers, heldout: Answers, base: dict[str, Answers] | None = None, confidence: float = 0.95
+    train: Scores, heldout: Scores, base: dict[str, Scores] | None = None, confidence: float = 0.95
 ) -> dict[str, dict]:
     """How well training images can be told from held-out ones by each answer, by name.
 
@@ -32,7 +32,7 @@ def attack_figures(
     return {name: _figures(name, train[name], heldout[name], base, confidence) for name in train if name in heldout}
 
 
-def _figures(name: str, train: np.ndarray, heldout: np.ndarray, base: dict[str, Answers] | None, confidence: float) -> dict:
+def _figures(name: str, train: np.ndarray, heldout: np.ndarray, base: dict[str, Scores] | None, confidence: float) -> dict:
     error = name.startswith("error/")
     sign = -1.0 if error else 1.0
     one, other = sign * np.asarray(train, np.float64), sign * np.asarray(heldout, np.float64)

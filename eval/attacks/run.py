@@ -13,9 +13,9 @@ from tqdm import tqdm
 from eval import processes
 from eval.attacks.batch import Batch, readable
 from eval.attacks.kinds import KINDS
-from eval.attacks.membership import SETS, Answers, attack_figures
+from eval.attacks.membership import SETS, Scores, attack_figures
 from eval.attacks.options import AttackOptions
-from eval.attacks.subject import Subject
+from eval.attacks.subject import LoadedModel
 from eval.checkpoints import Checkpoint, hash_weights, resolve_base
 from eval.drawing import DTYPES
 from eval.embedders.registry import Embedder
@@ -26,10 +26,10 @@ from sdxl_ambient.provenance import differences, hash_json, read_json, write_jso
 
 
 @torch.no_grad()
-def interrogate(subject: Subject, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Answers]:
+def run_attacks(subject: LoadedModel, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Scores]:
     """What ``options.attacks`` find on one batch of images: how many could be opened, and arrays (n,) by name."""
     images, pictures = readable(images)
-    answers: Answers = {}
+    answers: Scores = {}
     if pictures:
         batch = Batch(subject, embedder, images, pictures)
         for name in dict.fromkeys(options.attacks):
@@ -37,14 +37,14 @@ def interrogate(subject: Subject, embedder: Embedder, images: ImageSet, options:
     return len(pictures), answers
 
 
-def interrogate_sets(
-    subject: Subject,
+def run_attacks_on_sets(
+    subject: LoadedModel,
     embedder: Embedder,
     sets: dict[str, ImageSet],
     options: AttackOptions,
     name: str = "",
     parts: Path | None = None,
-) -> dict[str, Answers]:
+) -> dict[str, Scores]:
     """Each set's answers, from all processes: float64 arrays in the order of the images, the same in every process.
 
     Batches are made before any image is opened, so that neither the processes nor an unreadable image change who shares a
@@ -60,7 +60,7 @@ def interrogate_sets(
     with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
         for key, i, images in mine:
             path = parts / f"{key}-{options.batch_size}-{i}.json" if parts else None
-            done.append((key, *_kept(path, lambda one=images: interrogate(subject, embedder, one, options))))
+            done.append((key, *_kept(path, lambda one=images: run_attacks(subject, embedder, one, options))))
             bar.update(len(images))
     done = processes.collect(done)
     for key, images in sets.items():
@@ -69,7 +69,7 @@ def interrogate_sets(
     return _combine(done, sets)
 
 
-def _kept(path: Path | None, ask: Callable[[], tuple[int, Answers]]) -> tuple[int, Answers]:
+def _kept(path: Path | None, ask: Callable[[], tuple[int, Scores]]) -> tuple[int, Scores]:
     """What ``path`` holds, or what is asked now and kept there."""
     if path is not None and path.exists():
         there = read_json(path)
@@ -89,7 +89,7 @@ def _none_left(images: ImageSet, unreadable: int = 0) -> StageError:
     return StageError(f"{images.folder}: no image left to attack with ({left_out} left out)")
 
 
-def _combine(done: list[tuple[str, int, Answers]], sets: dict[str, ImageSet]) -> dict[str, Answers]:
+def _combine(done: list[tuple[str, int, Scores]], sets: dict[str, ImageSet]) -> dict[str, Scores]:
     found: dict[str, dict[str, list]] = {key: {} for key in sets}
     for key, _, answers in done:
         for name, values in answers.items():
@@ -106,7 +106,7 @@ def _combine(done: list[tuple[str, int, Answers]], sets: dict[str, ImageSet]) ->
 
 def attack(
     options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder, folder: Path
-) -> dict[str, Answers]:
+) -> dict[str, Scores]:
     """Every attack's answers on one model, asked or read from where they are: ``{"train": {name: (n,)}, "heldout": …}``.
 
     Names are ``error/T``, ``MODE/T``, ``mask`` and ``magnitude``; figures are made of them by :func:`attack_figures`. All
@@ -128,7 +128,7 @@ def attack(
         if not len(images):
             raise _none_left(images)
     parts = Path(folder) / f"parts-{hash_json(settings)[:16]}"
-    answers = interrogate_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
+    answers = run_attacks_on_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
     if processes.is_main():
         lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in answers.items()}
         figures = attack_figures(answers["train"], answers["heldout"])
@@ -138,7 +138,7 @@ def attack(
     return answers
 
 
-def _open(options: AttackOptions, checkpoint: Checkpoint) -> Subject:
+def _open(options: AttackOptions, checkpoint: Checkpoint) -> LoadedModel:
     from sdxl_ambient.pipeline import load_pipeline
 
     pipe = load_pipeline(
@@ -151,7 +151,7 @@ def _open(options: AttackOptions, checkpoint: Checkpoint) -> Subject:
         device=resolve_device(options.device),
         variant=options.variant,
     )
-    return Subject(pipe, options.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
+    return LoadedModel(pipe, options.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
 
 
 def attack_settings(

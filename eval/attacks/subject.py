@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.posterior import Denoise, at_least_float32, posterior_mean, restore, spaced_times
+from sdxl_ambient.posterior import Denoise, at_least_float32, posterior_mean, sample_posterior, spaced_times
 from sdxl_ambient.randomness import Randomness
 
 MODES = ("one_step", "posterior")
@@ -31,7 +31,7 @@ def image_generator(digest: str, t: int, seed: int) -> torch.Generator:
 
 
 @dataclass
-class Subject:
+class LoadedModel:
     """A model under examination: a stock SDXL pipeline with its fine-tuned weights, and the side of its images in pixels."""
 
     pipe: object
@@ -125,7 +125,7 @@ def reconstruct(
     x_t = schedule.renoise(x_0, clean, level, randomness.normal(x_0))
     if mode == "one_step":
         return posterior_mean(denoise, schedule, x_t, level)
-    return restore(denoise, schedule, x_t, level.cpu(), steps, randomness)
+    return sample_posterior(denoise, schedule, x_t, level.cpu(), steps, randomness)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from sdxl_ambient.config.parser import parse_options
 from sdxl_ambient.errors import AnnotateError, ImageError, ImagesMissing, ModelError, PreviewError
 
 
-def in_words(options: AnnotateOptions, found: dict) -> list[str]:
+def summary_lines(options: AnnotateOptions, found: dict) -> list[str]:
     """What is printed at the end."""
     lines = ["    t  accuracy  interval     mean probability: trusted, untrusted"]
     for t, level in found["levels"].items():
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ImagesMissing, ImageError, ModelError, AnnotateError, PreviewError, OSError) as error:
         print(f"sdxl_ambient.annotate: error: {error}", file=sys.stderr)
         return 2
-    print(*in_words(options, found), sep="\n")
+    print(*summary_lines(options, found), sep="\n")
     return 0
 
 

@@ -93,18 +93,18 @@ def warnings_of(levels: Sequence[int], accuracies: Sequence[dict]) -> list[str]:
     lowest, highest = ({"t": t, **a} for t, a in ((levels[0], accuracies[0]), (levels[-1], accuracies[-1])))
     if lowest["interval"][0] <= 0.5:
         found.append(
-            f"the sets can't be told apart even at t = {lowest['t']} (accuracy {_spoken(lowest)}): either untrusted images "
-            "are as good as trusted ones, or these are too few to see the difference, or --train_steps are"
+            f"the sets can't be told apart even at t = {lowest['t']} (accuracy {_percent(lowest)}): either untrusted "
+            "images are as good as trusted ones, or these are too few to see the difference, or --train_steps are"
         )
     if highest["interval"][0] > 0.5:
         found.append(
-            f"the sets can still be told apart at the highest level, t = {highest['t']} (accuracy {_spoken(highest)}): they "
-            "differ in more than noise hides, such as colour or subject"
+            f"the sets can still be told apart at the highest level, t = {highest['t']} (accuracy {_percent(highest)}): "
+            "they differ in more than noise hides, such as colour or subject"
         )
     return found
 
 
-def _spoken(accuracy: dict) -> str:
+def _percent(accuracy: dict) -> str:
     low, high = accuracy["interval"]
     return f"{accuracy['accuracy']:.0%}, interval {low:.0%} to {high:.0%}"
 

@@ -39,7 +39,7 @@ def write_result(output: Path, found: dict, sets: Sequence[ImageSet]) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def annotate(options: AnnotateOptions, say=print) -> dict:
+def annotate(options: AnnotateOptions, log=print) -> dict:
     """Judge every untrusted image and write the result. Returns annotations.json.
 
     Raises:
@@ -56,7 +56,7 @@ def annotate(options: AnnotateOptions, say=print) -> dict:
     vae = load_vae(base, options.pretrained_vae_model_name_or_path, revision=options.revision, variant=options.variant)
     check_resolution(options.resolution, vae)
     state = one_process(device)
-    sets = [read_set(options, name, state, say) for name in SETS]
+    sets = [read_set(options, name, state, log) for name in SETS]
     check_sets(*sets, options.folds)
     geometry = Geometry(options.resolution, options.center_crop)
     inputs = {"vae": hash_tensors(vae.state_dict())[:16], "schedule": schedule.hash[:16]}

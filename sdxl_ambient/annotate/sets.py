@@ -35,7 +35,7 @@ class ImageSet:
         return [first[c] for c in self.contents]
 
 
-def read_set(options: AnnotateOptions, name: str, state, say) -> ImageSet:
+def read_set(options: AnnotateOptions, name: str, state, log) -> ImageSet:
     """Open every image of a set once. Raises ImagesMissing for one without a usable image."""
     folder = Path(getattr(options, f"{name}_data_dir"))
     records = list_images(folder, options.caption_column, captions_needed=not options.instance_prompt)
@@ -44,7 +44,7 @@ def read_set(options: AnnotateOptions, name: str, state, say) -> ImageSet:
         raise ImagesMissing(f"none of {len(records)} images in {str(folder)!r} can be used: {skipped[0]['reason']}")
     if skipped:
         first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
-        say(f"note: {len(skipped)} of {len(records)} {name} images are skipped, the first is {first}")
+        log(f"note: {len(skipped)} of {len(records)} {name} images are skipped, the first is {first}")
     return ImageSet(name, folder, pictures, skipped)
 
 

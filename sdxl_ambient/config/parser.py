@@ -62,7 +62,7 @@ class _Type:
 
 def _scalar(name: str, value, base: type):
     """Convert one YAML or command-line value, refusing what would lose information (3.5 as int, "yes" as float)."""
-    wrong = OptionError(f"--{name}: {value!r} is not {_spoken(base)}")
+    wrong = OptionError(f"--{name}: {value!r} is not {_type_name(base)}")
     if base is bool:
         if isinstance(value, bool):
             return value
@@ -86,7 +86,7 @@ def _scalar(name: str, value, base: type):
     return int(number)
 
 
-def _spoken(base: type) -> str:
+def _type_name(base: type) -> str:
     return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[base]
 
 
@@ -94,7 +94,7 @@ def _convert(name: str, value, kind: _Type):
     if value is None or (kind.optional and isinstance(value, str) and value.lower() in ("none", "null")):
         if kind.optional:
             return None
-        raise OptionError(f"--{name}: a value is required, {_spoken(kind.base)}")
+        raise OptionError(f"--{name}: a value is required, {_type_name(kind.base)}")
     if kind.many:
         return [_scalar(name, v, kind.base) for v in (value if isinstance(value, list) else [value])]
     return _scalar(name, value, kind.base)

@@ -21,9 +21,10 @@ from sdxl_ambient.provenance import hash_file
 def attach(
     unet: torch.nn.Module, adapter: Adapter, text_encoders: Sequence[torch.nn.Module] = (), *, dropout: float = 0.0
 ) -> None:
-    """Freeze ``unet`` and put the adapter in, trainable and in float32, as
-    :func:`sdxl_ambient.models.lora.add_lora` puts a new one: training then goes on from it, saves and resumes as from any other. Likewise both ``text_encoders``, where they are
-    trained; one that the adapter says nothing of is left as it is.
+    """Freeze ``unet`` and put the adapter in, trainable and in float32, as :func:`sdxl_ambient.models.lora.add_lora` does.
+
+    Training then goes on from it, saves and resumes as from any other. The same holds for both ``text_encoders``, where they
+    are trained. One that the adapter says nothing of is left as it is.
 
     Raises:
         InterchangeError: an adapter without a UNet's weights, or with those of text encoders, which aren't trained, or one

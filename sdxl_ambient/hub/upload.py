@@ -95,7 +95,7 @@ def push(
     license: str = "openrail++",
     report: str | Path | None = None,
     validation_images: Sequence[str | Path] = (),
-    say=print,
+    log=print,
 ) -> str:
     """Upload the adapter or the UNet in ``folder`` with its model card, in one commit. Returns the repository's address.
 
@@ -115,7 +115,7 @@ def push(
         info = read_training_info(folder)
         if "t_n" not in info:
             raise HubError(f"{folder} has no record of its training ({INFO_FILE}), so the card could not say what it is")
-        report = Path(report) if report is not None else _own_report(folder, files, say)
+        report = Path(report) if report is not None else _own_report(folder, files, log)
         name = check_hub(repo_id, private)
         card = model_card(folder, info, repo_id=name, license=license, report=report, validation_images=validation_images)
         with atomic(folder / CARD) as temporary:
@@ -135,7 +135,7 @@ def push(
             f"the upload to {repo_id!r} failed: {reason}. Nothing is lost: the results are in {folder}; upload them with "
             f"python -m sdxl_ambient.hub --output_dir {folder} --hub_model_id {repo_id}"
         ) from None
-    say(f"Uploaded {', '.join(a.path_in_repo for a in adds)} to {address}")
+    log(f"Uploaded {', '.join(a.path_in_repo for a in adds)} to {address}")
     return str(address)
 
 
@@ -150,12 +150,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     return found
 
 
-def _own_report(folder: Path, files: Sequence[Path], say) -> Path | None:
+def _own_report(folder: Path, files: Sequence[Path], log) -> Path | None:
     """The run's own report, unless it is older than the weights: then it was made of others."""
     report = folder / REPORT
     if not report.is_file():
         return None
     if report.stat().st_mtime < max(path.stat().st_mtime for path in files):
-        say(f"{report} is older than the weights and stays out of the model card; give it with --memorization_report")
+        log(f"{report} is older than the weights and stays out of the model card; give it with --memorization_report")
         return None
     return report

@@ -52,7 +52,7 @@ class Record:
         return self if self.captions or not instance_prompt else replace(self, captions=(instance_prompt,))
 
 
-def evenly(items: Sequence, count: int) -> list:
+def spread(items: Sequence, count: int) -> list:
     """``count`` of the items, at most all of them, evenly spaced."""
     size = min(count, len(items))
     return [items[i * len(items) // size] for i in range(size)]

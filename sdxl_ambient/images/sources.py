@@ -39,7 +39,7 @@ def open_records(
     t_n_column: str | None = None,
     captions_needed: bool = True,
     state: PartialState | None = None,
-    say=print,
+    log=print,
 ) -> list[Record]:
     """Every picture of a folder or of a data set, in an order that is the same in every process. All processes call it.
 
@@ -60,7 +60,7 @@ def open_records(
         names = [glob.escape(str(path.resolve())) for path in files]
         kind = KINDS[files[0].suffix.lower()]
         load = partial(_load, "train_data_dir", where, kind, data_files=names, split="train")
-    return _records(_in_private(load, state), where, image_column, columns, say)
+    return _records(_in_private(load, state), where, image_column, columns, log)
 
 
 def _packed(folder: str | Path) -> list[Path]:
@@ -122,16 +122,16 @@ def _gather(value, state: PartialState) -> list:
 # -- rows => records ----------------------------------------------------------------------
 
 
-def _records(data, where: str, image_column: str, columns: Columns, say) -> list[Record]:
+def _records(data, where: str, image_column: str, columns: Columns, log) -> list[Record]:
     """One record per row of a :class:`datasets.Dataset`."""
     from datasets import Image
 
     if not len(data):
         raise ImagesMissing(f"{where} holds no rows")
-    column = _image_column(data, image_column, where, say)
+    column = _image_column(data, image_column, where, log)
     images = data.select_columns([column]).cast_column(column, Image(decode=False))
-    captions = _values(data, "caption_column", columns.caption, where, columns.captions_needed, say)
-    levels = _values(data, "t_n_column", columns.t_n, where, True, say) if columns.t_n is not None else [None] * len(data)
+    captions = _values(data, "caption_column", columns.caption, where, columns.captions_needed, log)
+    levels = _values(data, "t_n_column", columns.t_n, where, True, log) if columns.t_n is not None else [None] * len(data)
     return [
         Record(
             name,
@@ -170,19 +170,19 @@ def _image_like(feature) -> bool:
     return isinstance(feature, Image) or holds_bytes or (isinstance(feature, Value) and "binary" in feature.dtype)
 
 
-def _image_column(data, name: str, where: str, say) -> str:
+def _image_column(data, name: str, where: str, log) -> str:
     found = [column for column, feature in data.features.items() if _image_like(feature)]
     if name in found:
         return name
     if name in data.features:
         raise ImagesMissing(f"--image_column: {name!r} holds no pictures; allowed: {', '.join(found) or 'none'} ({where})")
     if name == "image" and len(found) == 1:
-        say(f"note: the pictures are taken from the column {found[0]!r} (--image_column)")
+        log(f"note: the pictures are taken from the column {found[0]!r} (--image_column)")
         return found[0]
     raise not_one_of("image_column", name, data.column_names, where)
 
 
-def _values(data, option: str, name: str, where: str, needed: bool, say) -> list:
+def _values(data, option: str, name: str, where: str, needed: bool, log) -> list:
     """A column's values; one of ``json``, as webdataset has it, is called ``json.NAME``."""
     inner = data.features.get("json")
     known = [*data.column_names, *(f"json.{key}" for key in inner)] if isinstance(inner, dict) else data.column_names
@@ -192,7 +192,7 @@ def _values(data, option: str, name: str, where: str, needed: bool, say) -> list
     if found is None:
         return [None] * len(data)
     if found != name:
-        say(f"note: --{option}: {name!r} is not there, {found!r} is taken")
+        log(f"note: --{option}: {name!r} is not there, {found!r} is taken")
     if found == "txt":
         return [text.strip() if isinstance(text, str) else text for text in data[found][:]]  # as .txt files are read
     if found in data.column_names:

@@ -19,7 +19,7 @@ from sdxl_ambient.images.geometry import size_of
 from sdxl_ambient.loop.options import LoopOptions, lowered
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.posterior import Denoise, spaced_times, walk
+from sdxl_ambient.posterior import Denoise, ancestral_steps, spaced_times
 from sdxl_ambient.provenance import atomic
 from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import collate
@@ -39,14 +39,14 @@ def draw_lower(
 ) -> torch.Tensor:
     """A sample of p(x_m | x_n) for each row of ``x_n`` (batch, …): the reverse chain from t_n (batch,) down to exactly t_m.
 
-    The times fall as :func:`sdxl_ambient.posterior.restore`'s do, quadratically, so that steps get shorter towards t_m.
+    The times fall as :func:`sdxl_ambient.posterior.sample_posterior`'s do, quadratically: steps get shorter towards t_m.
     """
     times = spaced_times(t_n, torch.full_like(t_n, t_m), steps, power=2)
-    return walk(denoise, schedule, x_n, times, randomness)
+    return ancestral_steps(denoise, schedule, x_n, times, randomness)
 
 
 @dataclass
-class Draw:
+class RestoredLatentMaker:
     """Makes a new store's latents of ``store``'s, the parent."""
 
     store: LatentStore
@@ -115,7 +115,7 @@ def missing_shards(output: Path, plan: dict, state: PartialState) -> list[tuple[
     return [(name, entries) for name, entries in mine if not whole(output / name, [i["content"] for i in entries])]
 
 
-def write_samples(output: Path, todo: list[tuple[str, list[dict]]], draw: Draw, quiet: bool = False) -> None:
+def write_samples(output: Path, todo: list[tuple[str, list[dict]]], draw: RestoredLatentMaker, quiet: bool = False) -> None:
     """Make some shards, each written once it is whole."""
     total = sum(len(entries) for _, entries in todo)
     with tqdm(total=total, desc="restoring", unit="img", disable=quiet, mininterval=1) as bar:

@@ -15,7 +15,7 @@ from sdxl_ambient.loop.options import LoopOptions, lowered
 from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import hash_file, hash_json, hash_tensors, versions
-from sdxl_ambient.store.lineage import spoken_levels as spoken
+from sdxl_ambient.store.lineage import format_levels
 from sdxl_ambient.store.plan import fingerprint_of_text
 from sdxl_ambient.store.reader import LatentStore
 
@@ -91,7 +91,7 @@ def check_history(options: LoopOptions, store: LatentStore, info: dict) -> bool:
     found = None if options.model is None else seen_besides(info, store)
     if found is not None and not options.allow_foreign_model:
         name, path = options.model
-        at = spoken(store.observed.values())
+        at = format_levels(store.observed.values())
         raise StoreError(
             f"--{name}: {path!r} {found}; what it draws may tell more of these images than their observations at t_n = {at} "
             "do. Use a model trained on this store alone, or give --allow_foreign_model"

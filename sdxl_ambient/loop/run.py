@@ -9,14 +9,14 @@ from accelerate.utils import gather_object
 
 from sdxl_ambient.devices import DTYPES
 from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, StoreError
-from sdxl_ambient.loop.draw import Draw, missing_shards, share_texts, write_samples
+from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, share_texts, write_samples
 from sdxl_ambient.loop.model import load_model, told
 from sdxl_ambient.loop.options import LoopOptions, lowered
 from sdxl_ambient.loop.provenance import check_base, check_history, make_link, seen_besides
 from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import differences, read_json, versions, write_json
-from sdxl_ambient.store.checks import spoken_levels
+from sdxl_ambient.store.checks import format_store_levels
 from sdxl_ambient.store.lineage import rounds
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.second_observation import compare
@@ -37,7 +37,7 @@ def make_plan(store: LatentStore, link: dict, shard_size: int) -> dict:
     }
 
 
-def settle(output: Path, wanted: dict) -> dict:
+def reconcile_restored_plan(output: Path, wanted: dict) -> dict:
     """The plan to follow: the stored one if it agrees, so that an interrupted round goes on, else the wanted one.
 
     Raises:
@@ -62,7 +62,7 @@ def settle(output: Path, wanted: dict) -> dict:
     return {**wanted, "shard_size": stored["shard_size"], "restored": stored["restored"]}
 
 
-def decide(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, processes: int, say) -> dict:
+def decide(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, processes: int, log) -> dict:
     """Check everything, and give the plan to follow, which is then on disk. The main process calls it.
 
     Raises:
@@ -70,26 +70,26 @@ def decide(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, pr
     """
     if not any(lowered(i, options.t_n) for i in store.images):
         raise StoreError(
-            f"--t_n: {options.t_n} is not below the level of any image in {store.folder}, t_n = {spoken_levels(store)}"
+            f"--t_n: {options.t_n} is not below the level of any image in {store.folder}, t_n = {format_store_levels(store)}"
         )
     info = told(options)
     foreign = check_history(options, store, info)
     check_base(options, store, schedule, info)
     if foreign:
-        say(f"warning: --{options.model[0]} {seen_besides(info, store)}, and --allow_foreign_model lets it restore")
+        log(f"warning: --{options.model[0]} {seen_besides(info, store)}, and --allow_foreign_model lets it restore")
     link = make_link(options, store, info, foreign)
     size = max(1, min(store.manifest["shard_size"], -(-len(store) // processes)))
-    plan = settle(Path(options.output_dir), make_plan(store, link, size))
+    plan = reconcile_restored_plan(Path(options.output_dir), make_plan(store, link, size))
     write_json(Path(options.output_dir) / "plan.json", plan)
     return plan
 
 
-def decide_on_main(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, state: PartialState, say) -> dict:
+def decide_on_main(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, state: PartialState, log) -> dict:
     """:func:`decide`'s plan on every process, or its error."""
     decision: dict = {}
     if state.is_main_process:
         try:
-            decision = decide(options, store, schedule, state.num_processes, say)
+            decision = decide(options, store, schedule, state.num_processes, log)
         except (StoreError, ModelError, InterchangeError, CheckpointError, OSError) as error:
             decision = {"error": str(error)}
     if state.num_processes > 1:
@@ -99,7 +99,7 @@ def decide_on_main(options: LoopOptions, store: LatentStore, schedule: NoiseSche
     return decision
 
 
-def restore_store(options: LoopOptions, state: PartialState | None = None, say=print) -> dict:
+def restore_store(options: LoopOptions, state: PartialState | None = None, log=print) -> dict:
     """Restore a store, finish an interrupted round, or confirm that the store there is what is asked for. Returns its
     manifest.
 
@@ -109,21 +109,21 @@ def restore_store(options: LoopOptions, state: PartialState | None = None, say=p
         StoreError, ModelError, InterchangeError, CheckpointError: with one line that says what is wrong.
     """
     state = state or PartialState()
-    say = say if state.is_main_process else (lambda message: None)
+    log = log if state.is_main_process else (lambda message: None)
     output, store = Path(options.output_dir), LatentStore(options.latents_dir)
     check_sdxl(options.pretrained_model_name_or_path, options.revision)
     schedule = load_schedule(options.pretrained_model_name_or_path, options.revision)
-    plan = decide_on_main(options, store, schedule, state, say)
+    plan = decide_on_main(options, store, schedule, state, log)
     if todo := missing_shards(output, plan, state):
         unet = load_model(options, DTYPES[options.dtype]).to(state.device)
-        write_samples(output, todo, Draw(store, unet, schedule, options), quiet=not state.is_main_process)
+        write_samples(output, todo, RestoredLatentMaker(store, unet, schedule, options), quiet=not state.is_main_process)
     state.wait_for_everyone()
     manifest = {**plan, **counted(store, plan)}
     if state.is_main_process:
         manifest |= share_texts(store, output)
         write_json(output / "manifest.json", manifest)
         counts = manifest["counts"]
-        say(
+        log(
             f"{output}: {counts['restored']} images restored to t_n = {options.t_n}; {counts['taken_over']} at or below it "
             f"and {counts['clean']} clean ones taken over as they were"
         )

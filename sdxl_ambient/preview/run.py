@@ -21,7 +21,7 @@ from sdxl_ambient.preview.figures import decibel, latent_moments, linear_error, 
 from sdxl_ambient.preview.options import PreviewOptions
 from sdxl_ambient.preview.picture import WARNING, draw
 from sdxl_ambient.probe import (
-    Shown,
+    ProbedImage,
     choose,
     compare,
     decode_latent,
@@ -80,7 +80,7 @@ class Preview:
     """A preview under way: what doesn't change over it, and the entries that are there, by content and level."""
 
     def __init__(
-        self, options: PreviewOptions, schedule: NoiseSchedule, x_0: torch.Tensor, shown: list[Shown], settings: dict
+        self, options: PreviewOptions, schedule: NoiseSchedule, x_0: torch.Tensor, shown: list[ProbedImage], settings: dict
     ):
         self.options, self.schedule, self.x_0, self.shown, self.settings = options, schedule, x_0, shown, settings
         self.output = Path(options.output_dir)
@@ -120,11 +120,11 @@ class Preview:
 
     # -- levels ------------------------------------------------------------------
 
-    def todo(self, t: int) -> list[Shown]:
+    def todo(self, t: int) -> list[ProbedImage]:
         """The images that have no entry at a level."""
         return [image for image in self.shown if (image.picture.content, t) not in self.entries]
 
-    def reconstruct(self, image: Shown, t: int, unet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reconstruct(self, image: ProbedImage, t: int, unet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x_n, x̂_0 and the samples of an image at a level."""
         options, device, dtype = self.options, unet.device, DTYPES[self.options.dtype]
         x_n = observe(self.schedule, image, t, options.seed)
@@ -134,7 +134,7 @@ class Preview:
         network = Denoiser(unet, conditioning, dtype)
         return x_n, *denoise(network, self.schedule, x_n.to(device), t, options.steps, generators)
 
-    def add_entry(self, image: Shown, t: int, latents: tuple[torch.Tensor, torch.Tensor, torch.Tensor], vae) -> None:
+    def add_entry(self, image: ProbedImage, t: int, latents: tuple[torch.Tensor, torch.Tensor, torch.Tensor], vae) -> None:
         """Decode, compare and write what :meth:`reconstruct` gave. The entry is there once its tiles are."""
         x_n, mean, samples = latents
         alpha, sigma = self.coefficients(t)
@@ -160,7 +160,7 @@ class Preview:
         mse = float((x.double() - x_0.double()).square().mean()) / max(self.variance, 1e-12)
         return {"latent_mse": mse, "latent_psnr_db": decibel(mse)}
 
-    def identified(self, image: Shown, x: torch.Tensor, scale: float) -> dict:
+    def identified(self, image: ProbedImage, x: torch.Tensor, scale: float) -> dict:
         """Whether ``x`` is nearest to ``scale`` times its own latent, among those that are shown and among all candidates.
 
         For x_n and α_n the nearest is the likeliest: no test of "which of these is it?" is better.
@@ -232,7 +232,7 @@ class Preview:
 class _Tiles:
     """Decodes latents of one image and level into tiles, and compares them to the round trip."""
 
-    def __init__(self, output: Path, image: Shown, t: int, vae, reference: Image.Image):
+    def __init__(self, output: Path, image: ProbedImage, t: int, vae, reference: Image.Image):
         self.output, self.image, self.t, self.vae, self.reference = output, image, t, vae, reference
 
     def __call__(self, name: str, latent: torch.Tensor) -> dict:
@@ -250,7 +250,7 @@ def _means(rows: Sequence[dict]) -> dict:
     return {name: _mean([r[name] for r in rows]) for name in rows[0] if name != "tile"} if rows else {}
 
 
-def make_preview(options: PreviewOptions, say=print) -> dict:
+def make_preview(options: PreviewOptions, log=print) -> dict:
     """Make a preview, finish an interrupted one, or confirm that the one there is what is asked for. Returns preview.json.
 
     Raises:
@@ -267,7 +267,7 @@ def make_preview(options: PreviewOptions, say=print) -> dict:
         raise ModelError(f"--t_n: {max(options.t_n)} is beyond this model's last level, {schedule.num_timesteps - 1}")
     encoders = load_encoders(base, vae=options.pretrained_vae_model_name_or_path, text_dtype=dtype, **weights)
     check_resolution(options.resolution, encoders.vae)
-    candidates, indices = choose(options, one_process(device), say)
+    candidates, indices = choose(options, one_process(device), log)
     settings.update(_inputs(candidates, encoders, schedule))
     refuse_other(stored, settings)
     geometry = Geometry(options.resolution, options.center_crop)

@@ -26,7 +26,7 @@ from sdxl_ambient.provenance import write_json
 # -- command line ----------------------------------------------------------------------
 
 
-def in_words(found: dict) -> list[str]:
+def summary_lines(found: dict) -> list[str]:
     """A short table, a line each."""
     lines = [] if found["data"] is None else [*_attacks(found), ""]
     lines.append("k independent draws of one picture at t_n tell as much as one draw at level")
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(PrivacyOptions, argv, prog="sdxl_ambient.privacy", description=__doc__)
     words = sys.stdout if options.output_file else sys.stderr  # what is printed stays JSON
     try:
-        found = assess(options, say=lambda message: print(message, file=sys.stderr))
+        found = assess(options, log=lambda message: print(message, file=sys.stderr))
         if options.output_file:
             write_json(options.output_file, found)
         else:
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ImagesMissing, ImageError, ModelError, PreviewError, PrivacyError, OSError) as error:
         print(f"sdxl_ambient.privacy: error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(in_words(found)), file=words)
+    print("\n".join(summary_lines(found)), file=words)
     return 0
 
 

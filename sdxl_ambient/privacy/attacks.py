@@ -19,7 +19,16 @@ from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.privacy import accounting
 from sdxl_ambient.privacy.options import PrivacyOptions
 from sdxl_ambient.privacy.wiener import LinearFilter, choose_weight
-from sdxl_ambient.probe import Shown, choose, compare, decode_latent, denoise, encode_candidates, preview_generator, tell
+from sdxl_ambient.probe import (
+    ProbedImage,
+    choose,
+    compare,
+    decode_latent,
+    denoise,
+    encode_candidates,
+    preview_generator,
+    tell,
+)
 from sdxl_ambient.store.scan import Scanned
 
 
@@ -65,7 +74,7 @@ class Attacked:
 
     pictures: Sequence[Scanned]
     x_0: torch.Tensor
-    shown: list[Shown]
+    shown: list[ProbedImage]
     references: torch.Tensor
 
     def noise(self, seed: int, i: int, t: int, draws: int) -> torch.Tensor:
@@ -73,12 +82,12 @@ class Attacked:
         streams = [preview_generator(seed, self.pictures[i].content, t, f"privacy {k}") for k in range(draws)]
         return torch.stack([torch.randn(self.x_0[i].shape, generator=g) for g in streams])
 
-    def observe(self, schedule: NoiseSchedule, shown: Shown, t: int, seed: int) -> torch.Tensor:
+    def observe(self, schedule: NoiseSchedule, shown: ProbedImage, t: int, seed: int) -> torch.Tensor:
         """x_n (4, h, w), float32: the first draw of an image that is reconstructed."""
         return schedule.observe(shown.x_0[None], levels(t, 1), self.noise(seed, shown.index, t, 1))[0]
 
 
-def collect(options: PrivacyOptions, vae, say) -> Attacked:
+def collect(options: PrivacyOptions, vae, log) -> Attacked:
     """Read and encode the images, and the references that are not among them.
 
     Raises:
@@ -86,7 +95,7 @@ def collect(options: PrivacyOptions, vae, say) -> Attacked:
         PrivacyError: fewer than four references.
     """
     state = one_process(resolve_device(options.device))
-    pictures, indices = choose(options, state, say)
+    pictures, indices = choose(options, state, log)
     other = replace(
         options,
         train_data_dir=options.reference_data_dir,
@@ -95,7 +104,7 @@ def collect(options: PrivacyOptions, vae, say) -> Attacked:
         num_images=1,
     )
     known = {p.content for p in pictures}
-    references = [p for p in choose(other, state, say)[0] if p.content not in known]
+    references = [p for p in choose(other, state, log)[0] if p.content not in known]
     if len(references) < 4:
         raise PrivacyError(
             f"--reference_data_dir: {options.reference_data_dir!r} holds {len(references)} usable images that are not in "
@@ -126,7 +135,7 @@ def reconstruct(options: PrivacyOptions, schedule: NoiseSchedule, found: Attacke
 
 
 def by_model(
-    options: PrivacyOptions, schedule: NoiseSchedule, unet, image: Shown, x_n: torch.Tensor, t: int
+    options: PrivacyOptions, schedule: NoiseSchedule, unet, image: ProbedImage, x_n: torch.Tensor, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E[x_0|x_n] and posterior samples by the base model, which is told the image's conditioning."""
     names = [f"privacy sample {k}" for k in range(options.posterior_samples)]
@@ -172,7 +181,7 @@ def identify(options: PrivacyOptions, schedule: NoiseSchedule, found: Attacked) 
     return rates
 
 
-def measure(options: PrivacyOptions, schedule: NoiseSchedule, say) -> tuple[dict, dict[int, dict], dict[str, float]]:
+def measure(options: PrivacyOptions, schedule: NoiseSchedule, log) -> tuple[dict, dict[int, dict], dict[str, float]]:
     """What holds for the set; what holds for it at each level; and norms of its latents."""
     base, device = options.pretrained_model_name_or_path, resolve_device(options.device)
     place, dtype = Placement(device), DTYPES[options.dtype]
@@ -183,7 +192,7 @@ def measure(options: PrivacyOptions, schedule: NoiseSchedule, say) -> tuple[dict
     else:
         vae = load_vae(base, options.pretrained_vae_model_name_or_path, **weights)
     check_resolution(options.resolution, vae)
-    found, unet = collect(options, place.use(vae), say), None
+    found, unet = collect(options, place.use(vae), log), None
     if options.use_unet:
         zeros = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
         tell(found.shown, encoders, options.caption, zeros, place)

@@ -11,7 +11,7 @@ from sdxl_ambient.devices import DTYPES, check_device
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
 from sdxl_ambient.provenance import read_json
-from sdxl_ambient.store.lineage import restored_levels, spoken_levels
+from sdxl_ambient.store.lineage import format_levels, restored_levels
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PrivacyOptions(ModelOptions):
                 raise OptionError(
                     f"--{name}: {folder!r} is a store of restored samples, which are no observations; what protects their "
                     f"images is the noise of the observations behind them: give the images and --t_n "
-                    f"{spoken_levels(observed.values())}"
+                    f"{format_levels(observed.values())}"
                 )
         if (self.train_data_dir is None) != (self.reference_data_dir is None):
             raise OptionError("--reference_data_dir: goes with --train_data_dir; allowed are both or neither")

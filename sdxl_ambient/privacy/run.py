@@ -63,7 +63,7 @@ def accounted(options: PrivacyOptions, schedule: NoiseSchedule, norms: dict[str,
     }
 
 
-def assess(options: PrivacyOptions, say=print) -> dict:
+def assess(options: PrivacyOptions, log=print) -> dict:
     """All figures, as ``--output_file`` holds them.
 
     Raises:
@@ -79,7 +79,7 @@ def assess(options: PrivacyOptions, say=print) -> dict:
         norms["clip_norm"] = options.clip_norm
     data, by_level = None, {}
     if options.train_data_dir is not None:
-        data, by_level, found = measure(options, schedule, say)
+        data, by_level, found = measure(options, schedule, log)
         norms.update(found)
     return {
         "note": NOTE,

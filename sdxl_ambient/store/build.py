@@ -19,7 +19,7 @@ from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import check_geometry, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.provenance import hash_json, versions, write_json
-from sdxl_ambient.store.deduplicate import settle_twins
+from sdxl_ambient.store.deduplicate import handle_near_duplicates
 from sdxl_ambient.store.lineage import refuse_restored
 from sdxl_ambient.store.observation import draw_z, key_id, noise_key
 from sdxl_ambient.store.plan import fingerprint, make_plan, plan_of, shards
@@ -29,11 +29,11 @@ from sdxl_ambient.store.prenoised import (
     latent_hash,
     list_latents,
     load_latent,
-    look_at_latent,
+    scan_latent,
 )
 from sdxl_ambient.store.prompts import write_texts
-from sdxl_ambient.store.scan import content_hash, look, look_closely, scan
-from sdxl_ambient.store.second_observation import settle_plan
+from sdxl_ambient.store.scan import content_hash, scan, scan_image, scan_image_with_hash
+from sdxl_ambient.store.second_observation import reconcile_plan
 from sdxl_ambient.store.shards import readable, write_shard
 
 MAXIMUM_REPORTED = 20
@@ -41,7 +41,7 @@ Make = Callable[[dict, Record], torch.Tensor]  # a plan's entry and its record =
 
 
 @dataclass(frozen=True)
-class Draw:
+class NoisyLatentMaker:
     """Makes noisy latents of pictures."""
 
     settings: dict
@@ -114,7 +114,7 @@ def build_store(
     shard_size: int = 256,
     keep_tokens: bool = False,
     state: PartialState | None = None,
-    say=print,
+    log=print,
     check: Callable[[], None] = lambda: None,
 ) -> dict:
     """Make a store, finish an interrupted one, or confirm that the one there is what is asked for. Returns its manifest.
@@ -128,7 +128,7 @@ def build_store(
     """
     state = state or PartialState()
     output_dir = Path(output_dir)
-    say = say if state.is_main_process else (lambda message: None)
+    log = log if state.is_main_process else (lambda message: None)
     told = dict(caption_column=caption_column, t_n_column=t_n_column, captions_needed=not instance_prompt)
     twins = None
     if train_data_dir is not None:
@@ -137,17 +137,17 @@ def build_store(
         records = list_latents(train_data_dir, t_n, **told)
         for folder in sorted({record.path.parent for record in records}):
             refuse_restored("train_data_dir", folder)
-        pictures, skipped = scan(records, instance_prompt, state, look_at_latent, check)
+        pictures, skipped = scan(records, instance_prompt, state, scan_latent, check)
     else:
         check_geometry(geometry, encoders.vae)
         where = dict(dataset_name=dataset_name, dataset_config_name=dataset_config_name, dataset_split=dataset_split)
-        records = open_records(train_data_dir, **where, image_column=image_column, **told, state=state, say=say)
+        records = open_records(train_data_dir, **where, image_column=image_column, **told, state=state, log=log)
         pictures, skipped = scan(
-            records, instance_prompt, state, look if near_duplicates == "ignore" else look_closely, check
+            records, instance_prompt, state, scan_image if near_duplicates == "ignore" else scan_image_with_hash, check
         )
-        pictures, dropped, twins = settle_twins(pictures, near_duplicates, state, say)
+        pictures, dropped, twins = handle_near_duplicates(pictures, near_duplicates, state, log)
         skipped += dropped
-    report_skipped(skipped, len(records), say)
+    report_skipped(skipped, len(records), log)
     if not pictures:
         raise ImagesMissing(
             f"none of the {len(records)} images in {str(train_data_dir or dataset_name)!r} can be used: "
@@ -160,12 +160,12 @@ def build_store(
         wanted = make_plan(fingerprint(encoders, schedule, geometry, t_n), pictures, geometry, size)
     key = b"" if pre_noised else make_key(noise_key_file, state)
     wanted["key_id"] = key_id(key) if noise_key_file is not None and not pre_noised else None
-    plan = settle_on_main(output_dir, wanted, allow_second_observation, say, state)
-    report_clean(plan["images"], output_dir, say)
-    make = take if pre_noised else Draw(plan["fingerprint"]["latent"], encoders, schedule, geometry, key)
+    plan = reconcile_on_main(output_dir, wanted, allow_second_observation, log, state)
+    report_clean(plan["images"], output_dir, log)
+    make = take if pre_noised else NoisyLatentMaker(plan["fingerprint"]["latent"], encoders, schedule, geometry, key)
     write_latents(output_dir, plan, {p.content: p.record for p in reversed(pictures)}, make, state, check)
 
-    texts = write_texts(output_dir, pictures, encoders, shard_size, keep_tokens, state, say, check)
+    texts = write_texts(output_dir, pictures, encoders, shard_size, keep_tokens, state, log, check)
     manifest = {
         **plan,
         **texts,
@@ -183,17 +183,17 @@ def build_store(
     if state.is_main_process:
         write_json(output_dir / "manifest.json", manifest)
         counts = manifest["counts"]
-        say(f"{output_dir}: {counts['images']} images, {counts['captions']} captions, {counts['skipped']} skipped")
+        log(f"{output_dir}: {counts['images']} images, {counts['captions']} captions, {counts['skipped']} skipped")
     state.wait_for_everyone()
     return manifest
 
 
-def settle_on_main(output_dir: Path, wanted: dict, allowed: bool, say, state: PartialState) -> dict:
+def reconcile_on_main(output_dir: Path, wanted: dict, allowed: bool, log, state: PartialState) -> dict:
     """The main process looks at the disk, decides and writes the plan; all get its decision, or its error."""
     decision = wanted
     if state.is_main_process:
         try:
-            decision = settle_plan(output_dir, wanted, allowed, say)
+            decision = reconcile_plan(output_dir, wanted, allowed, log)
             write_json(output_dir / "plan.json", decision)
         except (StoreError, OSError) as error:
             decision = {"error": str(error)}
@@ -214,22 +214,22 @@ def make_key(path: str | None, state: PartialState) -> bytes:
     return key
 
 
-def report_skipped(skipped: list[dict], total: int, say) -> None:
+def report_skipped(skipped: list[dict], total: int, log) -> None:
     if not skipped:
         return
-    say(f"{len(skipped)} of {total} images are skipped:")
+    log(f"{len(skipped)} of {total} images are skipped:")
     for entry in skipped[:MAXIMUM_REPORTED]:
-        say(f"  {entry['file']}: {entry['reason']}")
+        log(f"  {entry['file']}: {entry['reason']}")
     if len(skipped) > MAXIMUM_REPORTED:
-        say(f"  … and {len(skipped) - MAXIMUM_REPORTED} more, all listed in manifest.json")
+        log(f"  … and {len(skipped) - MAXIMUM_REPORTED} more, all listed in manifest.json")
 
 
-def report_clean(entries: Sequence[dict], output_dir: Path, say) -> None:
+def report_clean(entries: Sequence[dict], output_dir: Path, log) -> None:
     clean = sum(entry["t_n"] is None for entry in entries)
     if clean == len(entries):
-        say(f"note: t_n is none, so {output_dir} holds clean latents, which decode to the images")
+        log(f"note: t_n is none, so {output_dir} holds clean latents, which decode to the images")
     elif clean:
-        say(
+        log(
             f"note: {clean} of {len(entries)} images are told to be clean, so {output_dir} holds their clean latents, which "
             "decode to the images"
         )

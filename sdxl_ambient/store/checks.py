@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.levels import CLEAN
-from sdxl_ambient.store.lineage import spoken_levels as in_words
+from sdxl_ambient.store.lineage import format_levels
 from sdxl_ambient.store.reader import LatentStore
 
 
@@ -30,9 +30,9 @@ def _common(levels: Iterable[int | None]):
     return "mixed" if len(found) > 1 else next(iter(found))
 
 
-def spoken_levels(store: LatentStore) -> str:
+def format_store_levels(store: LatentStore) -> str:
     """The store's noise levels, as a message names them."""
-    return in_words(i["t_n"] for i in store.manifest["images"])
+    return format_levels(i["t_n"] for i in store.manifest["images"])
 
 
 def check_stores(store: LatentStore, heldout: LatentStore | None, schedule, low_noise: str = "skip") -> list[str]:
@@ -54,7 +54,7 @@ def check_stores(store: LatentStore, heldout: LatentStore | None, schedule, low_
     notes = restored_notes(store, heldout)
     if heldout is None or levels_of(heldout) == trained:
         return notes
-    said = f"{heldout.folder} is at t_n = {spoken_levels(heldout)}, {store.folder} at {spoken_levels(store)}"
+    said = f"{heldout.folder} is at t_n = {format_store_levels(heldout)}, {store.folder} at {format_store_levels(store)}"
     seen = levels_of(heldout)
     if seen[0] < trained[0] or seen[-1] > trained[-1]:
         raise StoreError(said)
@@ -67,7 +67,7 @@ def restored_notes(store: LatentStore, heldout: LatentStore | None) -> list[str]
     if store.rounds:
         images = store.manifest["images"]
         drawn = [i for i in images if i["t_n"] != i["observed_t_n"]]
-        levels, observed = (in_words(i[name] for i in drawn) for name in ("t_n", "observed_t_n"))
+        levels, observed = (format_levels(i[name] for i in drawn) for name in ("t_n", "observed_t_n"))
         promise = f"what protects the images stays what t_n = {observed} promises"
         if any(link["foreign_model"] for link in store.rounds):
             promise = "a model that may have seen more of the images drew them, so no t_n says what protects those"

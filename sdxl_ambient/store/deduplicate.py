@@ -15,8 +15,8 @@ from sdxl_ambient.store.scan import Scanned
 MAXIMUM_REPORTED = 20
 
 
-def settle_twins(
-    pictures: Sequence[Scanned], policy: str, state: PartialState, say
+def handle_near_duplicates(
+    pictures: Sequence[Scanned], policy: str, state: PartialState, log
 ) -> tuple[list[Scanned], list[dict], list[dict] | None]:
     """The pictures that stay, ``{"file", "reason"}`` for those that don't, and all that was found.
 
@@ -36,7 +36,7 @@ def settle_twins(
             "drop or report"
         )
     if copies and policy != "refuse":
-        say(f"note: {len(copies)} files are exact copies, the first is {copies[0]}; each picture is drawn once")
+        log(f"note: {len(copies)} files are exact copies, the first is {copies[0]}; each picture is drawn once")
     if policy == "drop":
         return *_without(pictures, found), found
     if found and policy == "refuse":
@@ -44,7 +44,7 @@ def settle_twins(
             f"--near_duplicates refuse: {len(found)} images show another one again, the first is {found[0]['file']}: "
             f"{_reason(found[0])}. Remove them, or use drop or report"
         )
-    _report(found, say)
+    _report(found, log)
     return list(pictures), [], found
 
 
@@ -84,14 +84,14 @@ def _without(pictures: Sequence[Scanned], twins: Sequence[dict]) -> tuple[list[S
     return [p for p in pictures if p.content not in reasons], dropped
 
 
-def _report(twins: Sequence[dict], say) -> None:
+def _report(twins: Sequence[dict], log) -> None:
     if not twins:
         return
-    say(
+    log(
         f"note: {len(twins)} images show another one again; two noisy latents of one picture tell more of it than t_n "
         "promises (--near_duplicates drop leaves them out):"
     )
     for twin in twins[:MAXIMUM_REPORTED]:
-        say(f"  {twin['file']}: {_reason(twin)}")
+        log(f"  {twin['file']}: {_reason(twin)}")
     if len(twins) > MAXIMUM_REPORTED:
-        say(f"  … and {len(twins) - MAXIMUM_REPORTED} more, all listed in manifest.json")
+        log(f"  … and {len(twins) - MAXIMUM_REPORTED} more, all listed in manifest.json")

@@ -53,7 +53,7 @@ def restored_levels(folder: Path) -> dict[str, int | None] | None:
     return None
 
 
-def spoken_levels(levels: Iterable[int | None]) -> str:
+def format_levels(levels: Iterable[int | None]) -> str:
     """Noise levels as a message names them, the lowest first."""
     found = sorted({CLEAN if t is None else t for t in levels})
     names = ["none" if t == CLEAN else str(t) for t in found]
@@ -66,5 +66,5 @@ def refuse_restored(option: str, folder: str | Path) -> None:
     if found is not None:
         raise StoreError(
             f"--{option}: {str(folder)!r} is a store of restored samples, drawn by a model from observations at t_n = "
-            f"{spoken_levels(found.values())}, and no source of observations; train on it with --latents_dir"
+            f"{format_levels(found.values())}, and no source of observations; train on it with --latents_dir"
         )

@@ -101,7 +101,7 @@ def latent_hash(latent: torch.Tensor) -> str:
     return hash_bytes(f"{tuple(latent.shape)}|".encode() + latent.numpy().tobytes())
 
 
-def look_at_latent(record: LatentRecord) -> tuple[str, tuple[int, int], None]:
+def scan_latent(record: LatentRecord) -> tuple[str, tuple[int, int], None]:
     """Content hash and (height, width) in pixels of a latent. Raises ImageError."""
     latent = load_latent(record.path)
     return latent_hash(latent), (FACTOR * latent.shape[1], FACTOR * latent.shape[2]), None

@@ -28,7 +28,7 @@ def write_texts(
     shard_size: int,
     keep_tokens: bool,
     state: PartialState,
-    say,
+    log,
     check: Callable[[], None] = lambda: None,
 ) -> dict:
     """Embed the pictures' captions and the empty one, which training shows in their place now and then. Returns what the
@@ -45,7 +45,7 @@ def write_texts(
         if state.is_main_process:
             write_tokens(output_dir / TOKENS, captions, encoders.tokenizers)
     if cut:
-        say(f"note: {cut} of {count} captions are longer than the text encoders read and were cut")
+        log(f"note: {cut} of {count} captions are longer than the text encoders read and were cut")
     return {**found, "counts": {"captions": count, "captions_cut": cut}}
 
 

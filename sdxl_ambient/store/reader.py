@@ -24,7 +24,7 @@ MAXIMUM_OPEN = 64  # shards that a process keeps open
 
 
 @dataclass(frozen=True)
-class Showing:
+class Presentation:
     """How pictures are shown: half of them mirrored with ``random_flip``; a part ``empty_prompts`` of them without their
     caption, which is zeros with ``zero_empty``, as SDXL's own pipeline has it, else the embedding of "". What is drawn
     follows from ``seed`` and the position in the stream."""
@@ -42,11 +42,11 @@ class LatentStore(Dataset):
     ``observed`` has the level that each picture was observed at, by content, which then is not the latent's own.
 
     Raises:
-        StoreError: unfinished, damaged, of another format, or without what ``showing`` needs.
+        StoreError: unfinished, damaged, of another format, or without what ``presentation`` needs.
     """
 
-    def __init__(self, folder: str | Path, limit: int | None = None, showing: Showing | None = None):
-        self.folder, self.showing = Path(folder), showing or Showing()
+    def __init__(self, folder: str | Path, limit: int | None = None, presentation: Presentation | None = None):
+        self.folder, self.presentation = Path(folder), presentation or Presentation()
         if not (self.folder / "manifest.json").is_file():
             raise StoreError(f"{self.folder} is not a finished store of latents: it has no manifest.json")
         try:
@@ -58,7 +58,7 @@ class LatentStore(Dataset):
             self.rounds = rounds(self.manifest)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.folder / 'manifest.json'} is damaged: {error}") from None
-        if self.showing.empty_prompts and not self.showing.zero_empty and EMPTY not in self._prompts:
+        if self.presentation.empty_prompts and not self.presentation.zero_empty and EMPTY not in self._prompts:
             raise StoreError(
                 f"{self.folder} was made by an earlier version, without the empty prompt; run again with the images"
             )
@@ -120,7 +120,7 @@ class LatentStore(Dataset):
         file = self._prompts[caption]
         x_n = self._tensor(self._file_of[entry["content"]], entry["content"])
         embeds, pooled = self._tensor(file, f"{caption}.embeds"), self._tensor(file, f"{caption}.pooled")
-        if dropped and self.showing.zero_empty:
+        if dropped and self.presentation.zero_empty:
             embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
         tokens = self._tokens and self._tensor(self._tokens, f"{EMPTY if dropped else caption}.tokens")
         return {
@@ -140,7 +140,7 @@ class LatentStore(Dataset):
     def _drawn(self, captions: list[str], position: int) -> tuple[str, bool, bool]:
         """How the sample at a position is shown: the caption whose embedding is read, whether it is shown without one, and
         whether it is mirrored. Only what is asked for is drawn."""
-        how = self.showing
+        how = self.presentation
         if len(captions) == 1 and not how.empty_prompts and not how.random_flip:
             return captions[0], False, False
         generator = sample_generator(how.seed, "shown", position)

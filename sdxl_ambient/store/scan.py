@@ -38,16 +38,16 @@ class Scanned:
         return self.record.captions[0]
 
 
-Look = Callable[[Record], tuple[str, tuple[int, int], bytes | None]]
+Scan = Callable[[Record], tuple[str, tuple[int, int], bytes | None]]
 
 
-def look(record: Record) -> tuple[str, tuple[int, int], None]:
+def scan_image(record: Record) -> tuple[str, tuple[int, int], None]:
     """Content hash and (height, width) of a picture. Raises ImageError."""
     image = load_rgb(record.read())
     return content_hash(image), (image.height, image.width), None
 
 
-def look_closely(record: Record) -> tuple[str, tuple[int, int], bytes]:
+def scan_image_with_hash(record: Record) -> tuple[str, tuple[int, int], bytes]:
     """The same with its perceptual fingerprint."""
     image = load_rgb(record.read())
     return content_hash(image), (image.height, image.width), perceptual(image).astype(np.uint8).tobytes()
@@ -57,7 +57,7 @@ def scan(
     records: Sequence[Record],
     instance_prompt: str | None,
     state: PartialState,
-    look: Look = look,
+    scan_image: Scan = scan_image,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scanned], list[dict]]:
     """Open every picture once, each process its share. Returns the usable ones and ``{"file", "reason"}`` for the others.
@@ -71,7 +71,7 @@ def scan(
         try:
             if not records[i].captioned(instance_prompt).captions:
                 raise ImageError("no caption (a metadata file, a .txt file beside it, a column, or --instance_prompt)")
-            found.append((i, look(records[i])))
+            found.append((i, scan_image(records[i])))
         except ImageError as error:
             skipped.append((i, {"file": records[i].name, "reason": str(error)}))
     if state.num_processes > 1:

@@ -89,7 +89,7 @@ def remove_store(folder: Path) -> None:
             path.unlink()
 
 
-def settle_plan(output_dir: Path, wanted: dict, allowed: bool, warn) -> dict:
+def reconcile_plan(output_dir: Path, wanted: dict, allowed: bool, warn) -> dict:
     """The plan to follow: the stored one if it agrees, else the wanted one; a store that differs is refused.
 
     Raises:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from sdxl_ambient.errors import StoreError
-from sdxl_ambient.objective import Restored
+from sdxl_ambient.objective import ExtraRows
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.reader import LatentStore
@@ -68,9 +68,9 @@ class CleanLevels:
         """One per sample, seeded by its position in the stream."""
         return [sample_generator(self.seed, PURPOSE, p) for p in batch.positions]
 
-    def restored(self, batch: Batch) -> Restored:
+    def restored(self, batch: Batch) -> ExtraRows:
         """The clean latents of a batch as rows of the objective, each trained at t ≤ its picture's own t_n."""
-        return Restored(batch.x_n, torch.tensor([self.t_n[content] for content in batch.contents]), "clean")
+        return ExtraRows(batch.x_n, torch.tensor([self.t_n[content] for content in batch.contents]), "clean")
 
 
 def check_clean(store: LatentStore, noisy: LatentStore) -> None:

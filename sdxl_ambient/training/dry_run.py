@@ -12,11 +12,11 @@ from sdxl_ambient.images.geometry import bucket_counts
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import load_vae
 from sdxl_ambient.models.vae import decode_latents
-from sdxl_ambient.objective import Restored, ambient_objective
+from sdxl_ambient.objective import ExtraRows, ambient_objective
 from sdxl_ambient.provenance import atomic, write_json
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.store.batches import Batch, Stream, loader
-from sdxl_ambient.store.checks import spoken_levels
+from sdxl_ambient.store.checks import format_store_levels
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.memory import estimate
 from sdxl_ambient.training.optimizers import parse_extra
@@ -25,7 +25,7 @@ RECORD, PICTURE = "dry_run.json", "dry_run.png"
 GIB = 2**30
 
 
-def dry_run(options, accelerator, trainee, schedule, store: LatentStore, stream: Stream, objective, plan: dict) -> dict:
+def dry_run(options, accelerator, trainable, schedule, store: LatentStore, stream: Stream, objective, plan: dict) -> dict:
     """Report what would be trained in ``dry_run.json``, and the first batch's noisy latents, decoded, in ``dry_run.png``.
 
     Nothing clean is shown: the picture is what whoever has the store can see too. ``plan``: steps and samples, as they are
@@ -33,7 +33,7 @@ def dry_run(options, accelerator, trainee, schedule, store: LatentStore, stream:
     """
     batch = next(iter(loader(store, stream)))
     found = {**plan, **of_the_store(store), "first_batch": first_batch(store, batch)}
-    found["memory"] = memory(options, accelerator, trainee, schedule, batch, objective)
+    found["memory"] = memory(options, accelerator, trainable, schedule, batch, objective)
     if accelerator.is_main_process:
         write_json(Path(options.output_dir) / RECORD, found)
         vae = load_vae(
@@ -44,7 +44,7 @@ def dry_run(options, accelerator, trainee, schedule, store: LatentStore, stream:
         ).to(accelerator.device)
         with atomic(Path(options.output_dir) / PICTURE) as temporary:
             contact_sheet(vae, batch.x_n).save(temporary)
-    for line in in_words(found):
+    for line in summary_lines(found):
         accelerator.print(line)
     accelerator.print(f"Nothing was trained. {Path(options.output_dir) / RECORD} and {PICTURE} have the rest.")
     accelerator.wait_for_everyone()
@@ -62,7 +62,7 @@ def of_the_store(store: LatentStore) -> dict:
         "near_duplicates": manifest.get("near_duplicates") or [],
         "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in sorted(bucket_counts(store.images).items())],
         "t_n": dict(sorted(levels.items())),
-        "levels": spoken_levels(store),
+        "levels": format_store_levels(store),
     }
 
 
@@ -76,28 +76,28 @@ def first_batch(store: LatentStore, batch: Batch) -> list[dict]:
     ]
 
 
-def memory(options, accelerator, trainee, schedule, batch: Batch, objective) -> dict[str, int]:
+def memory(options, accelerator, trainable, schedule, batch: Batch, objective) -> dict[str, int]:
     """Bytes of one process, part by part; activations are counted in one real forward pass."""
 
     rows = {"restore": options.restored_per_batch, "clean": options.clean_per_batch}.get(options.low_noise, 0)
     more = [i % len(batch.x_n) for i in range(rows)]  # as many rows of some pictures as --low_noise adds
 
     def forward():
-        given, generators, restored = trainee.conditioning(batch, accelerator.device), batch.generators(options.seed), None
+        given, generators, restored = trainable.conditioning(batch, accelerator.device), batch.generators(options.seed), None
         x_n, t_n = batch.x_n.to(accelerator.device), batch.t_n
         if rows:
-            restored = Restored(x_n[more], t_n[more].clamp(min=0))
+            restored = ExtraRows(x_n[more], t_n[more].clamp(min=0))
             if options.low_noise == "restore" and options.restore_levels == "all":
                 given, x_n, t_n, generators = given.rows(more), x_n[:0], t_n[:0], []
             else:
                 given = given.followed_by(given.rows(more))
             generators += [sample_generator(options.seed, "dry run", i) for i in range(rows)]
-        denoise = Denoiser(trainee.unet, given, trainee.dtype)
+        denoise = Denoiser(trainable.unet, given, trainable.dtype)
         with accelerator.autocast():
             return ambient_objective(denoise, schedule, x_n, t_n, generators, objective, restored).total
 
     return estimate(
-        trainee.modules,
+        trainable.modules,
         forward=forward,
         optimizer=options.optimizer_name,
         extra=parse_extra(options.optimizer_args),
@@ -122,7 +122,7 @@ def contact_sheet(vae, x_n: torch.Tensor, columns: int = 4, most: int = 16) -> I
     return sheet
 
 
-def in_words(found: dict) -> list[str]:
+def summary_lines(found: dict) -> list[str]:
     """The report's main points, a line each."""
     counts, parts = found["counts"], found["memory"]
     sizes = ", ".join(f"{s['height']}x{s['width']}: {s['images']}" for s in found["sizes"])

@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 
-class Average:
+class EMA:
     """Exponential moving average of the weights that are trained; called, it is the module with the averaged weights.
 
     It draws the samples that training needs of the model itself: without graph only, in evaluation mode.

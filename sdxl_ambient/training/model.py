@@ -18,7 +18,7 @@ from sdxl_ambient.store.batches import Batch
 
 
 @dataclass
-class Trainee:
+class TrainableModel:
     """The modules that are trained, out of any distributed wrapper.
 
     ``dtype`` is that of frozen weights and of what the UNet is shown; weights that are trained are float32. ``record`` is
@@ -68,7 +68,7 @@ class Trainee:
         return save_lora(self.unet, folder, info, self.text_encoders or None, state=state)
 
 
-def load_trainee(options: TrainOptions, accelerator, zero_empty: bool) -> Trainee:
+def load_trainable(options: TrainOptions, accelerator, zero_empty: bool) -> TrainableModel:
     """Load the UNet, and the text encoders where they are trained, and make them trainable."""
     base, where = options.pretrained_model_name_or_path, dict(revision=options.revision, variant=options.variant)
     lora = options.finetune == "lora"
@@ -76,7 +76,7 @@ def load_trainee(options: TrainOptions, accelerator, zero_empty: bool) -> Traine
     # Frozen weights may be half; weights that are trained are float32 and autocast in the forward pass.
     dtype = half if lora and half else torch.float32
     unet = load_unet(base, dtype=dtype, quantize=options.quantize_base, device=accelerator.device, **where)
-    trainee = Trainee(unet, dtype, {"finetune": options.finetune, **describe(options)}, zero_empty=zero_empty)
+    trainable = TrainableModel(unet, dtype, {"finetune": options.finetune, **describe(options)}, zero_empty=zero_empty)
     how = dict(
         rank=options.rank,
         alpha=options.lora_alpha or options.rank,
@@ -87,18 +87,18 @@ def load_trainee(options: TrainOptions, accelerator, zero_empty: bool) -> Traine
         init=options.init_lora_weights,
     )
     if options.train_text_encoder:
-        trainee.text_encoders = load_encoders(base, text_dtype=dtype, **where).text_encoders
+        trainable.text_encoders = load_encoders(base, text_dtype=dtype, **where).text_encoders
     if not lora:
         trainable_to_float32(unet.requires_grad_(True))
     elif options.lora is not None:
-        trainee.record |= start_from(unet, options.lora, trainee.text_encoders, dropout=options.lora_dropout)
+        trainable.record |= start_from(unet, options.lora, trainable.text_encoders, dropout=options.lora_dropout)
     else:
         add_lora(unet, **how)
-    add_text_lora(trainee.text_encoders, **how)  # but to those that the file has given one
+    add_text_lora(trainable.text_encoders, **how)  # but to those that the file has given one
     if options.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    for module in trainee.modules:
+    for module in trainable.modules:
         if options.gradient_checkpointing:
             (getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable)()
         module.train()
-    return trainee
+    return trainable

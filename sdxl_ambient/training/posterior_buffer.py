@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.objective import Restored
-from sdxl_ambient.posterior import restore
+from sdxl_ambient.objective import ExtraRows
+from sdxl_ambient.posterior import sample_posterior
 from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.reader import LatentStore
@@ -30,7 +30,7 @@ from sdxl_ambient.training.settings import RestoreOptions
 FOLDER = "restored"
 
 
-class Restoration:
+class PosteriorBuffer:
     """This process's share of the buffer, and the batches that are made from it.
 
     Raises:
@@ -73,7 +73,7 @@ class Restoration:
         denoise: Denoiser,
         schedule: NoiseSchedule,
         generators: list[torch.Generator],
-    ) -> Restored:
+    ) -> ExtraRows:
         """x̃_0 of a batch's images, some of them drawn now, by ``denoise``: the averaged model for that batch.
 
         Raises:
@@ -85,16 +85,16 @@ class Restoration:
             x_n, t_n = batch.x_n[stale], batch.t_n[stale]
             some = denoise.rows(stale)
             randomness = Randomness([generators[i] for i in stale], len(stale))
-            x_0 = restore(some, schedule, x_n.to(some.device), t_n, self.options.steps, randomness).float().cpu()
+            x_0 = sample_posterior(some, schedule, x_n.to(some.device), t_n, self.options.steps, randomness).float().cpu()
             if not bool(torch.isfinite(x_0).all()):
                 raise FloatingPointError("restoring gave latents that are not finite; lower --learning_rate")
             self.drawn.update((batch.contents[i], as_shown(x_0[k], batch.flipped[i])) for k, i in enumerate(stale))
         top = schedule.num_timesteps - 1
         t_max = torch.full_like(batch.t_n, top) if self.options.levels == "all" else batch.t_n
         shown = zip(batch.contents, batch.flipped, strict=True)
-        return Restored(torch.stack([as_shown(known[content], flipped) for content, flipped in shown]), t_max)
+        return ExtraRows(torch.stack([as_shown(known[content], flipped) for content, flipped in shown]), t_max)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The step is done: what it drew is kept. A step that fails, and is taken again at a resume, draws again."""
         self.samples.update(self.drawn)
         self.drawn.clear()

@@ -15,7 +15,7 @@ WINDOW = 50  # optimizer steps that the current rate is taken over
 GIB = 2**30
 
 
-class Meter:
+class ProgressMeter:
     """Counts optimizer steps against a clock that stands still within :meth:`pause`.
 
     Args:

@@ -25,7 +25,7 @@ _SAME_RESTORE = ("restore_start", "restore_teacher")
 def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int, weights: dict) -> dict:
     """What a checkpoint must agree in: a resume under another of these would not continue the same run.
 
-    ``weights``: what :class:`sdxl_ambient.training.model.Trainee` says of what is trained.
+    ``weights``: what :class:`sdxl_ambient.training.model.TrainableModel` says of what is trained.
     """
     restores = options.low_noise == "restore"
     averages = options.use_ema or options.consistency_teacher == "ema" or restores

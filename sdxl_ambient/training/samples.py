@@ -20,7 +20,7 @@ from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.training.distributed import is_sharded
 
 
-class Painter:
+class ValidationSampler:
     """Draws with the weights that are trained, as they are now.
 
     VAE and text encoders are loaded for it and dropped again; the UNet is the one that is trained, and no second one is
@@ -29,17 +29,17 @@ class Painter:
     draw all together, and one writes.
     """
 
-    def __init__(self, options, accelerator, trainee):
-        self.options, self.accelerator, self.trainee = options, accelerator, trainee
+    def __init__(self, options, accelerator, trainable):
+        self.options, self.accelerator, self.trainable = options, accelerator, trainable
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        self.dtype = half.get(accelerator.mixed_precision, trainee.unet.dtype)  # of what is not trained
+        self.dtype = half.get(accelerator.mixed_precision, trainable.unet.dtype)  # of what is not trained
 
     @contextmanager
     def pipeline(self):
         """A stock pipeline around the module that is trained, in evaluation mode."""
-        options, trainee = self.options, self.trainee
+        options, trainable = self.options, self.trainable
         where = dict(revision=options.revision, variant=options.variant)
-        parts = dict(zip(("unet", "text_encoder", "text_encoder_2"), trainee.modules, strict=False))
+        parts = dict(zip(("unet", "text_encoder", "text_encoder_2"), trainable.modules, strict=False))
         if options.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = load_vae(options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path)
         pipe = load_part(
@@ -53,13 +53,13 @@ class Painter:
         pipe.vae.to(self.accelerator.device)
         pipe.text_encoder.to(self.accelerator.device)
         pipe.text_encoder_2.to(self.accelerator.device)
-        before = [module.training for module in trainee.modules]
-        for module in trainee.modules:
+        before = [module.training for module in trainable.modules]
+        for module in trainable.modules:
             module.eval()
         try:
             yield pipe
         finally:
-            for module, training in zip(trainee.modules, before, strict=True):
+            for module, training in zip(trainable.modules, before, strict=True):
                 module.train(training)
 
     def sampler(self, name: str) -> str:
@@ -116,7 +116,7 @@ class Painter:
 
     def _base_unet(self, sampler: str):
         """The base model's UNet, where switching an adapter off is not enough to have it."""
-        if sampler != "hybrid" or not (self.options.finetune == "full" or changes_base(self.trainee.unet)):
+        if sampler != "hybrid" or not (self.options.finetune == "full" or changes_base(self.trainable.unet)):
             return None
         where = dict(revision=self.options.revision, variant=self.options.variant)
         unet = load_unet(self.options.pretrained_model_name_or_path, dtype=self.dtype, **where)

@@ -12,7 +12,7 @@ import torch
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.store.build import build_store
-from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.store.reader import LatentStore, Presentation
 
 UNPROTECTED = (
     "warning: --low_noise clean keeps CLEAN latents, which decode to the images, in {folder} and trains on them at "
@@ -21,7 +21,7 @@ UNPROTECTED = (
 
 
 def open_stores(
-    options: TrainOptions, accelerator, schedule, showing: Showing, check: Callable[[], None] = lambda: None
+    options: TrainOptions, accelerator, schedule, presentation: Presentation, check: Callable[[], None] = lambda: None
 ) -> tuple[LatentStore, LatentStore | None]:
     """The stores of noisy latents for training and for the held-out loss, made first where images were given.
 
@@ -46,7 +46,7 @@ def open_stores(
             revision=options.revision,
             variant=options.variant,
         ).to(accelerator.device)
-        how = dict(keep_tokens=options.train_text_encoder, say=accelerator.print, check=check)
+        how = dict(keep_tokens=options.train_text_encoder, log=accelerator.print, check=check)
         for data_dir, store, told in todo:
             build_store(data_dir, store, encoders, schedule, options.geometry(), **told, **how)
         # VAE and text encoders are out of memory from here on.
@@ -54,7 +54,7 @@ def open_stores(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     held = LatentStore(heldout) if options.has_heldout else None
-    return LatentStore(train, showing=showing), held
+    return LatentStore(train, presentation=presentation), held
 
 
 def clean_of(options: TrainOptions) -> dict:

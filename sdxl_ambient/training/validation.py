@@ -10,15 +10,15 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from sdxl_ambient.errors import OptionError
-from sdxl_ambient.images.load import evenly, list_images
+from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.load import load_part
 from sdxl_ambient.pipeline import euler_like, timestep_grid
 from sdxl_ambient.provenance import write_json
 from sdxl_ambient.store.checks import common_t_n, levels_of
-from sdxl_ambient.store.reader import LatentStore, Showing
+from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.heldout_loss import EarlyStopping, Losses, band_edges, band_losses, compare, scalars
-from sdxl_ambient.training.samples import Painter, track_images
+from sdxl_ambient.training.samples import ValidationSampler, track_images
 
 HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
 
@@ -33,17 +33,19 @@ class Validation:
         OptionError: a sampler that can't be had at the store's noise level.
     """
 
-    def __init__(self, options, accelerator, trainee, schedule, store: LatentStore, heldout: LatentStore | None, quick=None):
+    def __init__(
+        self, options, accelerator, trainable, schedule, store: LatentStore, heldout: LatentStore | None, quick=None
+    ):
         self.options, self.accelerator, self.schedule, self.quick = options, accelerator, schedule, quick
         self.output, self.heldout = Path(options.output_dir), heldout
-        self.store = LatentStore(store.folder, showing=Showing())  # as they are: with captions, not mirrored
+        self.store = LatentStore(store.folder, presentation=Presentation())  # as they are: with captions, not mirrored
         # Handing over, or stopping, at the lowest level of the store leaves no level that training never saw. A store that
         # was given has levels of its own, whatever --t_n says.
         lowest = levels_of(store)[0]
-        self.painter = Painter(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainee)
+        self.painter = ValidationSampler(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainable)
         self.samplers = list(dict.fromkeys(self.painter.sampler(s) for s in options.validation_sampler))
         self._check_samplers()
-        self.trainee = trainee
+        self.trainable = trainable
         self.stopping = EarlyStopping(options.early_stopping, options.max_denoising_gap)
         self.memorization: list[dict] = []
         self.start: Losses | None = None  # of the weights that training starts from
@@ -133,7 +135,7 @@ class Validation:
     def _pictures(self) -> list[tuple[LatentStore, list[int]]]:
         """The held-out and the training pictures that losses are taken of: as many of each, where there are."""
         most = min(self.options.heldout_samples, len(self.heldout))
-        return [(store, evenly(range(len(store)), most)) for store in (self.heldout, self.store)]
+        return [(store, spread(range(len(store)), most)) for store in (self.heldout, self.store)]
 
     def _measure(self, unet) -> Losses:
         options, pair = self.options, []
@@ -142,14 +144,14 @@ class Validation:
                 band_losses(
                     self.accelerator,
                     unet,
-                    lambda batch: self.trainee.conditioning(batch, self.accelerator.device),
+                    lambda batch: self.trainable.conditioning(batch, self.accelerator.device),
                     self.schedule,
                     store,
                     pictures,
                     bands=options.heldout_bands,
                     batch_size=options.train_batch_size,
                     loss_space=options.loss_space,
-                    dtype=self.trainee.dtype,
+                    dtype=self.trainable.dtype,
                 )
             )
         return Losses(*pair)
@@ -207,4 +209,4 @@ class Validation:
 
 def _spread(items: list, wanted: int) -> list:
     """``wanted`` of the items, evenly spaced, more than once where there are fewer."""
-    return [items[k % len(items)] for k in range(wanted)] if wanted > len(items) else evenly(items, wanted)
+    return [items[k % len(items)] for k in range(wanted)] if wanted > len(items) else spread(items, wanted)

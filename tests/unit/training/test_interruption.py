@@ -1,0 +1,283 @@
+"""A run that is told to stop, fails or meets numbers that are none goes on where it was, to the same weights."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from support.running import ENV, ROOT, SCRIPT, arguments, assert_identical, launch, states
+
+from sdxl_ambient.provenance import read_json
+from sdxl_ambient.training.checkpoint import checkpoints
+from sdxl_ambient.training.interruption import Interrupted, Interruption, Rescue, Skipped, not_finite, overflowed
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption() as interruption:
+        assert interruption.reason is None and interruption.exit_code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.reason == "SIGTERM" and interruption.exit_code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_work_before_the_first_step_can_be_told_to_stop():
+    with Interruption() as interruption:
+        interruption.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            interruption.check()
+
+
+def test_the_time_limit_is_in_minutes_and_no_error():
+    now = [100.0]
+    interruption = Interruption(0.5, clock=lambda: now[0])
+    now[0] = 129.9
+    assert interruption.reason is None
+    now[0] = 130.0
+    assert interruption.reason == "the time limit" and interruption.exit_code == 0
+
+
+def test_images_whose_loss_is_no_number_are_counted_over_a_resume():
+    losses = torch.tensor([1.0, float("nan"), float("inf")])
+    assert not_finite([(["a", "b", "c"], losses), ([], None)]) == ["b", "c"]
+    skipped = Skipped(1)
+    assert not skipped.note(["b", "c"])
+    skipped.passed()
+    again = Skipped(1)
+    again.load_state_dict(skipped.state_dict())
+    assert not again.note(["b"]) and again.note([])
+    assert str(again) == "3 step(s) left out, their gradients weren't finite; images: b (2), c (1)"
+
+
+def test_only_overflows_are_left_to_float16s_gradient_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    assert overflowed(scaler, broken=False) and not overflowed(scaler, broken=True) and not overflowed(None, broken=False)
+    # A scale of 1 changes no gradient: it can't be what is too high.
+    assert not overflowed(torch.amp.GradScaler("cpu", init_scale=1.0), broken=False)
+
+
+class One:
+    num_processes = 1
+
+    def print(self, text):
+        self.said = text
+
+
+@pytest.mark.parametrize(
+    ("whole", "processes", "common", "saved"),
+    [(True, 1, (), [3]), (False, 1, (), []), (True, 2, (), []), (True, 2, RuntimeError, [3]), (True, 2, OSError, [])],
+)
+def test_the_last_whole_step_is_saved_with_its_random_state_before_an_error_leaves(whole, processes, common, saved):
+    accelerator, done = One(), []
+    accelerator.num_processes = processes
+    with (
+        pytest.raises(RuntimeError, match="no memory"),
+        Rescue(accelerator, lambda s: done.append((s, torch.rand(1))), 0, common) as rescue,
+    ):
+        torch.manual_seed(5)
+        rescue.finished(3)
+        torch.rand(7)
+        rescue.whole = whole
+        raise RuntimeError("no memory")
+    assert [step for step, _ in done] == saved
+    torch.manual_seed(5)
+    assert all(torch.equal(drawn, torch.rand(1)) for _, drawn in done)
+
+
+def test_an_error_while_saving_does_not_hide_the_first():
+    def fail(step):
+        raise OSError("no space")
+
+    accelerator = One()
+    with pytest.raises(RuntimeError, match="first"), Rescue(accelerator, fail, 0) as rescue:
+        rescue.finished(1)
+        raise RuntimeError("first")
+    assert "could not be saved: no space" in accelerator.said
+
+
+# -- the script ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    from support.pictures import copy_emoji
+
+    return copy_emoji(tmp_path_factory.mktemp("data") / "emoji", 6)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures, tmp_path_factory):
+    """Eight steps at one go, and the store that every other run reads."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    launch(arguments(pictures, output, max_train_steps=8, checkpointing_steps=100))
+    return output
+
+
+def start(uninterrupted, output, *more, before="", options=None, **changes):
+    """The script as a process, on the finished run's store; ``before`` is Python that runs ahead of it."""
+    if options is None:
+        options = arguments(None, output, **{"max_train_steps": 8, "checkpointing_steps": 100, **changes})
+        options += ["--latents_dir", str(uninterrupted / "latents"), "--resume_from_checkpoint", "latest"]
+    options = [*options, *more]
+    code = f"import sys; sys.argv[0] = {SCRIPT[0]!r}\nimport train_sdxl_ambient as script\n{before}\nsys.exit(script.main())"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-u", "-c", code, *options], env=ENV, cwd=ROOT, **pipes)
+
+
+# Told to stop in the middle of its third step.
+SIGNAL = """
+import os, signal
+objective, calls = script.ambient_objective, []
+def told(*arguments, **keywords):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return objective(*arguments, **keywords)
+script.ambient_objective = told
+"""
+FAILING = SIGNAL.replace("os.kill(os.getpid(), signal.SIGTERM)", "raise RuntimeError('CUDA out of memory')")
+# The loss of the step's first image is no number in steps 3 and 4.
+NAN = """
+objective, calls = script.ambient_objective, []
+def broken(*arguments, **keywords):
+    calls.append(1)
+    losses = objective(*arguments, **keywords)
+    if len(calls) in (3, 4):
+        losses.ambient = losses.ambient * script.torch.tensor([float('nan')] + [1.0] * (len(losses.ambient) - 1))
+        losses.total = losses.ambient.mean()
+    return losses
+script.ambient_objective = broken
+"""
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_resumed_run_ends_as_the_whole_one(uninterrupted, tmp_path):
+    first = start(uninterrupted, tmp_path / "out", before=SIGNAL)
+    said, errors = first.communicate(timeout=300)
+    assert first.returncode == 143, errors[-2000:]
+    assert "Stopped by SIGTERM after step 3" in said
+    assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    second = start(uninterrupted, tmp_path / "out")
+    said, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors[-2000:]
+    assert_identical(states(tmp_path / "out/checkpoint-8"), states(uninterrupted / "checkpoint-8"))
+
+
+def test_an_error_leaves_the_last_whole_step_behind(uninterrupted, tmp_path):
+    first = start(uninterrupted, tmp_path / "out", before=FAILING)
+    said, errors = first.communicate(timeout=300)
+    assert first.returncode == 1 and "CUDA out of memory" in errors and "Saved step 2 before" in said
+    second = start(uninterrupted, tmp_path / "out")
+    assert second.communicate(timeout=300) and second.returncode == 0
+    assert_identical(states(tmp_path / "out/checkpoint-8"), states(uninterrupted / "checkpoint-8"))
+
+
+def test_an_error_in_a_step_that_restores_leaves_none_of_its_samples_behind(uninterrupted, tmp_path):
+    how = {"low_noise": "restore", "restore_steps": 1, "restore_teacher": "base", "restore_levels": "all"}
+    whole = start(uninterrupted, tmp_path / "whole", **how)
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    first = start(uninterrupted, tmp_path / "out", before=FAILING, **how)
+    said, _ = first.communicate(timeout=300)
+    assert first.returncode == 1 and "Saved step 2 before" in said
+    second = start(uninterrupted, tmp_path / "out", **how)
+    assert second.communicate(timeout=300) and second.returncode == 0
+    assert_identical(states(tmp_path / "out/checkpoint-8"), states(tmp_path / "whole/checkpoint-8"))
+
+
+def test_gradients_that_are_no_numbers_are_left_out_and_reported(uninterrupted, tmp_path):
+    run = start(uninterrupted, tmp_path / "out", before=NAN)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-2000:]
+    assert "step 3: left out" in said and "step 4: left out; so far 2 step(s)" in said
+    progress = read_json(tmp_path / "out/checkpoint-8/checkpoint.json")["progress"]
+    assert progress["skipped"]["steps"] == 2 and sum(progress["skipped"]["images"].values()) == 2
+    lora, _, _ = states(tmp_path / "out/checkpoint-8")
+    assert all(torch.isfinite(weight).all() for weight in lora.values())
+    run = start(uninterrupted, tmp_path / "strict", "--max_skipped_steps", "1", before=NAN)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 2 and "2 of them in a row; lower --learning_rate" in errors
+    assert "Saved step 3" in said
+
+
+# float16's gradient scaler, which accelerate has on a GPU alone.
+SCALER = """
+class Scaled(script.Accelerator):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.scaler = script.torch.amp.GradScaler("cpu", init_scale=float(2**10))
+        self.native_amp = True
+script.Accelerator = Scaled
+"""
+
+
+def test_losses_that_are_no_numbers_are_counted_with_a_gradient_scaler_too(uninterrupted, tmp_path):
+    """It leaves out every step without finite gradients, and would go on so for ever without a word."""
+    run = start(uninterrupted, tmp_path / "out", before=SCALER + NAN)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-2000:]
+    assert "step 3: left out" in said and "step 4: left out; so far 2 step(s)" in said
+    always = NAN.replace("len(calls) in (3, 4)", "len(calls) >= 3")
+    run = start(uninterrupted, tmp_path / "strict", "--max_skipped_steps", "1", before=SCALER + always)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 2 and "2 of them in a row; lower --learning_rate" in errors
+    lora, _, _ = states(tmp_path / "strict/checkpoint-3")
+    assert all(torch.isfinite(weight).all() for weight in lora.values())
+
+
+def test_a_signal_while_images_are_encoded_ends_the_run_and_the_next_goes_on(pictures, tmp_path):
+    options = arguments(pictures, tmp_path / "out", max_train_steps=1)
+    told = """
+import os, signal
+import sdxl_ambient.latents as latents
+encode, calls = latents.encode_image, []
+def slow(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return encode(*arguments)
+latents.encode_image = slow
+"""
+    run = start(None, tmp_path / "out", "--shard_size", "2", before=told, options=options)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 143, errors[-2000:]
+    assert "Stopped by SIGTERM before the first step" in said
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/latents").glob("latents-*")}
+    assert len(shards) == 1 and not (tmp_path / "out/latents/manifest.json").exists()
+    run = start(None, tmp_path / "out", "--shard_size", "2", options=options)
+    assert run.communicate(timeout=300) and run.returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in shards} == shards
+
+
+def test_the_time_limit_stops_with_a_checkpoint(uninterrupted, tmp_path):
+    run = start(uninterrupted, tmp_path / "out", "--time_limit", "1e-4")
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-2000:]
+    assert "Stopped by the time limit after step 1" in said
+    assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_in_a_row_change_nothing(uninterrupted, tmp_path):
+    """SIGKILL at a random moment of training, also while a checkpoint is written."""
+    whole = start(uninterrupted, tmp_path / "whole", max_train_steps=60)
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    moments, changes = random.Random(0), {"max_train_steps": 60, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    for _ in range(20):
+        run = start(uninterrupted, tmp_path / "out", **changes)
+        while not run.stdout.readline().startswith("Training"):
+            assert run.poll() is None, run.stderr.read()[-2000:]
+        time.sleep(moments.uniform(0, 1))
+        run.kill()
+        run.communicate()
+    last = start(uninterrupted, tmp_path / "out", **changes)
+    said, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors[-2000:]
+    assert "Resuming from" in said
+    assert_identical(states(tmp_path / "out/checkpoint-60"), states(tmp_path / "whole/checkpoint-60"))
