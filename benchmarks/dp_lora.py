@@ -58,7 +58,7 @@ from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import Batch, collate
 from sdxl_ambient.store.checks import check_stores, format_store_levels, levels_of
 from sdxl_ambient.store.reader import LatentStore
-from sdxl_ambient.training.resume import training_info
+from sdxl_ambient.training.record import training_info
 
 RECORD_FILE = "dp_lora.json"
 MAXIMUM_PRV = 100.0  # above it opacus's PRV accountant overflows, and its search for the noise never ends

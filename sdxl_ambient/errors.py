@@ -71,13 +71,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def run_command(prog: str, function: Callable[[], int | None], also: tuple[type[Exception], ...] = ()) -> int:
+def run_command(
+    prog: str, function: Callable[[], int | None], *, also: tuple[type[Exception], ...] = (), quiet: bool = False
+) -> int:
     """Call ``function`` and return its exit code, 0 for None.
 
-    UserError, OSError and those in ``also`` become one line on stderr and exit code 2.
+    UserError, OSError and those in ``also`` become one line on stderr and exit code 2. ``quiet``: without the line, for all
+    processes of a command but one.
     """
     try:
         return function() or 0
     except (UserError, OSError, *also) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not quiet:
+            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

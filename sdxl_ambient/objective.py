@@ -1,7 +1,8 @@
 """The objective, one value per sample: ambient denoising score matching, consistency, and restored or clean samples.
 
-``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers. Where it is called
-with fewer rows than the batch has, they are the batch's first ones; with twice as many (``antithetic``), the batch twice.
+``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers. One that holds
+something for each row of the batch, as a caption's embedding, also has ``denoise.rows(index)``, the same for some rows, and
+``denoise.repeated(times)``, the same for the batch several times in a row (:class:`sdxl_ambient.models.denoiser.Denoiser`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ import torch
 
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.posterior import Denoise, ancestral_steps, at_least_float32, posterior_mean, spaced_times
+from sdxl_ambient.posterior import (
+    Denoise,
+    ancestral_steps,
+    at_least_float32,
+    posterior_mean,
+    repeated,
+    rows_of,
+    spaced_times,
+)
 from sdxl_ambient.randomness import Generators, Randomness
 
 CHOICES = {
@@ -75,6 +84,27 @@ class ExtraRows:
     x_0: torch.Tensor
     t_max: torch.Tensor
     name: str = "restored"
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the consistency loss compares with: x_a (batch, …) at times ``a`` (batch,) ≥ 1, and g = h(x_a, a), (batch, …)."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    mean: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the ambient loss leaves for the consistency loss: x_n at t_n, x_t at t, and the network's output on it with its
+    graph. All (batch, …), times (batch,) on the CPU."""
+
+    x_n: torch.Tensor
+    t_n: torch.Tensor
+    x_t: torch.Tensor
+    t: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclass
@@ -161,7 +191,15 @@ def ambient_loss(
     return _ambient(denoise, schedule, x_n, t_n, t, xi, loss_space)[0]
 
 
-def _ambient(denoise, schedule, x_n, t_n, t, xi, loss_space):
+def _ambient(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_n: torch.Tensor,
+    t_n: torch.Tensor,
+    t: torch.Tensor,
+    xi: torch.Tensor,
+    loss_space: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, and x_t and the network's output (float32 at least) that it was made from."""
     t_n, t = t_n.to(x_n.device), t.to(x_n.device)
     x_t = schedule.renoise(x_n, t_n, t, xi)
@@ -181,9 +219,7 @@ def _ambient(denoise, schedule, x_n, t_n, t, xi, loss_space):
 def consistency_loss(
     denoise: Denoise,
     schedule: NoiseSchedule,
-    x_a: torch.Tensor,
-    anchor: torch.Tensor,
-    a: torch.Tensor,
+    anchor: Anchor,
     s: torch.Tensor,
     randomness: Randomness,
     options: ObjectiveOptions,
@@ -201,20 +237,20 @@ def consistency_loss(
     min(SNR_s, snr_gamma), which weighs differences as min-SNR-γ weighs denoising errors.
 
     Args:
-        x_a: (batch, …) at times ``a`` (batch,) ≥ 1. anchor: g = h(x_a, a), (batch, …), with its graph. s: (batch,), ≥ 0.
+        anchor: x_a at times a ≥ 1, and g = h(x_a, a) with its graph. s: (batch,), ≥ 0.
         teacher: the model that the reverse steps are drawn from, if another than the one trained: one more evaluation.
     """
-    if options.consistency_stop_anchor:
-        anchor = anchor.detach()
+    x_a, a = anchor.x, anchor.t
+    g = anchor.mean.detach() if options.consistency_stop_anchor else anchor.mean
     with torch.no_grad():
-        x_0 = anchor if teacher is None else posterior_mean(teacher, schedule, x_a, a)
+        x_0 = g if teacher is None else posterior_mean(teacher, schedule, x_a, a)
         x_s = [schedule.reverse_step(x_a, x_0, a, s, randomness.normal(x_a)) for _ in range(2)]
-    first = posterior_mean(denoise, schedule, x_s[0], s) - anchor
+    first = posterior_mean(denoise, schedule, x_s[0], s) - g
     if options.consistency_estimator == "both":
-        product = first * (posterior_mean(denoise, schedule, x_s[1], s) - anchor)
+        product = first * (posterior_mean(denoise, schedule, x_s[1], s) - g)
     else:
         with torch.no_grad():
-            second = posterior_mean(denoise, schedule, x_s[1], s) - anchor
+            second = posterior_mean(denoise, schedule, x_s[1], s) - g
         # The value of first · second with twice the gradient of its first factor.
         product = 2 * first * second - (first * second).detach()
     estimate = product.flatten(1).mean(1)
@@ -223,29 +259,47 @@ def consistency_loss(
     return estimate
 
 
-def _consistency(denoise, schedule, x_n, t_n, x_t, t, output, randomness, options, teacher) -> torch.Tensor:
-    """Choose the anchor's time a and x_a, then s; (batch,), 0 for samples without a pair."""
-    x_n, x_t = x_n.detach(), x_t.detach()
+def choose_anchor(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    known: Known,
+    randomness: Randomness,
+    options: ObjectiveOptions,
+    sampler: Denoise,
+) -> Anchor:
+    """The anchor that ``consistency_anchor`` names, for every row; times are at least 1 where the row has a pair.
+
+    "ambient" is the forward pass of the ambient loss, already paid for. "boundary" is x_n itself. "chain" is a place that
+    ``sampler``'s reverse chain reaches from x_n.
+    """
     if options.consistency_anchor == "ambient":
-        x_a, a = x_t, t
-        anchor = schedule.denoised(output, x_t, t.to(x_t.device))
-    else:
-        a = t_n.clamp(min=1)
-        x_a = x_n
-        if options.consistency_anchor == "chain":
-            # Where clean data stand in the batch they walk from a = 1 to a = 1 and are dropped below.
-            start, a = a, 1 + (randomness.uniform() * a).long()
-            x_a = ancestral_steps(
-                teacher or denoise, schedule, x_n, spaced_times(start, a, options.consistency_steps), randomness
-            )
-        anchor = posterior_mean(denoise, schedule, x_a, a.to(x_a.device))
+        x_a, a = known.x_t, known.t
+        return Anchor(x_a, a, schedule.denoised(known.output, x_a, a.to(x_a.device)))
+    x_a, a = known.x_n, known.t_n.clamp(min=1)
+    if options.consistency_anchor == "chain":
+        # Where clean data stand in the batch they walk from a = 1 to a = 1 and are dropped by the caller.
+        start, a = a, 1 + (randomness.uniform() * a).long()
+        x_a = ancestral_steps(sampler, schedule, x_a, spaced_times(start, a, options.consistency_steps), randomness)
+    return Anchor(x_a, a, posterior_mean(denoise, schedule, x_a, a.to(x_a.device)))
+
+
+def _consistency(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    known: Known,
+    randomness: Randomness,
+    options: ObjectiveOptions,
+    teacher: Denoise | None,
+) -> torch.Tensor:
+    """Consistency loss (batch,) at an anchor and a time s below it that are drawn here; 0 for rows without a pair."""
+    anchor = choose_anchor(denoise, schedule, known, randomness, options, teacher or denoise)
+    a = anchor.t
     reach = torch.minimum(a, torch.full_like(a, options.consistency_max_step))
     s = (a - 1 - (randomness.uniform() * reach).long()).clamp(min=0)
-    paired = (a >= 1) if options.consistency_anchor == "ambient" else (t_n >= 1)
-    device = x_a.device
-    values = consistency_loss(
-        denoise, schedule, x_a, anchor, a.clamp(min=1).to(device), s.to(device), randomness, options, teacher
-    )
+    paired = (a >= 1) if options.consistency_anchor == "ambient" else (known.t_n >= 1)
+    device = anchor.x.device
+    anchor = Anchor(anchor.x, a.clamp(min=1).to(device), anchor.mean)
+    values = consistency_loss(denoise, schedule, anchor, s.to(device), randomness, options, teacher)
     return torch.where(paired.to(device), values, torch.zeros_like(values))
 
 
@@ -284,12 +338,7 @@ def ambient_objective(
     randomness = Randomness(generator, len(x))
     u, xi = randomness.uniform(), randomness.normal(x)
     t = draw_times(schedule, levels, u, options.t_sampling, t_max)
-    if options.antithetic:
-        twice = [torch.cat([v, v]) for v in (x, levels, t)]
-        both, x_t, output = _ambient(denoise, schedule, *twice, torch.cat([xi, -xi]), options.loss_space)
-        per_sample = both.reshape(2, -1).mean(0)
-    else:
-        per_sample, x_t, output = _ambient(denoise, schedule, x, levels, t, xi, options.loss_space)
+    per_sample, x_t, output = _denoised(denoise, schedule, x, levels, t, xi, options)
     weighted = per_sample
     if options.weighting != "none":
         weight = snr_weight(schedule, levels, t, options.weighting, options.snr_gamma, options.balance_cap)
@@ -300,9 +349,25 @@ def ambient_objective(
         losses.total = losses.total + options.restore_weight * weighted[count:].mean()
     if options.consistency_weight > 0 and count:
         n = min(count, options.consistency_batch or count)
-        first = randomness.first(n)
-        losses.consistency = _consistency(
-            denoise, schedule, x_n[:n], t_n[:n], x_t[:n], t[:n], output[:n], first, options, teacher
-        )
+        known = Known(x_n[:n].detach(), t_n[:n], x_t[:n].detach(), t[:n], output[:n])
+        some, taught = rows_of(denoise, slice(n)), teacher and rows_of(teacher, slice(n))
+        losses.consistency = _consistency(some, schedule, known, randomness.first(n), options, taught)
         losses.total = losses.total + options.consistency_weight * losses.consistency.mean()
     return losses
+
+
+def _denoised(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x: torch.Tensor,
+    levels: torch.Tensor,
+    t: torch.Tensor,
+    xi: torch.Tensor,
+    options: ObjectiveOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ambient loss (batch,), x_t and the output. ``antithetic``: the loss is the mean of ξ's and −ξ's."""
+    if not options.antithetic:
+        return _ambient(denoise, schedule, x, levels, t, xi, options.loss_space)
+    x, levels, t, xi = torch.cat([x, x]), torch.cat([levels, levels]), torch.cat([t, t]), torch.cat([xi, -xi])
+    both, x_t, output = _ambient(repeated(denoise, 2), schedule, x, levels, t, xi, options.loss_space)
+    return both.reshape(2, -1).mean(0), x_t, output

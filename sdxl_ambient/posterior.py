@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,6 +11,31 @@ from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.randomness import Randomness
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@runtime_checkable
+class RowWise(Protocol):
+    """A ``denoise`` that holds something for each row of its batch, and gives itself for other rows."""
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, /) -> torch.Tensor: ...
+
+    def rows(self, index: slice, /) -> Denoise:
+        """For some rows of the batch."""
+        ...
+
+    def repeated(self, times: int, /) -> Denoise:
+        """For the batch several times in a row."""
+        ...
+
+
+def rows_of(denoise: Denoise, index: slice) -> Denoise:
+    """``denoise`` for some rows of its batch; itself where it knows no rows."""
+    return denoise.rows(index) if isinstance(denoise, RowWise) else denoise
+
+
+def repeated(denoise: Denoise, times: int) -> Denoise:
+    """``denoise`` for its batch ``times`` times in a row; itself where it knows no rows."""
+    return denoise.repeated(times) if isinstance(denoise, RowWise) else denoise
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import decode_latents, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
-from sdxl_ambient.posterior import Denoise, posterior_mean, sample_posterior
+from sdxl_ambient.posterior import Denoise, posterior_mean, rows_of, sample_posterior
 from sdxl_ambient.preview.options import PreviewOptions
 from sdxl_ambient.randomness import Randomness
 from sdxl_ambient.store.scan import Scanned, content_hash, scan
@@ -150,7 +150,7 @@ def denoise(
     Raises:
         ModelError: the network gives NaN or infinity.
     """
-    mean = posterior_mean(network, schedule, x_n[None], levels(t, 1, x_n.device))[0].float().cpu()
+    mean = posterior_mean(rows_of(network, slice(1)), schedule, x_n[None], levels(t, 1, x_n.device))[0].float().cpu()
     count, samples = len(generators), x_n.new_empty((0, *x_n.shape)).cpu()
     if count:
         repeated = x_n[None].repeat(count, 1, 1, 1)

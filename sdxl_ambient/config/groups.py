@@ -200,21 +200,6 @@ class LossOptions:
         if self.restore_teacher == "base" and self.consistency_teacher == "ema":
             raise OptionError("--restore_teacher: 'base' excludes --consistency_teacher ema; allowed is ema")
 
-    def objective(self):
-        """The objective's options, which have the flags' names, but for those that depend on another."""
-        from sdxl_ambient.objective import ObjectiveOptions
-
-        given = {f.name: getattr(self, f.name) for f in fields(ObjectiveOptions) if hasattr(self, f.name)}
-        if self.consistency_weight is None:
-            given["consistency_weight"] = 2.0 if self.low_noise == "consistency" else 0.0
-        if self.low_noise == "clean":
-            given["restore_weight"] = self.clean_weight  # clean rows stand where restored ones do
-        asked = {"min_snr": self.snr_gamma, "balanced": self.balance_cap, "debiased": self.debiased_estimation_loss}
-        given["weighting"] = next((name for name, value in asked.items() if value), "none")
-        given["snr_gamma"] = self.snr_gamma or ObjectiveOptions.snr_gamma
-        given["balance_cap"] = self.balance_cap or ObjectiveOptions.balance_cap
-        return ObjectiveOptions(**given)
-
 
 @dataclass
 class OptimizerOptions:

@@ -160,13 +160,6 @@ class TrainOptions(
         whole = self.restore_levels == "all"
         return self.restore_batch_size or (self.train_batch_size if whole else -(-self.train_batch_size // 2))
 
-    def restore_options(self):
-        """How samples are restored."""
-        from sdxl_ambient.training.settings import RestoreOptions
-
-        refresh = self.restored_per_batch // 4 if self.restore_refresh is None else self.restore_refresh
-        return RestoreOptions(self.restored_per_batch, refresh, self.restore_steps, self.restore_levels)
-
     def scalars(self) -> dict:
         """Options as trackers take them, without the place of the key."""
         flat = {k: ", ".join(v) if isinstance(v, list) else v for k, v in asdict(self).items() if k != "noise_key_file"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,9 +38,9 @@ class Conditioning:
 
 
 class Denoiser:
-    """The UNet as ``denoise(x_t, t)``, so that the objective never sees diffusers."""
+    """The UNet as ``denoise(x_t, t)`` for a batch whose conditioning it holds. So the objective never sees diffusers."""
 
-    def __init__(self, unet, conditioning: Conditioning, dtype: torch.dtype = torch.float32):
+    def __init__(self, unet: Callable[..., Any], conditioning: Conditioning, dtype: torch.dtype = torch.float32):
         self.unet, self.dtype = unet, dtype
         self.conditioning = conditioning
 
@@ -46,29 +48,32 @@ class Denoiser:
     def device(self) -> torch.device:
         return self.conditioning.prompt_embeds.device
 
-    def rows(self, index) -> Denoiser:
+    def rows(self, index: slice | list[int]) -> Denoiser:
         """The same for some samples of the batch."""
         return Denoiser(self.unet, self.conditioning.rows(index), self.dtype)
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t (n, 4, h, w), t (n,) → the network's raw output, like x_t.
+    def repeated(self, times: int) -> Denoiser:
+        """The same for the whole batch, ``times`` times in a row."""
+        rows = list(range(len(self.conditioning.prompt_embeds))) * times
+        return self.rows(rows)
 
-        Fewer rows than the batch's are its first ones; twice as many are the batch twice.
+    def followed_by(self, conditioning: Conditioning) -> Denoiser:
+        """The same for this batch and another one after it."""
+        return Denoiser(self.unet, self.conditioning.followed_by(conditioning), self.dtype)
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t (batch, 4, h, w), t (batch,) timesteps → the network's raw output, like x_t.
 
         Raises:
-            ValueError: any other number of rows.
+            ValueError: another number of rows than the conditioning's. See :meth:`rows` and :meth:`repeated`.
         """
-        shown, batch = self.conditioning, len(self.conditioning.prompt_embeds)
-        if len(x_t) == 2 * batch:
-            shown = shown.followed_by(shown)
-        elif len(x_t) <= batch:
-            shown = shown.rows(slice(len(x_t)))
-        else:
+        batch = len(self.conditioning.prompt_embeds)
+        if len(x_t) != batch:
             raise ValueError(f"{len(x_t)} rows with conditioning for {batch}")
         return self.unet(
             x_t.to(self.dtype),
             t,
-            encoder_hidden_states=shown.prompt_embeds,
-            added_cond_kwargs={"text_embeds": shown.pooled, "time_ids": shown.time_ids},
+            encoder_hidden_states=self.conditioning.prompt_embeds,
+            added_cond_kwargs={"text_embeds": self.conditioning.pooled, "time_ids": self.conditioning.time_ids},
             return_dict=False,
         )[0]

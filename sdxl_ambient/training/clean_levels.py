@@ -10,15 +10,18 @@ follows from its number alone, so a resume needs no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from sdxl_ambient.errors import StoreError
+from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.objective import ExtraRows
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.extra_rows import ExtraBatch
 
 PURPOSE = "clean"
 
@@ -28,6 +31,7 @@ class CleanLevels:
 
     Args:
         store: of clean latents. noisy: the store that is trained on above t_n, whose levels are each picture's highest here.
+        condition: a batch → what the UNet is shown of it, for :meth:`rows`.
 
     Raises:
         StoreError: the two are not of the same pictures, cropped and encoded alike; noisy latents in ``store``; pictures of
@@ -35,10 +39,18 @@ class CleanLevels:
     """
 
     def __init__(
-        self, store: LatentStore, noisy: LatentStore, batch_size: int, seed: int, rank: int = 0, processes: int = 1
+        self,
+        store: LatentStore,
+        noisy: LatentStore,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        condition: Callable[[Batch], Conditioning] | None = None,
     ):
         check_clean(store, noisy)
         self.store, self.batch_size, self.seed, self.rank, self.processes = store, batch_size, seed, rank, processes
+        self.condition = condition
         self.t_n = {i["content"]: i["t_n"] for i in noisy.images if i["t_n"] is not None}
         # In the noisy store's order, whatever else the clean one holds.
         place = {entry["content"]: index for index, entry in enumerate(store.images)}
@@ -67,6 +79,21 @@ class CleanLevels:
     def generators(self, batch: Batch) -> list[torch.Generator]:
         """One per sample, seeded by its position in the stream."""
         return [sample_generator(self.seed, PURPOSE, p) for p in batch.positions]
+
+    def rows(self, batch: Batch, step: int) -> ExtraBatch:
+        """A batch's clean latents, in every step."""
+        assert self.condition is not None, "rows are shown with a caption"
+        generators, conditioning = self.generators(batch), self.condition(batch)
+        return ExtraBatch(self.restored(batch), conditioning, generators, batch.contents)
+
+    def commit(self) -> None:
+        """Nothing: what a step is given follows from its number alone."""
+
+    def save(self, folder: Path) -> None:
+        """Nothing, as for :meth:`commit`."""
+
+    def load(self, folder: Path) -> None:
+        """Nothing, as for :meth:`commit`."""
 
     def restored(self, batch: Batch) -> ExtraRows:
         """The clean latents of a batch as rows of the objective, each trained at t ≤ its picture's own t_n."""

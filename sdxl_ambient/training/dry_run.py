@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,40 +14,48 @@ from sdxl_ambient.models.vae import decode_latents
 from sdxl_ambient.objective import ExtraRows, ambient_objective
 from sdxl_ambient.provenance import atomic, write_json
 from sdxl_ambient.randomness import sample_generator
-from sdxl_ambient.store.batches import Batch, Stream, loader
+from sdxl_ambient.store.batches import Batch, loader
 from sdxl_ambient.store.checks import format_store_levels
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.memory import estimate
 from sdxl_ambient.training.optimizers import parse_extra
+from sdxl_ambient.training.run import Run
 
 RECORD, PICTURE = "dry_run.json", "dry_run.png"
 GIB = 2**30
 
 
-def dry_run(options, accelerator, trainable, schedule, store: LatentStore, stream: Stream, objective, plan: dict) -> dict:
+def dry_run(run: Run, first: int) -> dict:
     """Report what would be trained in ``dry_run.json``, and the first batch's noisy latents, decoded, in ``dry_run.png``.
 
-    Nothing clean is shown: the picture is what whoever has the store can see too. ``plan``: steps and samples, as they are
-    to be reported.
+    Nothing clean is shown: the picture is what whoever has the store can see too. ``first``: steps that are done already.
     """
-    batch = next(iter(loader(store, stream)))
-    found = {**plan, **of_the_store(store), "first_batch": first_batch(store, batch)}
-    found["memory"] = memory(options, accelerator, trainable, schedule, batch, objective)
+    options, accelerator, store = run.options, run.accelerator, run.data.store
+    batch = next(iter(loader(store, run.stream(first))))
+    report = {
+        "steps": run.max_train_steps,
+        "samples_per_step": run.samples_per_step,
+        "epochs": run.max_train_steps * run.samples_per_step / len(store),
+        "trained": run.model.trained,
+        **of_the_store(store),
+        "first_batch": first_batch(store, batch),
+        "memory": memory(run, batch),
+    }
     if accelerator.is_main_process:
-        write_json(Path(options.output_dir) / RECORD, found)
+        write_json(run.output / RECORD, report)
         vae = load_vae(
             options.pretrained_model_name_or_path,
             options.pretrained_vae_model_name_or_path,
             revision=options.revision,
             variant=options.variant,
         ).to(accelerator.device)
-        with atomic(Path(options.output_dir) / PICTURE) as temporary:
+        with atomic(run.output / PICTURE) as temporary:
             contact_sheet(vae, batch.x_n).save(temporary)
-    for line in summary_lines(found):
+    for line in summary_lines(report):
         accelerator.print(line)
-    accelerator.print(f"Nothing was trained. {Path(options.output_dir) / RECORD} and {PICTURE} have the rest.")
+    accelerator.print(f"Nothing was trained. {run.output / RECORD} and {PICTURE} have the rest.")
     accelerator.wait_for_everyone()
-    return found
+    return report
 
 
 def of_the_store(store: LatentStore) -> dict:
@@ -76,28 +83,28 @@ def first_batch(store: LatentStore, batch: Batch) -> list[dict]:
     ]
 
 
-def memory(options, accelerator, trainable, schedule, batch: Batch, objective) -> dict[str, int]:
+def memory(run: Run, batch: Batch) -> dict[str, int]:
     """Bytes of one process, part by part; activations are counted in one real forward pass."""
-
+    options, model, device = run.options, run.model, run.accelerator.device
     rows = {"restore": options.restored_per_batch, "clean": options.clean_per_batch}.get(options.low_noise, 0)
     more = [i % len(batch.x_n) for i in range(rows)]  # as many rows of some pictures as --low_noise adds
 
-    def forward():
-        given, generators, restored = trainable.conditioning(batch, accelerator.device), batch.generators(options.seed), None
-        x_n, t_n = batch.x_n.to(accelerator.device), batch.t_n
+    def forward() -> torch.Tensor:
+        conditioning, generators, extra = model.conditioning(batch, device), batch.generators(options.seed), None
+        x_n, t_n = batch.x_n.to(device), batch.t_n
         if rows:
-            restored = ExtraRows(x_n[more], t_n[more].clamp(min=0))
+            extra = ExtraRows(x_n[more], t_n[more].clamp(min=0))
             if options.low_noise == "restore" and options.restore_levels == "all":
-                given, x_n, t_n, generators = given.rows(more), x_n[:0], t_n[:0], []
+                conditioning, x_n, t_n, generators = conditioning.rows(more), x_n[:0], t_n[:0], []
             else:
-                given = given.followed_by(given.rows(more))
+                conditioning = conditioning.followed_by(conditioning.rows(more))
             generators += [sample_generator(options.seed, "dry run", i) for i in range(rows)]
-        denoise = Denoiser(trainable.unet, given, trainable.dtype)
-        with accelerator.autocast():
-            return ambient_objective(denoise, schedule, x_n, t_n, generators, objective, restored).total
+        denoise = Denoiser(model.unet, conditioning, model.dtype)
+        with run.accelerator.autocast():
+            return ambient_objective(denoise, run.data.schedule, x_n, t_n, generators, run.objective, extra).total
 
     return estimate(
-        trainable.modules,
+        model.modules,
         forward=forward,
         optimizer=options.optimizer_name,
         extra=parse_extra(options.optimizer_args),

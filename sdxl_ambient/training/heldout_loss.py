@@ -12,17 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ambient_loss
+from sdxl_ambient.posterior import Denoise
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.store.batches import Batch, collate
 from sdxl_ambient.store.reader import LatentStore
-
-Shown = Callable[[Batch], Conditioning]
-
 
 # -- losses ----------------------------------------------------------------------
 
@@ -34,19 +32,25 @@ def band_edges(schedule: NoiseSchedule, t_n: int, bands: int) -> list[tuple[int,
     return [(a, max(a, b - 1)) for a, b in zip(starts, ends, strict=True)]
 
 
+@dataclass(frozen=True)
+class BandSettings:
+    """bands: equal parts of the times above t_n. batch_size: pictures per process and forward pass. loss_space: as in
+    :class:`sdxl_ambient.objective.ObjectiveOptions`."""
+
+    bands: int
+    batch_size: int
+    loss_space: str = "epsilon"
+
+
 @torch.no_grad()
 def band_losses(
-    accelerator,
-    unet,
-    shown: Shown,
+    accelerator: Accelerator,
+    unet: torch.nn.Module,
+    denoiser: Callable[[Batch], Denoise],
     schedule: NoiseSchedule,
     store: LatentStore,
     indices: list[int],
-    *,
-    bands: int,
-    batch_size: int,
-    loss_space: str = "epsilon",
-    dtype: torch.dtype = torch.float32,
+    settings: BandSettings,
 ) -> torch.Tensor:
     """Ambient loss of pictures of a store in every band: (pictures, bands) float64, the same on all processes.
 
@@ -55,40 +59,47 @@ def band_losses(
 
     Args:
         unet: as it is trained, in or out of its wrapper; it is put into evaluation mode meanwhile.
-        shown: a batch → what the UNet is told of it.
+        denoiser: a batch → ``unet`` as the function that denoises it.
     """
-    jobs = [
-        (picture, band)
-        for size in _by_size(store, indices)
-        for start in range(0, len(size), batch_size * accelerator.num_processes)
-        for band in range(bands)
-        for picture in [size[start : start + batch_size * accelerator.num_processes]]
-    ]
     was_training = unet.training
     unet.eval()
-    found: list[tuple[int, int, float]] = []
-    for pictures, band in jobs:
+    losses: list[tuple[int, int, float]] = []
+    for pictures, band in _jobs(store, indices, settings.batch_size * accelerator.num_processes, settings.bands):
         # The last batch of a size is filled up, so that every process has one; what fills it is counted once below.
-        mine = [pictures[(accelerator.process_index * batch_size + k) % len(pictures)] for k in range(batch_size)]
-        batch = collate([store[i, i] for i in mine])
-        generators = [sample_generator(0, f"heldout band {band}", i) for i in batch.positions]
-        t = torch.tensor([
-            _time(schedule, int(t_n), bands, band, g) for t_n, g in zip(batch.t_n, generators, strict=True)
-        ])  # fmt: skip
-        xi = torch.stack([torch.randn(x.shape, generator=g) for x, g in zip(batch.x_n, generators, strict=True)])
-        denoise = Denoiser(unet, shown(batch), dtype)
-        x_n = batch.x_n.to(accelerator.device)
+        offset = accelerator.process_index * settings.batch_size
+        own = [pictures[(offset + k) % len(pictures)] for k in range(settings.batch_size)]
+        batch = collate([store[i, i] for i in own])
+        t, xi = _draws(schedule, batch, band, settings.bands)
+        denoise, x_n = denoiser(batch), batch.x_n.to(accelerator.device)
         with accelerator.autocast():
-            losses = ambient_loss(denoise, schedule, x_n, batch.t_n, t, xi.to(x_n), loss_space)
-        found += [(i, band, float(loss)) for i, loss in zip(mine, losses, strict=True)]
+            values = ambient_loss(denoise, schedule, x_n, batch.t_n, t, xi.to(x_n), settings.loss_space)
+        losses += [(i, band, float(loss)) for i, loss in zip(own, values, strict=True)]
     unet.train(was_training)
     if accelerator.num_processes > 1:
-        found = gather_object(found)
+        losses = gather_object(losses)
     place = {picture: row for row, picture in enumerate(indices)}
-    table = torch.zeros(len(indices), bands, dtype=torch.float64)
-    for picture, band, loss in found:
+    table = torch.zeros(len(indices), settings.bands, dtype=torch.float64)
+    for picture, band, loss in losses:
         table[place[picture], band] = loss
     return table
+
+
+def _jobs(store: LatentStore, indices: list[int], together: int, bands: int) -> list[tuple[list[int], int]]:
+    """Pictures of one size, at most ``together``, and a band, for each forward pass of all processes."""
+    return [
+        (size[start : start + together], band)
+        for size in _by_size(store, indices)
+        for start in range(0, len(size), together)
+        for band in range(bands)
+    ]
+
+
+def _draws(schedule: NoiseSchedule, batch: Batch, band: int, bands: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times (batch,) within the band and noise like x_n, which are each picture's own at every call."""
+    generators = [sample_generator(0, f"heldout band {band}", i) for i in batch.positions]
+    t = [_time(schedule, int(t_n), bands, band, g) for t_n, g in zip(batch.t_n, generators, strict=True)]
+    xi = torch.stack([torch.randn(x.shape, generator=g) for x, g in zip(batch.x_n, generators, strict=True)])
+    return torch.tensor(t), xi
 
 
 def _by_size(store: LatentStore, indices: list[int]) -> list[list[int]]:

@@ -11,7 +11,7 @@ from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.formats.attach import start_from
 from sdxl_ambient.formats.peft import save_lora, save_unet
 from sdxl_ambient.models.conditioning import encode_tokens
-from sdxl_ambient.models.denoiser import Conditioning
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora, add_text_lora, describe, trainable_to_float32
 from sdxl_ambient.store.batches import Batch
@@ -21,8 +21,11 @@ from sdxl_ambient.store.batches import Batch
 class TrainableModel:
     """The modules that are trained, out of any distributed wrapper.
 
-    ``dtype`` is that of frozen weights and of what the UNet is shown; weights that are trained are float32. ``record`` is
-    what a resume must agree in. ``encoders`` are the text encoders as they are called: in their wrappers, once prepared.
+    dtype: of frozen weights and of what the UNet is shown. Weights that are trained are float32.
+    record: what a resume must agree in.
+    text_encoders: both, where they are trained; else empty.
+    zero_empty: whether an empty caption is shown as zeros, as SDXL's own pipeline has it.
+    prepared: the modules as they are called, in their wrappers, the UNet first; empty before they are prepared.
     """
 
     unet: torch.nn.Module
@@ -30,11 +33,17 @@ class TrainableModel:
     record: dict
     text_encoders: tuple = ()
     zero_empty: bool = True
-    encoders: tuple = field(default=())
+    prepared: tuple = field(default=())
 
     @property
     def modules(self) -> list[torch.nn.Module]:
+        """The UNet and the text encoders that are trained, out of their wrappers."""
         return [self.unet, *self.text_encoders]
+
+    @property
+    def wrapped(self) -> list[torch.nn.Module]:
+        """The same as they are called."""
+        return list(self.prepared) or self.modules
 
     @property
     def names(self) -> dict[torch.nn.Parameter, str]:
@@ -57,9 +66,12 @@ class TrainableModel:
         """What the UNet is shown of a batch: its stored embeddings, or, where the encoders are trained, new ones."""
         if not self.text_encoders:
             return batch.conditioning.to(device, self.dtype)
-        encoders = self.encoders or self.text_encoders
-        embeds, pooled = encode_tokens(batch.tokens, encoders, batch.dropped, zero_empty=self.zero_empty)
+        embeds, pooled = encode_tokens(batch.tokens, self.wrapped[1:], batch.dropped, zero_empty=self.zero_empty)
         return Conditioning(embeds, pooled, batch.conditioning.time_ids).to(device, self.dtype)
+
+    def denoiser(self, batch: Batch, device) -> Denoiser:
+        """The UNet as it is called, for a batch."""
+        return Denoiser(self.wrapped[0], self.conditioning(batch, device), self.dtype)
 
     def export(self, folder: Path, info: dict, state: dict | None = None) -> Path:
         """Write what users load; ``state``: the UNet's whole state dict where it is spread over processes."""

@@ -11,33 +11,66 @@ own, and holds the buffer of those alone. The buffer holds what the model drew, 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient.errors import StoreError
-from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ExtraRows
 from sdxl_ambient.posterior import sample_posterior
 from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.extra_rows import ExtraBatch
 from sdxl_ambient.training.settings import RestoreOptions
 
 FOLDER = "restored"
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """The model that samples are drawn by.
+
+    module: called like a UNet; averaged weights, or those that training started from. condition: a batch → what it shows.
+    dtype: of the rows that the module is given. first_step: optimizer steps before the first samples are drawn.
+    """
+
+    module: Callable[..., Any]
+    schedule: NoiseSchedule
+    condition: Callable[[Batch], Conditioning]
+    dtype: torch.dtype = torch.float32
+    first_step: int = 0
+
+    def denoiser(self, conditioning: Conditioning) -> Denoiser:
+        """The model for a batch that shows ``conditioning``."""
+        return Denoiser(self.module, conditioning, self.dtype)
+
+
 class PosteriorBuffer:
     """This process's share of the buffer, and the batches that are made from it.
+
+    Args:
+        seed, rank, processes: the order of the images, and their draws, follow from these. teacher: for :meth:`rows`.
 
     Raises:
         StoreError: clean images in the store, images of several sizes, or fewer images than processes.
     """
 
-    def __init__(self, store: LatentStore, options: RestoreOptions, seed: int, rank: int = 0, processes: int = 1):
+    def __init__(
+        self,
+        store: LatentStore,
+        options: RestoreOptions,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        teacher: Teacher | None = None,
+    ):
         if any(i["t_n"] is None for i in store.images):
             raise StoreError("restore needs noisy latents: the store holds clean ones (t_n none)")
         if len(store.groups) > 1:
@@ -45,7 +78,7 @@ class PosteriorBuffer:
         self.mine = list(range(rank, len(store), processes))
         if not self.mine:
             raise StoreError(f"restore needs an image for each process: {len(store)} images, {processes} processes")
-        self.store, self.options, self.seed, self.rank = store, options, seed, rank
+        self.store, self.options, self.seed, self.rank, self.teacher = store, options, seed, rank, teacher
         self.purpose = f"restore {rank} of {processes}"
         self.samples: dict[str, torch.Tensor] = {}
         self.drawn: dict[str, torch.Tensor] = {}  # in the step that is being taken; a checkpoint is of whole steps
@@ -66,6 +99,15 @@ class PosteriorBuffer:
     def generators(self, batch: Batch) -> list[torch.Generator]:
         """One per sample, seeded by its position in this process's stream."""
         return [sample_generator(self.seed, self.purpose, p) for p in batch.positions]
+
+    def rows(self, batch: Batch, step: int) -> ExtraBatch | None:
+        """Samples of a batch's images by the teacher; None before the step that it starts with."""
+        assert self.teacher is not None, "rows are drawn by a teacher"
+        if step < self.teacher.first_step:
+            return None
+        generators, conditioning = self.generators(batch), self.teacher.condition(batch)
+        rows = self.restored(batch, self.teacher.denoiser(conditioning), self.teacher.schedule, generators)
+        return ExtraBatch(rows, conditioning, generators, batch.contents, replace=self.options.levels == "all")
 
     def restored(
         self,

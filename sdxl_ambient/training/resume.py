@@ -1,83 +1,42 @@
-"""What a run is: what a resume must agree in, what is recorded with the weights, and where a resume starts."""
+"""Where a run starts: at its beginning, or at a checkpoint that agrees with it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from accelerate import Accelerator
 
 from sdxl_ambient.config.training import TrainOptions
-from sdxl_ambient.errors import CheckpointError, InterchangeError
-from sdxl_ambient.formats.read import lora_file
-from sdxl_ambient.formats.record import public_info, read_training_info
-from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.errors import CheckpointError
 from sdxl_ambient.provenance import differences
-from sdxl_ambient.store.checks import common_t_n, observed_t_n
-from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.checkpoint import check_checkpoint, find_checkpoint
-
-_SAME = ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")
-_SAME_SHOWN = ("random_flip", "proportion_empty_prompts")
-_SAME_RESTORE = ("restore_start", "restore_teacher")
+from sdxl_ambient.training.distributed import is_sharded
+from sdxl_ambient.training.run import Run
 
 
-def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int, weights: dict) -> dict:
-    """What a checkpoint must agree in: a resume under another of these would not continue the same run.
+def resume(run: Run) -> int:
+    """Load the checkpoint to go on from, if there is one. Returns the optimizer steps that it has behind it, else 0.
 
-    ``weights``: what :class:`sdxl_ambient.training.model.TrainableModel` says of what is trained.
+    Raises:
+        CheckpointError: see :func:`find_start`.
     """
-    restores = options.low_noise == "restore"
-    averages = options.use_ema or options.consistency_teacher == "ema" or restores
-    names = [*_SAME, *_SAME_SHOWN, *(_SAME_RESTORE if restores else ()), *(("ema_decay", "use_ema") if averages else ())]
-    return {
-        **weights,
-        "store": store.hash,
-        **({"restored": store.chain} if store.chain else {}),
-        "seed": options.seed,
-        "samples_per_step": samples_per_step,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "optimizer": options.optimizer_name,
-        "optimizer_args": sorted(options.optimizer_args),
-        **{name: getattr(options, name) for name in names},
-        **asdict(options.objective()),
-        **(asdict(options.restore_options()) if restores else {}),
-    }
-
-
-def training_info(options: TrainOptions, store: LatentStore, schedule: NoiseSchedule, step: int) -> dict:
-    """What is recorded with the weights: t_n, the objective, base model and data by name and hash; of restored samples the
-    level that their images were observed at and how they were drawn; of a LoRA that training started from its own record.
-    """
-    base = options.pretrained_model_name_or_path
-    latent, t_n = store.manifest["fingerprint"]["latent"], common_t_n(store)
-    return {
-        "t_n": t_n,
-        "sigma": float(schedule.sigma(torch.tensor([t_n]))[0]) if isinstance(t_n, int) else None,
-        "low_noise": options.low_noise,
-        "loss_space": options.loss_space,
-        "finetune": options.finetune,
-        "base_model": Path(base).name if Path(base).is_dir() else base,
-        "data": store.hash,
-        **({"observed_t_n": observed_t_n(store), "restored": store.chain} if store.chain else {}),
-        **({"started_from": _record_of(options.lora)} if options.lora is not None else {}),
-        "images": len(store),
-        "prediction_type": schedule.prediction_type,
-        "resolution": latent.get("resolution", options.resolution),
-        "step": step,
-    }
-
-
-def _record_of(lora: str) -> dict:
-    """What a LoRA that training started from says of its own training; {} for nothing, and for one that has gone since."""
-    try:
-        return public_info(read_training_info(lora_file(Path(lora))))
-    except (InterchangeError, CheckpointError, OSError):
-        return {}
+    accelerator = run.accelerator
+    run.progress = {"step": 0}
+    start = find_start(run.output, run.options, run.record, accelerator, is_sharded(accelerator))
+    if start is not None:
+        folder, run.progress = start
+        accelerator.load_state(str(folder))
+        run.skipped.load_state_dict(run.progress["skipped"])
+        run.validation.load_state_dict(run.progress)
+        if run.extra:
+            run.extra.load(folder)
+        accelerator.print(f"Resuming from {folder}.")
+    run.progress.update(run=run.record, processes=accelerator.num_processes)
+    return run.progress["step"]
 
 
 def find_start(
-    output: Path, options: TrainOptions, run: dict, accelerator, sharded: bool = False
+    output: Path, options: TrainOptions, run: dict, accelerator: Accelerator, sharded: bool = False
 ) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its progress; None to start from the beginning.
 
@@ -101,7 +60,7 @@ def find_start(
     return folder, progress
 
 
-def _check_processes(folder: Path, progress: dict, options: TrainOptions, accelerator, sharded: bool) -> None:
+def _check_processes(folder: Path, progress: dict, options: TrainOptions, accelerator: Accelerator, sharded: bool) -> None:
     now = accelerator.num_processes
     before = progress.get("processes", now)
     if now == before:

@@ -12,12 +12,14 @@ from diffusers import EulerDiscreteScheduler
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import load_part
 from sdxl_ambient.pipeline import euler_like, timestep_grid
 from sdxl_ambient.provenance import write_json
+from sdxl_ambient.store.batches import Batch
 from sdxl_ambient.store.checks import common_t_n, levels_of
 from sdxl_ambient.store.reader import LatentStore, Presentation
-from sdxl_ambient.training.heldout_loss import EarlyStopping, Losses, band_edges, band_losses, compare, scalars
+from sdxl_ambient.training.heldout_loss import BandSettings, EarlyStopping, Losses, band_edges, band_losses, compare, scalars
 from sdxl_ambient.training.samples import ValidationSampler, track_images
 
 HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
@@ -138,23 +140,16 @@ class Validation:
         return [(store, spread(range(len(store)), most)) for store in (self.heldout, self.store)]
 
     def _measure(self, unet) -> Losses:
-        options, pair = self.options, []
-        for store, pictures in self._pictures():
-            pair.append(
-                band_losses(
-                    self.accelerator,
-                    unet,
-                    lambda batch: self.trainable.conditioning(batch, self.accelerator.device),
-                    self.schedule,
-                    store,
-                    pictures,
-                    bands=options.heldout_bands,
-                    batch_size=options.train_batch_size,
-                    loss_space=options.loss_space,
-                    dtype=self.trainable.dtype,
-                )
-            )
-        return Losses(*pair)
+        options, accelerator = self.options, self.accelerator
+        settings = BandSettings(options.heldout_bands, options.train_batch_size, options.loss_space)
+
+        def denoiser(batch: Batch) -> Denoiser:
+            return Denoiser(unet, self.trainable.conditioning(batch, accelerator.device), self.trainable.dtype)
+
+        return Losses(*(
+            band_losses(accelerator, unet, denoiser, self.schedule, store, pictures, settings)
+            for store, pictures in self._pictures()
+        ))  # fmt: skip
 
     def _losses(self, unet, step: int, export) -> str | None:
         record = compare(step, self._measure(unet), self.start, self._edges())

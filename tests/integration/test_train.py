@@ -29,6 +29,7 @@ from support.running import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_ambient.objective import ambient_objective
 from sdxl_ambient.pipeline import sample
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -191,10 +192,8 @@ def alive():
 @pytest.mark.parametrize("finetune", ["lora", "full"])
 def test_only_the_unet_is_in_memory_while_training(emoji, tmp_path, monkeypatch, finetune):
     """Neither VAE nor text encoders, before a validation or after it; and of a full fine-tune no second UNet."""
-    import train_sdxl_ambient
-
     gc.collect()
-    (others, unets), objective, seen, inside = alive(), train_sdxl_ambient.ambient_objective, [], []
+    (others, unets), objective, seen, inside = alive(), ambient_objective, [], []
 
     def watched(*arguments):
         models, count = alive()
@@ -206,7 +205,7 @@ def test_only_the_unet_is_in_memory_while_training(emoji, tmp_path, monkeypatch,
         inside.append({**parts, "base": None if base_unet is None else base_unet.dtype})
         return sample(pipe, *arguments, base_unet=base_unet, **keywords)
 
-    monkeypatch.setattr(train_sdxl_ambient, "ambient_objective", watched)
+    monkeypatch.setattr("sdxl_ambient.training.step.ambient_objective", watched)
     monkeypatch.setattr("sdxl_ambient.training.samples.sample", drawing)
     changes = dict(
         finetune=finetune, max_train_steps=2, validation_steps=1, validation_prompt="cat", num_validation_images=1,

@@ -8,6 +8,7 @@ from diffusers.training_utils import compute_snr
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
 from sdxl_ambient.objective import (
+    Anchor,
     ExtraRows,
     ObjectiveOptions,
     ambient_loss,
@@ -91,7 +92,7 @@ def test_estimate_and_gradient_are_unbiased(a, s, estimator, stop_anchor):
     for _ in range(chunks):
         x_a, at, to = one.expand(many, 2), times(a).expand(many), times(s).expand(many)
         anchor = posterior_mean(model, schedule, x_a, at)
-        loss = consistency_loss(model, schedule, x_a, anchor, at, to, randomness, options).mean()
+        loss = consistency_loss(model, schedule, Anchor(x_a, at, anchor), to, randomness, options).mean()
         values.append(loss.detach())
         gradients.append(model.gradient(loss))
     for found, exact in ((torch.stack(values)[:, None], want[None]), (torch.stack(gradients), want_gradient)):
@@ -180,7 +181,7 @@ def test_finite_for_every_pair_of_the_schedule(dtype, prediction_type):
         randomness = Randomness(torch.Generator().manual_seed(0), len(a))
         anchor = posterior_mean(denoise, schedule, x, a)
         options = ObjectiveOptions(consistency_space=space)
-        values = consistency_loss(denoise, schedule, x, anchor, a, s, randomness, options)
+        values = consistency_loss(denoise, schedule, Anchor(x, a, anchor), s, randomness, options)
         assert values.dtype == torch.float32 and bool(torch.isfinite(values).all())
         (gradient,) = torch.autograd.grad(values.sum(), weight)
         assert bool(torch.isfinite(gradient))

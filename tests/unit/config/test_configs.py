@@ -20,6 +20,7 @@ from sdxl_ambient.config.data import LatentsOptions
 from sdxl_ambient.config.parser import load_options, read_yaml
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.option_template import main, template
+from sdxl_ambient.training.settings import objective_settings
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 ACCELERATE = sorted((REPOSITORY / "configs/accelerate").glob("*.yaml"))
@@ -109,7 +110,7 @@ def test_a_configuration_loads_with_only_its_folders_changed(path, tmp_path, any
             got = getattr(options, name)
             assert got == value or [got] == value or float(got) == float(value), name
     if isinstance(options, TrainOptions):
-        options.objective()
+        objective_settings(options)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

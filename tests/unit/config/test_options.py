@@ -12,6 +12,7 @@ from sdxl_ambient.config.parser import load_options
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.option_table import groups, page
+from sdxl_ambient.training.settings import objective_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -133,9 +134,9 @@ def test_clean_levels_need_the_images_or_a_finished_store(tmp_path):
         load_options(TrainOptions, argv)
     (tmp_path / "clean/manifest.json").write_text("{}")
     options = load_options(TrainOptions, [*argv, "--train_batch_size", "5", "--clean_weight", "0.3"])
-    assert options.clean_per_batch == 3 and options.objective().restore_weight == 0.3
+    assert options.clean_per_batch == 3 and objective_settings(options).restore_weight == 0.3
     options = load_options(TrainOptions, base(tmp_path, "--clean_weight", "0.3", "--restore_weight", "0.7"))
-    assert options.objective().restore_weight == 0.7
+    assert objective_settings(options).restore_weight == 0.7
     assert options.stores["clean_latents_dir"] == tmp_path / "out/latents_clean_unprotected"
 
 

@@ -165,13 +165,24 @@ def test_every_part_of_the_conditioning_reaches_the_unet(unet, inputs):
     assert (Denoiser(unet, conditioning)(x_t, t.flip(0)) - want).abs().max() > 1e-3
 
 
-def test_twice_the_rows_are_the_batch_twice_and_others_are_refused(unet, inputs):
+def test_repeated_is_the_batch_twice_and_other_rows_are_refused(unet, inputs):
     x_t, t, conditioning = inputs
     denoise = Denoiser(unet, conditioning)
-    twice = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]))
+    twice = denoise.repeated(2)(torch.cat([x_t, x_t]), torch.cat([t, t]))
     torch.testing.assert_close(twice, denoise(x_t, t).repeat(2, 1, 1, 1), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="rows with conditioning for"):
-        denoise(torch.cat([x_t, x_t, x_t]), torch.cat([t, t, t]))
+    for rows in ([], [0], [0, 1, 0, 1], [0, 1, 0, 1, 0, 1]):
+        with pytest.raises(ValueError, match="rows with conditioning for"):
+            denoise(x_t[rows], t[rows])
+
+
+def test_rows_are_told_what_those_of_the_batch_are(unet, inputs):
+    x_t, t, conditioning = inputs
+    denoise = Denoiser(unet, conditioning)
+    whole = denoise(x_t, t)
+    torch.testing.assert_close(denoise.rows(slice(1))(x_t[:1], t[:1]), whole[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoise.rows([1])(x_t[1:], t[1:]), whole[1:], rtol=1e-4, atol=1e-5)
+    both = denoise.rows([1]).followed_by(conditioning.rows([0]))(x_t.flip(0), t.flip(0))
+    torch.testing.assert_close(both, whole.flip(0), rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_keep_their_value_in_half_precision(inputs):

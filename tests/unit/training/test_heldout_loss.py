@@ -8,8 +8,18 @@ from accelerate import Accelerator
 from support.pictures import copy_emoji
 
 from sdxl_ambient.images.load import spread
+from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.store.reader import LatentStore
-from sdxl_ambient.training.heldout_loss import EarlyStopping, Losses, band_edges, band_losses, compare, gap, scalars
+from sdxl_ambient.training.heldout_loss import (
+    BandSettings,
+    EarlyStopping,
+    Losses,
+    band_edges,
+    band_losses,
+    compare,
+    gap,
+    scalars,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +57,12 @@ class Zero(torch.nn.Module):
 
 
 def losses(accelerator, unet, schedule, store, batch_size, bands=4, **more):
-    indices = list(range(len(store)))
-    return band_losses(accelerator, unet, shown, schedule, store, indices, bands=bands, batch_size=batch_size, **more)
+    settings = BandSettings(bands, batch_size, **more)
+
+    def denoiser(batch):
+        return Denoiser(unet, shown(batch))
+
+    return band_losses(accelerator, unet, denoiser, schedule, store, list(range(len(store))), settings)
 
 
 @pytest.mark.parametrize(("t_n", "bands"), [(500, 4), (-1, 4), (997, 4), (500, 1), (300, 7)])
@@ -92,7 +106,6 @@ def test_a_network_that_learnt_one_set_has_a_gap(accelerator, schedule, store, u
     """Trained on two of six pictures, for their fixed noise, it knows those two better."""
     tuned = copy.deepcopy(unet).train().requires_grad_(True)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=1e-3)
-    from sdxl_ambient.models.denoiser import Denoiser
     from sdxl_ambient.objective import ambient_objective
     from sdxl_ambient.store.batches import collate
 

@@ -126,7 +126,8 @@ def start(uninterrupted, output, *more, before="", options=None, **changes):
         options = arguments(None, output, **{"max_train_steps": 8, "checkpointing_steps": 100, **changes})
         options += ["--latents_dir", str(uninterrupted / "latents"), "--resume_from_checkpoint", "latest"]
     options = [*options, *more]
-    code = f"import sys; sys.argv[0] = {SCRIPT[0]!r}\nimport train_sdxl_ambient as script\n{before}\nsys.exit(script.main())"
+    imports = "import accelerate, torch, train_sdxl_ambient as script\nfrom sdxl_ambient.training import step"
+    code = f"import sys; sys.argv[0] = {SCRIPT[0]!r}\n{imports}\n{before}\nsys.exit(script.main())"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-u", "-c", code, *options], env=ENV, cwd=ROOT, **pipes)
 
@@ -134,26 +135,26 @@ def start(uninterrupted, output, *more, before="", options=None, **changes):
 # Told to stop in the middle of its third step.
 SIGNAL = """
 import os, signal
-objective, calls = script.ambient_objective, []
+objective, calls = step.ambient_objective, []
 def told(*arguments, **keywords):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return objective(*arguments, **keywords)
-script.ambient_objective = told
+step.ambient_objective = told
 """
 FAILING = SIGNAL.replace("os.kill(os.getpid(), signal.SIGTERM)", "raise RuntimeError('CUDA out of memory')")
 # The loss of the step's first image is no number in steps 3 and 4.
 NAN = """
-objective, calls = script.ambient_objective, []
+objective, calls = step.ambient_objective, []
 def broken(*arguments, **keywords):
     calls.append(1)
     losses = objective(*arguments, **keywords)
     if len(calls) in (3, 4):
-        losses.ambient = losses.ambient * script.torch.tensor([float('nan')] + [1.0] * (len(losses.ambient) - 1))
+        losses.ambient = losses.ambient * torch.tensor([float('nan')] + [1.0] * (len(losses.ambient) - 1))
         losses.total = losses.ambient.mean()
     return losses
-script.ambient_objective = broken
+step.ambient_objective = broken
 """
 
 
@@ -207,12 +208,12 @@ def test_gradients_that_are_no_numbers_are_left_out_and_reported(uninterrupted, 
 
 # float16's gradient scaler, which accelerate has on a GPU alone.
 SCALER = """
-class Scaled(script.Accelerator):
+class Scaled(accelerate.Accelerator):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.scaler = script.torch.amp.GradScaler("cpu", init_scale=float(2**10))
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=float(2**10))
         self.native_amp = True
-script.Accelerator = Scaled
+accelerate.Accelerator = Scaled
 """
 
 
@@ -234,14 +235,14 @@ def test_a_signal_while_images_are_encoded_ends_the_run_and_the_next_goes_on(pic
     options = arguments(pictures, tmp_path / "out", max_train_steps=1)
     told = """
 import os, signal
-import sdxl_ambient.latents as latents
-encode, calls = latents.encode_image, []
+import sdxl_ambient.store.build as build
+encode, calls = build.encode_image, []
 def slow(*arguments):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return encode(*arguments)
-latents.encode_image = slow
+build.encode_image = slow
 """
     run = start(None, tmp_path / "out", "--shard_size", "2", before=told, options=options)
     said, errors = run.communicate(timeout=300)

@@ -1,0 +1,75 @@
+"""What is recorded of a run: what a resume must agree in, and what stands with the weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.errors import CheckpointError, InterchangeError
+from sdxl_ambient.formats.read import lora_file
+from sdxl_ambient.formats.record import public_info, read_training_info
+from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.store.checks import common_t_n, observed_t_n
+from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.training.settings import objective_settings, restore_settings
+
+_SAME = ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")
+_SAME_SHOWN = ("random_flip", "proportion_empty_prompts")
+_SAME_RESTORE = ("restore_start", "restore_teacher")
+
+
+def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int, weights: dict) -> dict:
+    """What a checkpoint must agree in: a resume under another of these would not continue the same run.
+
+    ``weights``: what :class:`sdxl_ambient.training.model.TrainableModel` says of what is trained.
+    """
+    restores = options.low_noise == "restore"
+    averages = options.use_ema or options.consistency_teacher == "ema" or restores
+    names = [*_SAME, *_SAME_SHOWN, *(_SAME_RESTORE if restores else ()), *(("ema_decay", "use_ema") if averages else ())]
+    return {
+        **weights,
+        "store": store.hash,
+        **({"restored": store.chain} if store.chain else {}),
+        "seed": options.seed,
+        "samples_per_step": samples_per_step,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "optimizer": options.optimizer_name,
+        "optimizer_args": sorted(options.optimizer_args),
+        **{name: getattr(options, name) for name in names},
+        **asdict(objective_settings(options)),
+        **(asdict(restore_settings(options)) if restores else {}),
+    }
+
+
+def training_info(options: TrainOptions, store: LatentStore, schedule: NoiseSchedule, step: int) -> dict:
+    """What is recorded with the weights: t_n, the objective, base model and data by name and hash; of restored samples the
+    level that their images were observed at and how they were drawn; of a LoRA that training started from its own record.
+    """
+    base = options.pretrained_model_name_or_path
+    latent, t_n = store.manifest["fingerprint"]["latent"], common_t_n(store)
+    return {
+        "t_n": t_n,
+        "sigma": float(schedule.sigma(torch.tensor([t_n]))[0]) if isinstance(t_n, int) else None,
+        "low_noise": options.low_noise,
+        "loss_space": options.loss_space,
+        "finetune": options.finetune,
+        "base_model": Path(base).name if Path(base).is_dir() else base,
+        "data": store.hash,
+        **({"observed_t_n": observed_t_n(store), "restored": store.chain} if store.chain else {}),
+        **({"started_from": _record_of(options.lora)} if options.lora is not None else {}),
+        "images": len(store),
+        "prediction_type": schedule.prediction_type,
+        "resolution": latent.get("resolution", options.resolution),
+        "step": step,
+    }
+
+
+def _record_of(lora: str) -> dict:
+    """What a LoRA that training started from says of its own training; {} for nothing, and for one that has gone since."""
+    try:
+        return public_info(read_training_info(lora_file(Path(lora))))
+    except (InterchangeError, CheckpointError, OSError):
+        return {}

@@ -1,0 +1,182 @@
+"""Builds what a run is made of, from its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.models.denoiser import Conditioning
+from sdxl_ambient.models.load import check_sdxl, load_schedule
+from sdxl_ambient.provenance import environment, write_json
+from sdxl_ambient.store.batches import Batch, small_groups
+from sdxl_ambient.store.checks import check_stores, format_store_levels
+from sdxl_ambient.store.reader import LatentStore, Presentation
+from sdxl_ambient.training.checkpoint import refuse_to_overwrite, register_lora_hooks
+from sdxl_ambient.training.clean_levels import CleanLevels
+from sdxl_ambient.training.distributed import check_sharding, is_sharded, tell_deepspeed
+from sdxl_ambient.training.ema import EMA
+from sdxl_ambient.training.interruption import Interruption, Skipped
+from sdxl_ambient.training.model import TrainableModel
+from sdxl_ambient.training.optimizers import FusedBackward, make_optimizer, parse_extra
+from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
+from sdxl_ambient.training.record import run_record
+from sdxl_ambient.training.run import Data, Run, samples_per_step
+from sdxl_ambient.training.settings import objective_settings, restore_settings
+from sdxl_ambient.training.stores import open_stores
+from sdxl_ambient.training.validation import Validation
+
+
+def prepare_process(options: TrainOptions, accelerator: Accelerator) -> None:
+    """Check what can be checked before anything is loaded, and seed this process.
+
+    Raises:
+        OptionError: results of an earlier run in the folder, or options that can't be had with spread weights.
+    """
+    refuse_to_overwrite(options.output_dir, options.resume_from_checkpoint)
+    check_sharding(options, accelerator)
+    set_seed(options.seed)
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    tell_deepspeed(
+        accelerator,
+        batch_size=options.train_batch_size,
+        samples_per_step=samples_per_step(options, accelerator),
+        max_grad_norm=options.max_grad_norm,
+    )
+
+
+def open_data(options: TrainOptions, accelerator: Accelerator, interruption: Interruption) -> Data:
+    """The stores, made first where images are given, and the base model's noise schedule.
+
+    Raises:
+        ModelError, ImagesMissing, StoreError, NoiseKeyError: with one line that says what is wrong.
+        Interrupted: told to stop while images are encoded.
+    """
+    base = options.pretrained_model_name_or_path
+    zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
+    schedule = load_schedule(base, options.revision)
+    presentation = Presentation(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
+    store, heldout = open_stores(options, accelerator, schedule, presentation, interruption.check)
+    for line in check_stores(store, heldout, schedule, options.low_noise):
+        accelerator.print(line)
+    return Data(store, heldout, schedule, presentation)
+
+
+def build_optimizer(options: TrainOptions, accelerator: Accelerator, model: TrainableModel) -> torch.optim.Optimizer:
+    """The optimizer of the model's weights, which steps within the backward pass with ``--fused_backward_pass``."""
+    scale = samples_per_step(options, accelerator) if options.scale_lr else 1
+
+    def make(groups: list[dict]) -> torch.optim.Optimizer:
+        return make_optimizer(
+            options.optimizer_name,
+            groups,
+            lr=options.learning_rate * scale,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            epsilon=options.adam_epsilon,
+            warmup_steps=options.lr_warmup_steps,
+            extra=parse_extra(options.optimizer_args),
+        )
+
+    groups = model.groups(options.text_encoder_lr, scale)
+    return FusedBackward(make, groups, model.names) if options.fused_backward_pass else make(groups)
+
+
+def build_lr_scheduler(options: TrainOptions, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """The learning rate over ``steps`` optimizer steps.
+
+    It is stepped by hand. Accelerate would advance one that it prepared once per process.
+    """
+    return get_scheduler(
+        options.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=0 if options.optimizer == "adamw_schedulefree" else options.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
+    )
+
+
+def build_average(options: TrainOptions, model: TrainableModel) -> EMA | None:
+    """Averaged weights, where they are exported, teach, or draw restored samples."""
+    draws = options.low_noise == "restore" and options.restore_teacher != "base"
+    if options.use_ema or options.consistency_teacher == "ema" or draws:
+        return EMA(model.modules, options.ema_decay, options.offload_ema)
+    return None
+
+
+def build_extra(
+    options: TrainOptions, accelerator: Accelerator, data: Data, model: TrainableModel, teacher: EMA | None
+) -> PosteriorBuffer | CleanLevels | None:
+    """The rows that ``--low_noise`` trains at t ≤ t_n; ``teacher`` draws those that are restored."""
+
+    def condition(batch: Batch) -> Conditioning:
+        return model.conditioning(batch, accelerator.device)
+
+    place = options.seed, accelerator.process_index, accelerator.num_processes
+    if options.low_noise == "restore":
+        assert teacher is not None
+        by = Teacher(teacher, data.schedule, condition, model.dtype, options.restore_start)
+        return PosteriorBuffer(data.store, restore_settings(options), *place, by)
+    if options.low_noise == "clean":
+        latents = LatentStore(options.stores["clean_latents_dir"], presentation=data.presentation)
+        return CleanLevels(latents, data.store, options.clean_per_batch, *place, condition)
+    return None
+
+
+def set_up(
+    options: TrainOptions,
+    accelerator: Accelerator,
+    data: Data,
+    model: TrainableModel,
+    optimizer: AcceleratedOptimizer,
+    lr_scheduler: LRScheduler,
+    quick: Callable[[Path], dict] | None = None,
+) -> Run:
+    """What remains to be built once the model and the optimizer are prepared. ``quick``: see :class:`Validation`.
+
+    What a checkpoint holds is registered here, always in the same order: learning rate, averages, first weights.
+    """
+    accelerator.register_for_checkpointing(lr_scheduler)
+    if options.finetune == "lora" and not is_sharded(accelerator):
+        register_lora_hooks(accelerator, model.unet, model.text_encoders or None)
+    average = teacher = build_average(options, model)
+    if average is not None:
+        accelerator.register_for_checkpointing(average)
+    if options.low_noise == "restore" and options.restore_teacher == "base":
+        teacher = EMA(model.modules, options.ema_decay)  # never updated: the weights that training started from
+        accelerator.register_for_checkpointing(teacher)
+    extra = build_extra(options, accelerator, data, model, teacher)
+    validation = Validation(options, accelerator, model, data.schedule, data.store, data.heldout, quick)
+    more = extra.record if isinstance(extra, CleanLevels) else {}
+    record = run_record(options, data.store, samples_per_step(options, accelerator), model.record | more)
+    skipped = Skipped(options.max_skipped_steps)
+    objective = objective_settings(options)
+    return Run(
+        options, accelerator, data, model, optimizer, lr_scheduler, objective, extra, average, validation, skipped, record
+    )
+
+
+def announce(run: Run, first: int) -> None:
+    """Write down the options, open the trackers, and say what will be trained after ``first`` steps."""
+    options, accelerator, store = run.options, run.accelerator, run.data.store
+    if accelerator.is_main_process:
+        shared = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
+        write_json(run.output / "options.json", {"options": shared, "environment": environment()})
+    if options.report_to != "none":
+        accelerator.init_trackers("sdxl_ambient", config=options.scalars())
+    accelerator.print(
+        f"Training {run.model.trained:,} weights ({options.finetune}) on {len(store)} images at t_n = "
+        f"{format_store_levels(store)}: steps {first} to {run.max_train_steps}, {run.samples_per_step} samples each."
+    )
+    for line in small_groups(store.groups, run.samples_per_step // options.gradient_accumulation_steps):
+        accelerator.print(line)
