@@ -82,8 +82,8 @@ def _record(folder: Path, info: dict) -> None:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """All ``checkpoint-<step>`` folders, the earliest step first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and step_of(p) is not None]
-    return sorted(found, key=step_of)
+    folders = ((step_of(path), path) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
+    return [path for _, path in sorted((step, path) for step, path in folders if step is not None)]
 
 
 def check_checkpoint(folder: str | Path) -> dict:

@@ -129,15 +129,15 @@ def contact_sheet(vae, x_n: torch.Tensor, columns: int = 4, most: int = 16) -> I
     return sheet
 
 
-def summary_lines(found: dict) -> list[str]:
+def summary_lines(report: dict) -> list[str]:
     """The report's main points, a line each."""
-    counts, parts = found["counts"], found["memory"]
-    sizes = ", ".join(f"{s['height']}x{s['width']}: {s['images']}" for s in found["sizes"])
+    counts, parts = report["counts"], report["memory"]
+    sizes = ", ".join(f"{s['height']}x{s['width']}: {s['images']}" for s in report["sizes"])
     spent = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size and name != "total")
     return [
-        f"Images: {counts['images']} at {found['levels']}, {counts['captions']} captions, {counts['skipped']} skipped, "
-        f"{counts['exact_duplicates']} exact duplicates, {len(found['near_duplicates'])} near-duplicates",
+        f"Images: {counts['images']} at {report['levels']}, {counts['captions']} captions, {counts['skipped']} skipped, "
+        f"{counts['exact_duplicates']} exact duplicates, {len(report['near_duplicates'])} near-duplicates",
         f"Sizes (height x width in pixels: images): {sizes}",
-        f"Steps: {found['steps']} of {found['samples_per_step']} samples, {found['epochs']:.1f} epochs",
+        f"Steps: {report['steps']} of {report['samples_per_step']} samples, {report['epochs']:.1f} epochs",
         f"Memory of one process, GiB: {parts['total'] / GIB:.2f} ({spent}), without the framework's own",
     ]

@@ -194,11 +194,12 @@ class EarlyStopping:
     @property
     def reason(self) -> str | None:
         """Why training should stop, in words."""
-        if not self.records:
+        best = self.best
+        if best is None:
             return None
-        since = len(self.records) - 1 - self.records.index(self.best)
+        since = len(self.records) - 1 - self.records.index(best)
         if self.patience is not None and since >= self.patience:
-            lowest = f"{self.best['heldout']:.4f} at step {self.best['step']}"
+            lowest = f"{best['heldout']:.4f} at step {best['step']}"
             return f"the held-out loss has not fallen for {since} validations (lowest {lowest})"
         own = self.records[-1]["gap"]
         if self.max_gap is not None and own["value"] - 2 * own["standard_error"] > self.max_gap:

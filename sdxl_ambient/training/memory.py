@@ -6,7 +6,7 @@ which nothing is kept; with fake tensors (``torch._subclasses.FakeTensorMode``) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,12 +43,12 @@ def estimate(
         in which activations and step don't meet unless the backward pass is fused; and ``processor``, averages that are in
         the processor's memory. Not in it: the CUDA context, the allocator's fragments, workspaces, temporaries of a layer.
     """
-    modules = modules if isinstance(modules, (list, tuple)) else [modules]
+    modules = [modules] if isinstance(modules, torch.nn.Module) else list(modules)
     trained = list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad))
     whole, largest = (f([p.nbytes for p in trained] or [0]) for f in (sum, max))
     together = optimizer in _TOGETHER and not fused_backward_pass
     averaged = use_ema and not offload_ema
-    found = {
+    parts = {
         "weights": held_bytes(modules),
         "gradients": largest if fused_backward_pass else whole,
         "optimizer": sum(state_bytes(optimizer, p, extra) for p in trained) + _tables(optimizer, trained),
@@ -56,11 +56,11 @@ def estimate(
         "activations": activation_bytes(forward, modules) if forward else 0,
         "step": whole if together or averaged else _TEMPORARIES * largest,
     }
-    kept = sum(found[n] for n in ("weights", "gradients", "optimizer", "averages"))
+    kept = sum(parts[n] for n in ("weights", "gradients", "optimizer", "averages"))
     meet = sum if fused_backward_pass else max
     return {
-        **found,
-        "total": kept + meet([found["activations"], found["step"]]),
+        **parts,
+        "total": kept + meet([parts["activations"], parts["step"]]),
         "processor": whole if use_ema and offload_ema else 0,
     }
 
@@ -134,7 +134,7 @@ def state_bytes(optimizer: str, weight: torch.Tensor, extra: dict | None = None)
     return (2 + more) * count * (4 if optimizer == "adamw8bit" else size)
 
 
-def _tables(optimizer: str, trained: list[torch.Tensor]) -> int:
+def _tables(optimizer: str, trained: Sequence[torch.Tensor]) -> int:
     """The two tables of 256 values that all 8-bit states share."""
     return 2 * 4 * 256 if optimizer == "adamw8bit" and any(p.numel() >= 4096 for p in trained) else 0
 
@@ -184,15 +184,16 @@ class Activations:
     def counting(self):
         """Counts the forward passes within it."""
         checkpointed = [m for top in self.modules for m in top.modules() if getattr(m, "gradient_checkpointing", False)]
-        before = [m._gradient_checkpointing_func for m in checkpointed]
+        name = "_gradient_checkpointing_func"  # where diffusers' modules keep what runs a block
+        before = [getattr(m, name) for m in checkpointed]
         for module in checkpointed:
-            module._gradient_checkpointing_func = self._block
+            setattr(module, name, self._block)
         try:
             with self._count(self.kept):
                 yield self
         finally:
             for module, function in zip(checkpointed, before, strict=True):
-                module._gradient_checkpointing_func = function
+                setattr(module, name, function)
 
     @property
     def bytes(self) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.formats.attach import start_from
@@ -28,12 +31,12 @@ class TrainableModel:
     prepared: the modules as they are called, in their wrappers, the UNet first; empty before they are prepared.
     """
 
-    unet: torch.nn.Module
+    unet: UNet2DConditionModel
     dtype: torch.dtype
     record: dict
     text_encoders: tuple = ()
     zero_empty: bool = True
-    prepared: tuple = field(default=())
+    prepared: list[torch.nn.Module] = field(default_factory=list)
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -43,7 +46,7 @@ class TrainableModel:
     @property
     def wrapped(self) -> list[torch.nn.Module]:
         """The same as they are called."""
-        return list(self.prepared) or self.modules
+        return self.prepared or self.modules
 
     @property
     def names(self) -> dict[torch.nn.Parameter, str]:
@@ -66,6 +69,7 @@ class TrainableModel:
         """What the UNet is shown of a batch: its stored embeddings, or, where the encoders are trained, new ones."""
         if not self.text_encoders:
             return batch.conditioning.to(device, self.dtype)
+        assert batch.tokens is not None, "a store that text encoders are trained on has tokens"
         embeds, pooled = encode_tokens(batch.tokens, self.wrapped[1:], batch.dropped, zero_empty=self.zero_empty)
         return Conditioning(embeds, pooled, batch.conditioning.time_ids).to(device, self.dtype)
 
@@ -80,16 +84,33 @@ class TrainableModel:
         return save_lora(self.unet, folder, info, self.text_encoders or None, state=state)
 
 
-def load_trainable(options: TrainOptions, accelerator, zero_empty: bool) -> TrainableModel:
+class LoraSettings(TypedDict):
+    """What :func:`sdxl_ambient.models.lora.add_lora` and :func:`~sdxl_ambient.models.lora.add_text_lora` are given alike."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    dropout: float
+    use_dora: bool
+    use_rslora: bool
+    init: str
+
+
+def load_trainable(options: TrainOptions, accelerator: Accelerator, zero_empty: bool) -> TrainableModel:
     """Load the UNet, and the text encoders where they are trained, and make them trainable."""
-    base, where = options.pretrained_model_name_or_path, dict(revision=options.revision, variant=options.variant)
+    base, revision, variant = options.pretrained_model_name_or_path, options.revision, options.variant
     lora = options.finetune == "lora"
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}
     # Frozen weights may be half; weights that are trained are float32 and autocast in the forward pass.
-    dtype = half if lora and half else torch.float32
-    unet = load_unet(base, dtype=dtype, quantize=options.quantize_base, device=accelerator.device, **where)
+    dtype = half.get(accelerator.mixed_precision, torch.float32) if lora else torch.float32
+    unet = load_unet(
+        base, dtype=dtype, revision=revision, variant=variant, quantize=options.quantize_base, device=accelerator.device
+    )
     trainable = TrainableModel(unet, dtype, {"finetune": options.finetune, **describe(options)}, zero_empty=zero_empty)
-    how = dict(
+    if options.train_text_encoder:
+        encoders = load_encoders(base, text_dtype=dtype, revision=revision, variant=variant)
+        trainable.text_encoders = encoders.text_encoders
+    lora_settings = LoraSettings(
         rank=options.rank,
         alpha=options.lora_alpha or options.rank,
         targets=options.lora_targets,
@@ -98,19 +119,18 @@ def load_trainable(options: TrainOptions, accelerator, zero_empty: bool) -> Trai
         use_rslora=options.use_rslora,
         init=options.init_lora_weights,
     )
-    if options.train_text_encoder:
-        trainable.text_encoders = load_encoders(base, text_dtype=dtype, **where).text_encoders
     if not lora:
         trainable_to_float32(unet.requires_grad_(True))
     elif options.lora is not None:
         trainable.record |= start_from(unet, options.lora, trainable.text_encoders, dropout=options.lora_dropout)
     else:
-        add_lora(unet, **how)
-    add_text_lora(trainable.text_encoders, **how)  # but to those that the file has given one
+        add_lora(unet, **lora_settings)
+    add_text_lora(trainable.text_encoders, **lora_settings)  # but to those that the file has given one
     if options.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     for module in trainable.modules:
         if options.gradient_checkpointing:
-            (getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable)()
+            names = ("enable_gradient_checkpointing", "gradient_checkpointing_enable")  # diffusers' and transformers'
+            next(getattr(module, name) for name in names if hasattr(module, name))()
         module.train()
     return trainable

@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Protocol, cast
 
 import torch
 
@@ -91,18 +92,18 @@ def parse_extra(pairs: list[str]) -> dict:
     Raises:
         OptionError: a pair of another form, or a name given twice.
     """
-    found = {}
+    arguments = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise OptionError(f"--optimizer_args: {pair!r} is not of the form name=value")
-        if name in found:
+        if name in arguments:
             raise OptionError(f"--optimizer_args: {name} is given twice")
         try:
-            found[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
+            arguments[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
         except (ValueError, SyntaxError):
-            found[name] = value
-    return found
+            arguments[name] = value
+    return arguments
 
 
 def make_optimizer(
@@ -151,7 +152,7 @@ def make_optimizer(
             raise
         raise OptionError(f"--optimizer_args: {_shown(extra)}: {name} refuses it: {' '.join(str(error).split())}") from None
     if name == "adamw_schedulefree":
-        optimizer.train()
+        cast(ScheduleFree, optimizer).train()
     return optimizer
 
 
@@ -169,6 +170,14 @@ def _shown(extra: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in extra.items())
 
 
+class ScheduleFree(Protocol):
+    """What an optimizer that averages the weights itself has beside ``step``."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 @contextmanager
 def evaluated(optimizer: torch.optim.Optimizer):
     """Within it, the weights are those to evaluate, export and store, not those that gradients are taken at.
@@ -180,11 +189,12 @@ def evaluated(optimizer: torch.optim.Optimizer):
     if not any(group.get("train_mode") for group in inner.param_groups):
         yield
         return
-    inner.eval()
+    schedule_free = cast(ScheduleFree, inner)
+    schedule_free.eval()
     try:
         yield
     finally:
-        inner.train()
+        schedule_free.train()
 
 
 class FusedBackward(torch.optim.Optimizer):
@@ -232,6 +242,7 @@ class FusedBackward(torch.optim.Optimizer):
                 self.single[p] = (one, group)
 
     def _arrived(self, p: torch.nn.Parameter) -> None:
+        assert p.grad is not None  # the hook is called once it has arrived
         if self.check_finite and not bool(torch.isfinite(p.grad).all()):
             raise FloatingPointError(
                 f"the gradient of {self.names.get(p, f'a weight of shape {tuple(p.shape)}')} is not finite; "

@@ -75,8 +75,8 @@ class PosteriorBuffer:
             raise StoreError("restore needs noisy latents: the store holds clean ones (t_n none)")
         if len(store.groups) > 1:
             raise StoreError("restore needs images of one size: the store was made with --aspect_ratio_buckets")
-        self.mine = list(range(rank, len(store), processes))
-        if not self.mine:
+        self.own = list(range(rank, len(store), processes))
+        if not self.own:
             raise StoreError(f"restore needs an image for each process: {len(store)} images, {processes} processes")
         self.store, self.options, self.seed, self.rank, self.teacher = store, options, seed, rank, teacher
         self.purpose = f"restore {rank} of {processes}"
@@ -86,12 +86,12 @@ class PosteriorBuffer:
     def batches(self, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
         """This process's batches of images, from micro-step ``start`` to before ``stop``; the same at every resume."""
         stream = Stream(
-            len(self.mine),
+            len(self.own),
             self.options.batch_size,
             self.seed,
             start=start,
             stop=stop,
-            groups=[self.mine],
+            groups=[self.own],
             purpose=self.purpose,
         )
         return iter(loader(self.store, stream, workers))
@@ -149,7 +149,7 @@ class PosteriorBuffer:
 
     def load(self, folder: Path) -> None:
         """Read the samples of this process's images from a checkpoint, whichever process wrote them."""
-        names = {self.store.images[i]["content"] for i in self.mine}
+        names = {self.store.images[i]["content"] for i in self.own}
         for path in sorted((folder / FOLDER).glob("*.safetensors")):
             self.samples.update((name, x) for name, x in load_file(str(path)).items() if name in names)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
+from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.models.load import in_precision, load_part, load_unet, load_vae
 from sdxl_ambient.models.lora import changes_base
 from sdxl_ambient.models.vae import decode_latents
@@ -18,6 +20,7 @@ from sdxl_ambient.pipeline import sample
 from sdxl_ambient.provenance import atomic
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.training.distributed import is_sharded
+from sdxl_ambient.training.model import TrainableModel
 
 
 class ValidationSampler:
@@ -29,7 +32,7 @@ class ValidationSampler:
     draw all together, and one writes.
     """
 
-    def __init__(self, options, accelerator, trainable):
+    def __init__(self, options: TrainOptions, accelerator: Accelerator, trainable: TrainableModel):
         self.options, self.accelerator, self.trainable = options, accelerator, trainable
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         self.dtype = half.get(accelerator.mixed_precision, trainable.unet.dtype)  # of what is not trained
@@ -38,13 +41,13 @@ class ValidationSampler:
     def pipeline(self):
         """A stock pipeline around the module that is trained, in evaluation mode."""
         options, trainable = self.options, self.trainable
-        where = dict(revision=options.revision, variant=options.variant)
-        parts = dict(zip(("unet", "text_encoder", "text_encoder_2"), trainable.modules, strict=False))
+        names = ("unet", "text_encoder", "text_encoder_2")
+        parts: dict[str, torch.nn.Module] = dict(zip(names, trainable.modules, strict=False))
         if options.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = load_vae(options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path)
         pipe = load_part(
             StableDiffusionXLPipeline, options.pretrained_model_name_or_path, "pipeline", use_safetensors=True,
-            add_watermarker=False, **in_precision(self.dtype), **where, **parts,
+            add_watermarker=False, revision=options.revision, variant=options.variant, **in_precision(self.dtype), **parts,
         )  # fmt: skip
         # SDXL's own VAE overflows in float16.
         pipe.vae.to(torch.float32 if self.dtype == torch.float16 else self.dtype)
@@ -80,8 +83,8 @@ class ValidationSampler:
         jobs = [(i, k) for i in range(len(prompts)) for k in range(count)]
         accelerator = self.accelerator
         together = is_sharded(accelerator)
-        mine = jobs if together else jobs[accelerator.process_index :: accelerator.num_processes]
-        for (i, k), image in self._drawn(mine, prompts, count, sampler, purpose, at_once):
+        own = jobs if together else jobs[accelerator.process_index :: accelerator.num_processes]
+        for (i, k), image in self._drawn(own, prompts, count, sampler, purpose, at_once):
             if accelerator.is_main_process or not together:
                 with atomic(files[i][k]) as temporary:
                     image.save(temporary)
@@ -110,6 +113,7 @@ class ValidationSampler:
                         num_inference_steps=self.options.validation_inference_steps,
                         output_type="latent",
                     )
+                assert isinstance(latents, torch.Tensor)
                 # Out of autocast, which would take a float32 VAE to float16.
                 pixels = decode_latents(pipe.vae, latents)
                 yield from zip(some, pipe.image_processor.postprocess(pixels, output_type="pil"), strict=True)
@@ -118,8 +122,9 @@ class ValidationSampler:
         """The base model's UNet, where switching an adapter off is not enough to have it."""
         if sampler != "hybrid" or not (self.options.finetune == "full" or changes_base(self.trainable.unet)):
             return None
-        where = dict(revision=self.options.revision, variant=self.options.variant)
-        unet = load_unet(self.options.pretrained_model_name_or_path, dtype=self.dtype, **where)
+        options = self.options
+        base, revision, variant = options.pretrained_model_name_or_path, options.revision, options.variant
+        unet = load_unet(base, dtype=self.dtype, revision=revision, variant=variant)
         return unet.to(self.accelerator.device).eval()
 
 
@@ -131,7 +136,7 @@ def track_images(accelerator, drawn: dict[str, list[Path]], step: int) -> None:
             for name, images in opened.items():
                 tracker.writer.add_images(name, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
         elif tracker.name == "wandb":
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] - optional: it is there where a tracker of that name is
 
             tracker.log({n: [wandb.Image(i, caption=n) for i in images] for n, images in opened.items()}, step=step)
         elif hasattr(tracker, "log_images"):

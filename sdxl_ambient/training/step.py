@@ -176,7 +176,7 @@ class TrainingStep:
         self.bar.update()
         rate = self.run.lr_scheduler.get_last_lr()[0]
         shown = {name: f"{value:.4f}" for name, value in scalars.items()}
-        self.bar.set_postfix(shown, lr=f"{rate:.2e}", **self.meter.postfix())
+        self.bar.set_postfix({**shown, "lr": f"{rate:.2e}", **self.meter.postfix()})
         self.run.accelerator.log({**scalars, "lr": rate, **self.meter.scalars()}, step=self.step)
 
     def _validate_and_save(self, last: bool, told_to_stop: bool) -> str | None:

@@ -7,19 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import EulerDiscreteScheduler
 
+from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import load_part
+from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import euler_like, timestep_grid
 from sdxl_ambient.provenance import write_json
 from sdxl_ambient.store.batches import Batch
 from sdxl_ambient.store.checks import common_t_n, levels_of
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.heldout_loss import BandSettings, EarlyStopping, Losses, band_edges, band_losses, compare, scalars
+from sdxl_ambient.training.model import TrainableModel
 from sdxl_ambient.training.samples import ValidationSampler, track_images
 
 HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
@@ -36,7 +40,14 @@ class Validation:
     """
 
     def __init__(
-        self, options, accelerator, trainable, schedule, store: LatentStore, heldout: LatentStore | None, quick=None
+        self,
+        options: TrainOptions,
+        accelerator: Accelerator,
+        trainable: TrainableModel,
+        schedule: NoiseSchedule,
+        store: LatentStore,
+        heldout: LatentStore | None,
+        quick: Callable[[Path], dict] | None = None,
     ):
         self.options, self.accelerator, self.schedule, self.quick = options, accelerator, schedule, quick
         self.output, self.heldout = Path(options.output_dir), heldout
@@ -44,8 +55,8 @@ class Validation:
         # Handing over, or stopping, at the lowest level of the store leaves no level that training never saw. A store that
         # was given has levels of its own, whatever --t_n says.
         lowest = levels_of(store)[0]
-        self.painter = ValidationSampler(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainable)
-        self.samplers = list(dict.fromkeys(self.painter.sampler(s) for s in options.validation_sampler))
+        self.drawing = ValidationSampler(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainable)
+        self.samplers = list(dict.fromkeys(self.drawing.sampler(s) for s in options.validation_sampler))
         self._check_samplers()
         self.trainable = trainable
         self.stopping = EarlyStopping(options.early_stopping, options.max_denoising_gap)
@@ -53,17 +64,17 @@ class Validation:
         self.start: Losses | None = None  # of the weights that training starts from
 
     def _check_samplers(self) -> None:
-        options, level = self.options, self.painter.options.t_n
-        asked = [("validation_sampler", s) for s in self.samplers if options.prompts]
-        asked += [("memorization_every", self.painter.sampler("auto"))] if options.memorization_every else []
-        asked = [(flag, name) for flag, name in asked if name != "full"]
-        if not asked:
+        options, level = self.options, self.drawing.options.t_n
+        samplers = [("validation_sampler", s) for s in self.samplers if options.prompts]
+        samplers += [("memorization_every", self.drawing.sampler("auto"))] if options.memorization_every else []
+        partial = [(flag, name) for flag, name in samplers if name != "full"]
+        if not partial:
             return
-        flag, name = asked[0]
+        flag, name = partial[0]
         if level is None:
             raise OptionError(f"--{flag}: {name!r} needs a noise level; allowed for clean latents is full")
-        where = dict(subfolder="scheduler", revision=options.revision)
-        scheduler = load_part(EulerDiscreteScheduler, options.pretrained_model_name_or_path, "scheduler", **where)
+        base, revision = options.pretrained_model_name_or_path, options.revision
+        scheduler = load_part(EulerDiscreteScheduler, base, "scheduler", subfolder="scheduler", revision=revision)
         steps = options.validation_inference_steps
         first = timestep_grid(euler_like(scheduler), steps)[0]
         if level >= first:
@@ -77,15 +88,15 @@ class Validation:
     @property
     def best(self) -> list | None:
         """Step and held-out loss of the weights in ``best``."""
-        return self.stopping.best and [self.stopping.best["step"], self.stopping.best["heldout"]]
+        best = self.stopping.best
+        return None if best is None else [best["step"], best["heldout"]]
 
     def state_dict(self) -> dict:
         """For a checkpoint's record."""
-        start = self.start and {
-            "heldout": self.start.heldout.tolist(),
-            "train": self.start.train.tolist(),
-            "store": self.heldout.hash,
-        }
+        start = None
+        if self.start is not None and self.heldout is not None:
+            losses = {"heldout": self.start.heldout.tolist(), "train": self.start.train.tolist()}
+            start = {**losses, "store": self.heldout.hash}
         return {"heldout": self.stopping.records, "memorization": self.memorization, "start": start}
 
     def load_state_dict(self, progress: dict) -> None:
@@ -93,13 +104,15 @@ class Validation:
         self.stopping.records = [r for r in progress.get("heldout", []) if isinstance(r, dict)]
         self.memorization = progress.get("memorization", [])
         if (start := progress.get("start")) and self.heldout is not None:
-            self.start = Losses(*(torch.tensor(start[s], dtype=torch.float64) for s in ("heldout", "train")))
-            self._check_start(start.get("store", self.heldout.hash), progress.get("step"))
+            losses = Losses(*(torch.tensor(start[s], dtype=torch.float64) for s in ("heldout", "train")))
+            same = start.get("store", self.heldout.hash) == self.heldout.hash
+            self._take_start(losses, same, progress.get("step"))
 
-    def _check_start(self, store: str, step: int | None) -> None:
+    def _take_start(self, start: Losses, same: bool, step: int | None) -> None:
         """Losses of other pictures or bands can't be compared with those to come, which then begin anew."""
+        self.start = start
         shapes = [(len(pictures), self.options.heldout_bands) for _, pictures in self._pictures()]
-        if store != self.heldout.hash or [tuple(x.shape) for x in (self.start.heldout, self.start.train)] != shapes:
+        if not same or [tuple(x.shape) for x in (start.heldout, start.train)] != shapes:
             self.start, self.stopping.records = None, []
             self.accelerator.print(
                 f"note: --heldout_bands, --heldout_samples or the held-out images are others than before step {step}: the "
@@ -136,6 +149,7 @@ class Validation:
 
     def _pictures(self) -> list[tuple[LatentStore, list[int]]]:
         """The held-out and the training pictures that losses are taken of: as many of each, where there are."""
+        assert self.heldout is not None
         most = min(self.options.heldout_samples, len(self.heldout))
         return [(store, spread(range(len(store)), most)) for store in (self.heldout, self.store)]
 
@@ -152,6 +166,7 @@ class Validation:
         ))  # fmt: skip
 
     def _losses(self, unet, step: int, export) -> str | None:
+        assert self.start is not None, "begin() has measured it"
         record = compare(step, self._measure(unet), self.start, self._edges())
         lowest = self.stopping.add(record)
         self.accelerator.log(scalars(record), step=step)
@@ -167,6 +182,7 @@ class Validation:
         return self.stopping.reason
 
     def _edges(self) -> list[tuple[int, int]] | None:
+        assert self.heldout is not None
         level = common_t_n(self.heldout)
         if level == "mixed" or level != common_t_n(self.store):
             return None
@@ -176,7 +192,7 @@ class Validation:
         options, drawn = self.options, {}
         for name in self.samplers:
             folder = self.output / "validation" / f"step-{step:06d}" / name
-            files = self.painter.draw(folder, options.prompts, options.num_validation_images, name)
+            files = self.drawing.draw(folder, options.prompts, options.num_validation_images, name)
             drawn |= {f"{name}: {p}": f for p, f in zip(options.prompts, files, strict=True)}
         if self.accelerator.is_main_process:
             track_images(self.accelerator, drawn, step)
@@ -188,8 +204,9 @@ class Validation:
         captions = [r.captions[0] if r.captions else options.instance_prompt or "" for r in records]
         prompts = _spread(captions, options.memorization_images)
         folder = self.output / "memorization" / f"step-{step:06d}"
-        self.painter.draw(folder, prompts, 1, self.painter.sampler("auto"), purpose="memorization")
+        self.drawing.draw(folder, prompts, 1, self.drawing.sampler("auto"), purpose="memorization")
         if self.accelerator.is_main_process:
+            assert self.quick is not None, "the main process has one"
             figures = {"step": step, **self.quick(folder)}
             self.memorization.append(figures)
             write_json(self.output / MEMORIZATION_FILE, {"looks": self.memorization})
