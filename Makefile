@@ -22,12 +22,15 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m eval.memorization --config_file configs/mini_eval.yaml --output_dir $(DEMO)/report
 	@echo "Report: $(DEMO)/report/index.html (figures: $(DEMO)/report/report.json)"
 
+# Style, direction of imports, types.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
 
 # Two processes; the tests of a file stay in one, which trains what they share once.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
