@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from eval.choices import EMBEDDERS
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.provenance import hash_json, hash_tensors
 
@@ -236,7 +237,6 @@ _BUILDERS = {
     "pooled_pixels": _pooled_pixels,
     "fingerprint": _fingerprint,
 }
-EMBEDDERS = ("pixel", "dinov2", "dinov2_paper", "clip", "sscd")
 
 
 def check_embedder(name: str, weights: str | None) -> None:

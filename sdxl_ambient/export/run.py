@@ -1,24 +1,13 @@
-"""Convert what was trained to what other programs read, and LoRAs from elsewhere to ours.
-
-    python -m sdxl_ambient.export --lora RUN --format kohya --output style.safetensors        (ComfyUI, A1111, Forge, kohya)
-    python -m sdxl_ambient.export --lora style.safetensors --format peft --output DIR         (diffusers, and training here)
-    python -m sdxl_ambient.export --unet RUN --pretrained_model_name_or_path BASE --format pipeline --output DIR
-    python -m sdxl_ambient.export --unet RUN --pretrained_model_name_or_path BASE --format single_file --output FILE
-
-Only safetensors are read and written. An output that exists is not overwritten, and one that is cut short leaves nothing.
-See docs/INTERCHANGE.md.
-"""
+"""LoRAs and full fine-tunes written as other programs read them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,66 +15,21 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdxl_ambient.config.parser import option, parse_options
-from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, OptionError, one_line
+from sdxl_ambient.errors import InterchangeError, ModelError, one_line
+from sdxl_ambient.export.options import ExportOptions
 from sdxl_ambient.formats.adapter import GENERATIVE_MODELS, Adapter, peft_file
 from sdxl_ambient.formats.kohya import in_dtype, to_kohya
-from sdxl_ambient.formats.names import LAYOUTS, unet_shapes
+from sdxl_ambient.formats.names import unet_shapes
 from sdxl_ambient.formats.original import original_model
 from sdxl_ambient.formats.read import read_adapter
 from sdxl_ambient.formats.record import ARCHITECTURE, INFO_FILE, LORA_FILE, model_metadata, public_info, read_training_info
 from sdxl_ambient.models.load import LOADING_ERRORS, check_sdxl, load_unet_file, unet_file
 from sdxl_ambient.provenance import atomic, read_json, write_json
 
-FORMATS = {"kohya": "lora", "peft": "lora", "pipeline": "unet", "single_file": "unet"}
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WEIGHTS = (UNET_WEIGHTS, "model.safetensors")
 _DESCRIPTIONS = (".json", ".txt", ".model")  # configurations and tokenizers; weights are taken by their own names
 _NO_HASH = "0" * 64
-
-
-@dataclass
-class ExportOptions:
-    """``python -m sdxl_ambient.export``."""
-
-    lora: str | None = option(None, "LoRA to convert, in our, diffusers' or kohya's format: a file, or a folder with one")
-    unet: str | None = option(None, "fully fine-tuned UNet to convert: a training run, a unet folder, or a file")
-    format: str | None = option(
-        None, "what to make: a LoRA kohya or peft; of a UNet pipeline or single_file", choices=(*FORMATS,)
-    )
-    output: str | None = option(None, "the file, or for peft and pipeline the folder, to write")
-    layout: str = option("sgm", "names of the UNet's blocks in kohya's format", choices=LAYOUTS)
-    dtype: str | None = option(None, "precision to store; by default as it is", choices=("float32", "float16", "bfloat16"))
-    pretrained_model_name_or_path: str | None = option(
-        None, "base model: for --unet, whose other parts it gives; for a LoRA only where it isn't of SDXL's own size"
-    )
-    revision: str | None = option(None, "branch, tag or commit of the base model on the Hub")
-    title: str | None = option(None, "what programs show as the model's name")
-
-    def validate(self) -> None:
-        if (self.lora is None) == (self.unet is None):
-            raise OptionError("give --lora or --unet, one of them")
-        for name in ("format", "output"):
-            if getattr(self, name) is None:
-                raise OptionError(f"--{name}: a value is required")
-        kind = "lora" if self.lora is not None else "unet"
-        if FORMATS[self.format] != kind:
-            allowed = ", ".join(f for f, k in FORMATS.items() if k == kind)
-            raise OptionError(f"--format: {self.format!r} can't be made of a {kind}; {allowed} can")
-        if not Path(getattr(self, kind)).exists():
-            raise OptionError(f"--{kind}: {getattr(self, kind)!r} does not exist")
-        if kind == "unet" and not self.pretrained_model_name_or_path:
-            raise OptionError("--pretrained_model_name_or_path: a value is required, the base whose other parts are used")
-        if self.format == "pipeline" and self.dtype:
-            raise OptionError("--dtype: a pipeline's parts stay as they are; a precision is chosen when it is loaded")
-        self._validate_output()
-
-    def _validate_output(self) -> None:
-        output = Path(self.output)
-        if self.format in ("kohya", "single_file") and output.suffix != ".safetensors":
-            raise OptionError(f"--output: {self.output!r} must end in .safetensors")
-        if output.exists() or output.is_symlink():
-            raise OptionError(f"--output: {self.output!r} exists already; nothing is overwritten")
 
 
 # -- files ----------------------------------------------------------------------
@@ -326,17 +270,3 @@ def write_single_file(options: ExportOptions, base: Path, unet: dict, config: di
     metadata = model_metadata(info, ARCHITECTURE, GENERATIVE_MODELS, title)
     write_tensors(output, state, {"format": "pt", **metadata})
     return f"{output}: an SDXL model in the original layout, {len(state)} tensors, {output.stat().st_size:,} bytes"
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = parse_options(ExportOptions, argv, prog="sdxl_ambient.export", description=__doc__)
-    try:
-        print((export_lora if options.lora is not None else export_unet)(options))
-    except (InterchangeError, ModelError, CheckpointError, SafetensorError, OSError, ValueError, LookupError) as error:
-        print(f"sdxl_ambient.export: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

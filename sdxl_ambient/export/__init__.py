@@ -1,0 +1,1 @@
+"""LoRAs and UNets converted to what other programs read (``python -m sdxl_ambient.export``)."""

@@ -1,0 +1,53 @@
+"""Options of ``python -m sdxl_ambient.export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_ambient.config.parser import option, redeclare
+from sdxl_ambient.config.shared import DTYPES, LoraOrUnetOptions, ModelOptions
+from sdxl_ambient.errors import OptionError
+
+FORMATS = {"kohya": "lora", "peft": "lora", "pipeline": "unet", "single_file": "unet"}
+LAYOUTS = ("sgm", "diffusers")  # of :mod:`sdxl_ambient.formats.names`, which imports diffusers
+
+
+@dataclass
+class ExportOptions(LoraOrUnetOptions):
+    """Conversion"""
+
+    format: str = option(None, "what to make: a LoRA kohya or peft; of a UNet pipeline or single_file", choices=(*FORMATS,))
+    output: str = option(None, "the file, or for peft and pipeline the folder, to write")
+    layout: str = option("sgm", "names of the UNet's blocks in kohya's format", choices=LAYOUTS)
+    dtype: str | None = option(None, "precision to store; by default as it is", choices=DTYPES)
+    pretrained_model_name_or_path: str | None = option(
+        None, "base model: for --unet, whose other parts it gives; for a LoRA only where it isn't of SDXL's own size"
+    )
+    revision: str | None = redeclare(ModelOptions, "revision")
+    title: str | None = option(None, "what programs show as the model's name")
+
+    def validate(self) -> None:
+        if (self.lora is None) == (self.unet is None):
+            raise OptionError("give --lora or --unet, one of them")
+        for name in ("format", "output"):
+            if getattr(self, name) is None:
+                raise OptionError(f"--{name}: a value is required")
+        kind = "lora" if self.lora is not None else "unet"
+        if FORMATS[self.format] != kind:
+            allowed = ", ".join(f for f, k in FORMATS.items() if k == kind)
+            raise OptionError(f"--format: {self.format!r} can't be made of a {kind}; {allowed} can")
+        if not Path(getattr(self, kind)).exists():
+            raise OptionError(f"--{kind}: {getattr(self, kind)!r} does not exist")
+        if kind == "unet" and not self.pretrained_model_name_or_path:
+            raise OptionError("--pretrained_model_name_or_path: a value is required, the base whose other parts are used")
+        if self.format == "pipeline" and self.dtype:
+            raise OptionError("--dtype: a pipeline's parts stay as they are; a precision is chosen when it is loaded")
+        self._validate_output()
+
+    def _validate_output(self) -> None:
+        output = Path(self.output)
+        if self.format in ("kohya", "single_file") and output.suffix != ".safetensors":
+            raise OptionError(f"--output: {self.output!r} must end in .safetensors")
+        if output.exists() or output.is_symlink():
+            raise OptionError(f"--output: {self.output!r} exists already; nothing is overwritten")
