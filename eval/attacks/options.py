@@ -12,7 +12,7 @@ from sdxl_ambient.errors import OptionError
 
 @dataclass
 class AttackOptions(GenerationOptions):
-    """Attacks: what every model is asked"""
+    """Attacks"""
 
     attacks: list[str] = option(list(ATTACKS), "how the weights are asked", choices=ATTACKS)
     attack_t: list[int] = option([500, 700, 900], "timesteps that images are noised to", minimum=1, maximum=999)

@@ -219,14 +219,13 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Type) 
 def _help_of(field: dataclasses.Field) -> str:
     """Help text, choices and default. Where the text itself says what none stands for, it is not said again."""
     text, default = field.metadata["help"], default_of(field)
+    explained = default in (None, []) and any(word in text for word in ("default", "without"))
     if field.metadata["choices"]:
         text += f" (one of: {', '.join(map(str, field.metadata['choices']))})"
-    if default in (None, []) and any(word in text for word in ("default", "without")):
-        return text
-    return f"{text} [default: {shown_default(default)}]"
+    return text if explained else f"{text} [default: {_shown_default(default)}]"
 
 
-def shown_default(default) -> str:
+def _shown_default(default) -> str:
     """A default as a flag's value: none, true, false, the values of a list side by side."""
     if default in (None, []):
         return "none"
