@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sdxl_ambient.errors import OptionError
+from sdxl_ambient.errors import OptionError, one_line
 
 # What other options say, so that it can't be said twice.
 _OTHER_OPTIONS = {
@@ -149,7 +149,7 @@ def make_optimizer(
     except (TypeError, ValueError, RuntimeError) as error:
         if not extra:
             raise
-        raise OptionError(f"--optimizer_args: {_shown(extra)}: {name} refuses it: {' '.join(str(error).split())}") from None
+        raise OptionError(f"--optimizer_args: {_shown(extra)}: {name} refuses it: {one_line(error, most=None)}") from None
     if name == "adamw_schedulefree":
         optimizer.train()
     return optimizer

@@ -9,7 +9,7 @@ from support.pictures import REPOSITORY
 from eval.options import MemorizationOptions
 from sdxl_ambient.config.data import LatentsOptions
 from sdxl_ambient.config.training import TrainOptions
-from sdxl_ambient.export.options import ExportOptions
+from sdxl_ambient.export import ExportOptions
 
 PAGE = (REPOSITORY / "docs/MIGRATING.md").read_text(encoding="utf-8")
 OURS = {f.name for cls in (TrainOptions, LatentsOptions, MemorizationOptions) for f in dataclasses.fields(cls)} | {

@@ -6,7 +6,7 @@ from eval.generate import GenerateOptions
 from eval.options import MemorizationOptions
 from sdxl_ambient.annotate.options import AnnotateOptions
 from sdxl_ambient.config import LatentsOptions, TrainOptions
-from sdxl_ambient.export.options import ExportOptions
+from sdxl_ambient.export import ExportOptions
 from sdxl_ambient.hub.options import PushOptions
 from sdxl_ambient.loop.options import LoopOptions
 from sdxl_ambient.preview.options import PreviewOptions

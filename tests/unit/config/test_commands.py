@@ -20,7 +20,7 @@ from sdxl_ambient import devices
 from sdxl_ambient.config import DTYPES, parse_options
 from sdxl_ambient.config.parser import default_of, groups
 from sdxl_ambient.errors import StageError
-from sdxl_ambient.export.options import LAYOUTS
+from sdxl_ambient.export import LAYOUTS
 from sdxl_ambient.formats import names
 
 # Options that differ on purpose.

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient.errors import InterchangeError
-from sdxl_ambient.export import run as export
-from sdxl_ambient.export.__main__ import main
+from sdxl_ambient.export import main
+from sdxl_ambient.formats import export
 from sdxl_ambient.formats.adapter import peft_file
 from sdxl_ambient.formats.attach import attach, start_from
 from sdxl_ambient.formats.kohya import to_kohya

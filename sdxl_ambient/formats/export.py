@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient.errors import InterchangeError, ModelError, one_line
-from sdxl_ambient.export.options import ExportOptions
 from sdxl_ambient.formats.adapter import GENERATIVE_MODELS, Adapter, peft_file
 from sdxl_ambient.formats.kohya import in_dtype, to_kohya
 from sdxl_ambient.formats.names import unet_shapes
@@ -114,7 +113,7 @@ def unet_config(base: str, revision: str | None = None) -> dict:
     return dict(UNet2DConditionModel.load_config(base, subfolder="unet", revision=revision))
 
 
-def export_lora(options: ExportOptions) -> str:
+def export_lora(options) -> str:
     """Convert a LoRA. Returns the line that says what was written."""
     base, dtype = options.pretrained_model_name_or_path, options.dtype and getattr(torch, options.dtype)
     config = unet_config(base, options.revision) if base else None
@@ -199,7 +198,7 @@ def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Ten
     return state
 
 
-def export_unet(options: ExportOptions) -> str:
+def export_unet(options) -> str:
     """Convert a fully fine-tuned UNet. Returns the line that says what was written."""
     index = check_sdxl(options.pretrained_model_name_or_path, options.revision)
     base, path = base_folder(options.pretrained_model_name_or_path, options.revision), Path(options.unet)
@@ -224,7 +223,7 @@ def _base_facts(base: Path, config: dict) -> dict:
     }
 
 
-def write_pipeline(options: ExportOptions, base: Path, index: dict, unet: dict, info: dict) -> str:
+def write_pipeline(options, base: Path, index: dict, unet: dict, info: dict) -> str:
     """A diffusers pipeline: the base's parts, of which the weights are linked, with the UNet in its place."""
     output, parts = Path(options.output), [n for n, v in index.items() if isinstance(v, (list, tuple)) and v[0]]
     own = unet_folder(Path(options.unet))
@@ -254,7 +253,7 @@ def _copy_part(source: Path, target: Path, weights: bool) -> None:
             link(file, target / file.name)
 
 
-def write_single_file(options: ExportOptions, base: Path, unet: dict, config: dict, info: dict) -> str:
+def write_single_file(options, base: Path, unet: dict, config: dict, info: dict) -> str:
     """One SDXL file in the original release's layout: UNet, VAE and both text encoders."""
     output = Path(options.output)
     state = original_model(

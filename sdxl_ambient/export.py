@@ -1,13 +1,24 @@
-"""Options of ``python -m sdxl_ambient.export``."""
+"""Convert what was trained to what other programs read, and LoRAs from elsewhere to ours.
+
+    python -m sdxl_ambient.export --lora RUN --format kohya --output style.safetensors        (ComfyUI, A1111, Forge, kohya)
+    python -m sdxl_ambient.export --lora style.safetensors --format peft --output DIR         (diffusers, and training here)
+    python -m sdxl_ambient.export --unet RUN --pretrained_model_name_or_path BASE --format pipeline --output DIR
+    python -m sdxl_ambient.export --unet RUN --pretrained_model_name_or_path BASE --format single_file --output FILE
+
+Only safetensors are read and written. An output that exists is not overwritten, and one that is cut short leaves nothing.
+See docs/INTERCHANGE.md.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option, redeclare
+from safetensors import SafetensorError
+
+from sdxl_ambient.config.parser import option, parse_options, redeclare
 from sdxl_ambient.config.shared import DTYPES, LoraOrUnetOptions, ModelOptions
-from sdxl_ambient.errors import OptionError
+from sdxl_ambient.errors import OptionError, run_command
 
 FORMATS = {"kohya": "lora", "peft": "lora", "pipeline": "unet", "single_file": "unet"}
 LAYOUTS = ("sgm", "diffusers")  # of :mod:`sdxl_ambient.formats.names`, which imports diffusers
@@ -51,3 +62,21 @@ class ExportOptions(LoraOrUnetOptions):
             raise OptionError(f"--output: {self.output!r} must end in .safetensors")
         if output.exists() or output.is_symlink():
             raise OptionError(f"--output: {self.output!r} exists already; nothing is overwritten")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(ExportOptions, argv, prog="sdxl_ambient.export", description=__doc__)
+    # A file from elsewhere can be damaged in ways that no UserError foresees.
+    damaged = (SafetensorError, ValueError, LookupError)
+    return run_command("sdxl_ambient.export", lambda: _export(options), also=damaged)
+
+
+def _export(options: ExportOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.formats.export import export_lora, export_unet
+
+    print((export_lora if options.lora is not None else export_unet)(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
