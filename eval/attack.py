@@ -17,63 +17,58 @@ are shared over the processes.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval import processes
-from eval.attacks.membership import attack_figures
 from eval.attacks.options import AttackOptions
-from eval.attacks.run import attack
-from eval.checkpoints import check_tuned, model_errors, tuned
-from eval.embedders.registry import EMBEDDERS, check_embedder, load_embedder
-from eval.images import drop_duplicates, read_folder
-from sdxl_ambient.config.parser import option, parse_options
-from sdxl_ambient.devices import resolve_device
-from sdxl_ambient.errors import ImagesMissing, OptionError, StageError
-
-# -- command line ------------------------------------------------------------------
+from eval.shared_options import EmbedderOptions, ResultOptions, SetOptions
+from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.config.shared import LoraOrUnetOptions
+from sdxl_ambient.errors import OptionError, run_command
 
 
 @dataclass
-class AttackCommandOptions(AttackOptions):
-    lora: str | None = option(None, "LoRA: directory or .safetensors file", metavar="PATH")
-    unet: str | None = option(None, "fully fine-tuned UNet: directory or .safetensors file", metavar="PATH")
-    train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")
-    heldout_data_dir: str | None = option(None, "images of the same source that were not trained on", metavar="DIR")
-    caption_column: str = option("text", "key of the caption in metadata.jsonl")
-    embedder: str = option("pixel", "what similarity is measured in", choices=EMBEDDERS)
-    embedder_weights: str | None = option(None, "local path or Hub id of the embedder's weights", metavar="PATH_OR_ID")
-    output_dir: str | None = option(None, "folder to write to", metavar="DIR")
+class AttackCommandOptions(
+    ResultOptions, EmbedderOptions, SetOptions, LoraOrUnetOptions, AttackOptions
+):  # the help shows the last one first
+    """``python -m eval.attack``"""
 
     def validate(self) -> None:
+        from eval.checkpoints import check_tuned  # here for start-up time
+
         for name in ("pretrained_model_name_or_path", "train_data_dir", "heldout_data_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise OptionError(f"--{name}: required")
         self.check_generation()
         check_tuned(self)
-        try:
-            check_embedder(self.embedder, self.embedder_weights)
-        except StageError as error:
-            raise OptionError(str(error)) from None
+        self.check_embedder()
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(AttackCommandOptions, argv, prog="eval.attack", description=__doc__)
-    try:
-        main_process = processes.is_main()  # before anything is put on a GPU: it gives each process its own
-        train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
-        heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
-        checkpoint = tuned(options)
-        embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
-        answers = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
-    except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
-        print(f"eval.attack: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command("eval.attack", lambda: _attack(options))
+
+
+def _attack(options: AttackCommandOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from eval import processes
+    from eval.attacks.membership import attack_figures
+    from eval.attacks.run import attack
+    from eval.checkpoints import tuned
+    from eval.embedders.registry import load_embedder
+    from eval.images import drop_duplicates, read_folder
+    from sdxl_ambient.devices import resolve_device
+
+    assert options.heldout_data_dir is not None, "validate() asks for it"
+    main_process = processes.is_main()  # before anything is put on a GPU: it gives each process its own
+    train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
+    heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
+    checkpoint = tuned(options)
+    embedder = load_embedder(options.embedder, options.embedder_weights, str(resolve_device(options.device)))
+    answers = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
     if main_process:
         _print(attack_figures(answers["train"], answers["heldout"]))
         print(Path(options.output_dir) / "attack.json")
-    return 0
 
 
 def _print(figures: dict[str, dict]) -> None:
@@ -83,4 +78,4 @@ def _print(figures: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

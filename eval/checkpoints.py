@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +213,3 @@ def hash_weights(path: Path, kind: str) -> str:
     """SHA-256 over the names and contents of :func:`weight_files`."""
     root = path.parent if path.is_file() else path
     return hash_json({p.relative_to(root).as_posix(): hash_file(p) for p in weight_files(path, kind)})
-
-
-def model_errors() -> tuple[type[Exception], ...]:
-    """Errors of a model that can't be used. They exist once diffusers is loaded, which given images don't need."""
-    names = [("sdxl_ambient.models.load", "ModelError"), ("sdxl_ambient.training.checkpoint", "CheckpointError")]
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)

@@ -9,7 +9,7 @@ from eval import metrics
 from eval.embedders.registry import LOADING_ERRORS, Embedder, load_embedder
 from eval.embedding import embed
 from eval.images import ImageSet
-from sdxl_ambient.errors import StageError
+from sdxl_ambient.errors import StageError, one_line
 
 
 class ClipScore:
@@ -28,7 +28,7 @@ class ClipScore:
             self.tokenizer = CLIPTokenizer.from_pretrained(weights)
             self.network, report = CLIPTextModelWithProjection.from_pretrained(weights, output_loading_info=True, **options)
         except LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise StageError(f"--clip_score_model: {weights!r} can't be loaded: {reason}") from None
         if report["missing_keys"]:
             raise StageError(f"--clip_score_model: {weights!r} lacks weights of CLIP's text model")

@@ -13,53 +13,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval.checkpoints import Checkpoint, check_model_path, hash_weights, resolve_base
+from eval.checkpoints import Checkpoint, hash_weights, resolve_base
 from eval.processes import is_main, share, wait
 from eval.samplers import Sampler
-from sdxl_ambient.config.parser import option
-from sdxl_ambient.devices import check_device, resolve_device
-from sdxl_ambient.errors import OptionError, StageError
+from eval.shared_options import GenerationOptions
+from sdxl_ambient.devices import DTYPES, resolve_device
+from sdxl_ambient.errors import StageError
 from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MANIFEST = "manifest.json"
-
-
-@dataclass
-class GenerationOptions:
-    """What the images of every model and sampler have in common."""
-
-    pretrained_model_name_or_path: str | None = option(None, "base model: local directory or Hub id", metavar="BASE")
-    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE, which float16 needs", metavar="VAE")
-    revision: str | None = option(None, "revision of the base model on the Hub")
-    variant: str | None = option(None, "variant of the base model's files, such as fp16")
-    lora_scale: float = option(1.0, "strength of the LoRA", minimum=0.0)
-    prompts_file: str | None = option(None, "one prompt per line (.txt) or a 'text' per line (.jsonl)", metavar="FILE")
-    num_images: int | None = option(None, "images per model and sampler; by default one per prompt", minimum=1)
-    images_per_prompt: int | None = option(None, "images for each prompt, instead of --num_images", minimum=1)
-    batch_size: int = option(8, "images drawn at once", minimum=1)
-    num_inference_steps: int = option(25, "sampling steps", minimum=1)
-    guidance_scale: float = option(5.0, "classifier-free guidance", minimum=0.0)
-    resolution: int | None = option(None, "side of the images; by default the model's own", minimum=8)
-    sampler_t_n: int | None = option(
-        None, "noise level for early_stop and hybrid; by default the one the checkpoint was trained at", minimum=0
-    )
-    seed: int = option(0, "every image's seed follows from this and its index", minimum=0)
-    num_seeds: int = option(1, "draw all images once for each of so many seeds, from --seed on", minimum=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
-    dtype: str = option("float32", "precision of the networks", choices=tuple(DTYPES))
-
-    def check_generation(self) -> None:
-        """Refuse what can't work, before anything is loaded. Raises OptionError."""
-        if self.num_images is not None and self.images_per_prompt is not None:
-            raise OptionError("--images_per_prompt: can not be combined with --num_images; give one of them")
-        if self.prompts_file is not None and not Path(self.prompts_file).is_file():
-            raise OptionError(f"--prompts_file: {self.prompts_file!r} is not a file")
-        if self.resolution is not None and self.resolution % 8:
-            raise OptionError(f"--resolution: {self.resolution} is not a multiple of 8")
-        check_model_path("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
-        check_device(self.device)
 
 
 @dataclass(frozen=True)

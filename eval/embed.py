@@ -7,29 +7,21 @@ python -m eval.embed --image_dir DIR [DIR …] --embedder dinov2 --output_dir CA
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.embedders.registry import EMBEDDERS, check_embedder, load_embedder
-from eval.embedding import embed
-from eval.images import read_folder
-from eval.processes import is_main
+from eval.shared_options import BatchOptions
 from sdxl_ambient.config.parser import option, parse_options
-from sdxl_ambient.devices import check_device, resolve_device
-from sdxl_ambient.errors import ImagesMissing, OptionError, StageError
-
-# -- command line ------------------------------------------------------------------
+from sdxl_ambient.config.shared import DeviceOptions
+from sdxl_ambient.errors import OptionError, run_command
 
 
 @dataclass
-class EmbedOptions:
+class EmbedOptions(DeviceOptions, BatchOptions):
+    """Images and cache"""
+
     image_dir: list[str] = option([], "folders of images", metavar="DIR")
-    embedder: str = option("pixel", "what similarity is measured in", choices=EMBEDDERS)
-    embedder_weights: str | None = option(None, "local path or Hub id of the embedder's weights", metavar="PATH_OR_ID")
-    embedding_batch_size: int = option(32, "images embedded at once", minimum=1)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
-    output_dir: str | None = option(None, "the cache, one folder per embedder", metavar="DIR")
+    output_dir: str = option(None, "the cache, one folder per embedder", metavar="DIR")
 
     def validate(self) -> None:
         if not self.image_dir or self.output_dir is None:
@@ -37,29 +29,32 @@ class EmbedOptions:
         for folder in self.image_dir:
             if not Path(folder).is_dir():
                 raise OptionError(f"--image_dir: {folder!r} is not a folder")
-        check_device(self.device)
-        try:
-            check_embedder(self.embedder, self.embedder_weights)
-        except StageError as error:
-            raise OptionError(str(error)) from None
+        self.validate_device()
+        self.check_embedder()
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(EmbedOptions, argv, prog="eval.embed", description=__doc__)
+    return run_command("eval.embed", lambda: _embed(options))
+
+
+def _embed(options: EmbedOptions) -> None:
+    # Here for start-up time: options are parsed before torch and transformers are imported.
+    from eval.embedders.registry import load_embedder
+    from eval.embedding import embed
+    from eval.images import read_folder
+    from eval.processes import is_main
+    from sdxl_ambient.devices import resolve_device
+
     is_main()  # gives each process its GPU, before anything is loaded
-    try:
-        embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
-        for folder in options.image_dir:
-            found = embed(read_folder(folder), embedder, options.output_dir, options.embedding_batch_size)
-            if is_main():
-                print(f"{folder}: {len(found)} images in {Path(options.output_dir) / embedder.key}")
-                for row in found.images.excluded:
-                    print(f"  left out: {row['file']}: {row['reason']}")
-    except (OptionError, StageError, ImagesMissing, OSError) as error:
-        print(f"eval.embed: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    embedder = load_embedder(options.embedder, options.embedder_weights, str(resolve_device(options.device)))
+    for folder in options.image_dir:
+        found = embed(read_folder(folder), embedder, options.output_dir, options.embedding_batch_size)
+        if is_main():
+            print(f"{folder}: {len(found)} images in {Path(options.output_dir) / embedder.key}")
+            for row in found.images.excluded:
+                print(f"  left out: {row['file']}: {row['reason']}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

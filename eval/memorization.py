@@ -13,32 +13,32 @@ images to calibrate (the report then has descriptive figures only).
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from eval.checkpoints import model_errors
-from eval.evaluation import evaluate
 from eval.options import BASE, MemorizationOptions
-from eval.processes import is_main
-from eval.reporting.page import write_html
-from eval.reporting.verdict import over_budget
 from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.errors import ImagesMissing, OptionError, StageError
+from sdxl_ambient.errors import run_command
 from sdxl_ambient.provenance import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(MemorizationOptions, argv, prog="eval.memorization", description=__doc__)
+    return run_command("eval.memorization", lambda: _evaluate(options))
+
+
+def _evaluate(options: MemorizationOptions) -> int:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from eval.evaluation import evaluate
+    from eval.processes import is_main
+    from eval.reporting.page import write_html
+    from eval.reporting.verdict import over_budget
+
     is_main()  # gives each process its GPU, before anything is loaded
-    try:
-        report = evaluate(options)
-        if report is None:
-            return 0
-        write_json(Path(options.output_dir) / "report.json", report)
-        page = write_html(report, options.output_dir)
-    except (OptionError, StageError, ImagesMissing, OSError, *model_errors()) as error:
-        print(f"eval.memorization: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    report = evaluate(options)
+    if report is None:
+        return 0
+    write_json(Path(options.output_dir) / "report.json", report)
+    page = write_html(report, options.output_dir)
     for name, model in report["models"].items():
         print(f"{name}: {model['verdict']['text']}")
     print(page)
@@ -52,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -7,15 +7,16 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval.attacks.options import AttackOptions
-from eval.checkpoints import Checkpoint, check_checkpoint, run_checkpoints
-from eval.embedders.registry import EMBEDDERS, check_embedder
-from eval.processes import is_main
-from eval.samplers import MODES as SAMPLERS
-from eval.samplers import SETS
+from eval.choices import SAMPLERS, WORST_CASES
+from eval.shared_options import BatchOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import option
-from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.errors import OptionError
+
+if TYPE_CHECKING:
+    from eval.checkpoints import Checkpoint
 
 BASE = "base"
 STAGES = ("generate", "embed", "attack", "measure")
@@ -24,7 +25,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass
-class MemorizationOptions(AttackOptions):
+class EvaluatedOptions:
+    """Models and samplers"""
+
     lora: list[str] = option([], "LoRAs to evaluate, diffusers' or kohya's format, each [NAME=]PATH", metavar="[NAME=]PATH")
     unet: list[str] = option(
         [], "fully fine-tuned UNets to evaluate, folders or single files, each [NAME=]PATH", metavar="[NAME=]PATH"
@@ -34,23 +37,23 @@ class MemorizationOptions(AttackOptions):
     )
     generated_dir: list[str] = option([], "folders of images made elsewhere, each [NAME=]DIR", metavar="[NAME=]DIR")
     samplers: list[str] = option(["full"], "how you sample each LoRA and UNet; the first is yours", choices=SAMPLERS)
-    worst_case: str = option("standard", "further samplers that the verdict is the worst of", choices=SETS)
+    worst_case: str = option("standard", "further samplers that the verdict is the worst of", choices=WORST_CASES)
     worst_case_images: int | None = option(
         None, "--num_images for those further samplers; by default as many as for yours", minimum=1
     )
     skip_attacks: bool = option(False, "leave out the attacks on the weights")
     skip_base: bool = option(False, "leave out the base model, which is a control")
-    train_data_dir: str | None = option(None, "the fine-tuning set", metavar="DIR")
-    heldout_data_dir: str | None = option(
-        None, "images of the same source that were not trained on; without, the base model is the control", metavar="DIR"
-    )
-    caption_column: str = option("text", "key of the caption in metadata.jsonl")
+
+
+@dataclass
+class MemorizationOptions(
+    ResultOptions, BatchOptions, SetOptions, EvaluatedOptions, AttackOptions
+):  # the help shows the last one first
+    """Measuring"""
+
     preset: str | None = option(
         None, "embedder and preprocessing: DINOv2 ViT-L, or what the paper measured with", choices=tuple(PRESETS)
     )
-    embedder: str = option("pixel", "what similarity is measured in", choices=EMBEDDERS)
-    embedder_weights: str | None = option(None, "local path or Hub id of the embedder's weights", metavar="PATH_OR_ID")
-    embedding_batch_size: int = option(32, "images embedded at once", minimum=1)
     clip_score_model: str | None = option(None, "CLIP model for the CLIP score: local path or Hub id", metavar="PATH_OR_ID")
     alpha: float = option(0.02, "share of unrelated images that may exceed the threshold", above=0.0, maximum=0.5)
     confidence: float = option(0.95, "of the intervals", minimum=0.5, maximum=0.9999)
@@ -61,9 +64,10 @@ class MemorizationOptions(AttackOptions):
         "drop", "held-out and training images that show the same picture as a training image", choices=("drop", "keep")
     )
     until: str = option("measure", "the last stage to run", choices=STAGES)
-    output_dir: str | None = option(None, "folder to write to", metavar="DIR")
 
     def validate(self) -> None:
+        from eval.checkpoints import check_checkpoint  # here for start-up time
+
         for name in ("train_data_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise OptionError(f"--{name}: required")
@@ -85,10 +89,12 @@ class MemorizationOptions(AttackOptions):
             given = "--lora, --unet, --checkpoints or --generated_dir"
             raise OptionError(f"--skip_base: leaves nothing to evaluate; give {given}")
         self._check_folders()
-        self._check_embedders()
+        self._check_models_of_images()
 
     def models(self) -> list[Checkpoint]:
         """The models to draw from, the base first. Raises OptionError for names that clash or can't be folder names."""
+        from eval.checkpoints import Checkpoint  # here for start-up time
+
         if self.pretrained_model_name_or_path is None:
             return []
         found = self._tuned()
@@ -97,6 +103,8 @@ class MemorizationOptions(AttackOptions):
 
     def _tuned(self) -> list[Checkpoint]:
         """The fine-tuned models, looked for once: what is left out of a run is warned of."""
+        from eval.checkpoints import Checkpoint, run_checkpoints  # here for start-up time
+
         asked = (*self.lora, *self.unet, *self.checkpoints)
         if getattr(self, "_looked_for", None) == asked:
             return self._found
@@ -104,7 +112,7 @@ class MemorizationOptions(AttackOptions):
         for kind in ("lora", "unet"):
             for value in getattr(self, kind):
                 name, path = _named(kind, value)
-                found.append(Checkpoint(name, **{kind: path}))
+                found.append(Checkpoint(name, lora=path) if kind == "lora" else Checkpoint(name, unet=path))
         for value in self.checkpoints:
             name, path = _named("checkpoints", value)
             if not path.is_dir():
@@ -119,7 +127,7 @@ class MemorizationOptions(AttackOptions):
         _check_unique([name for name, _ in pairs])
         return dict(pairs)
 
-    def _check_embedders(self) -> None:
+    def _check_models_of_images(self) -> None:
         if self.preset is not None:
             if self.embedder != "pixel":
                 raise OptionError(f"--preset: {self.preset!r} names an embedder, and so does --embedder; give one of them")
@@ -127,15 +135,11 @@ class MemorizationOptions(AttackOptions):
         clip = self.clip_score_model
         if clip is not None and clip.startswith(("/", ".", "~")) and not Path(clip).is_dir():
             raise OptionError(f"--clip_score_model: {clip!r} is not a folder; give one, or a model id of the Hub")
-        try:
-            check_embedder(self.embedder, self.embedder_weights)
-        except StageError as error:
-            raise OptionError(str(error)) from None
+        self.check_embedder()
 
     def _check_folders(self) -> None:
-        train, heldout, out = (
-            Path(p).resolve() if p else None for p in (self.train_data_dir, self.heldout_data_dir, self.output_dir)
-        )
+        train, out = Path(self.train_data_dir).resolve(), Path(self.output_dir).resolve()
+        heldout = Path(self.heldout_data_dir).resolve() if self.heldout_data_dir else None
         if train == heldout:
             raise OptionError(f"--heldout_data_dir: {self.heldout_data_dir!r} is the training set; nothing is held out")
         for name, folder in [("train_data_dir", train), ("heldout_data_dir", heldout)]:
@@ -148,6 +152,8 @@ class MemorizationOptions(AttackOptions):
 
 
 def _warn(message: str) -> None:
+    from eval.processes import is_main  # here for start-up time
+
     if is_main():
         print(f"eval.memorization: {message}", file=sys.stderr)
 

@@ -8,22 +8,32 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from eval.reporting.page import write_html
-from sdxl_ambient.provenance import read_json
+from sdxl_ambient.errors import StageError, run_command
+
+USAGE = (__doc__ or "").strip()
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__.strip(), file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
-        print(write_html(read_json(Path(arguments[0]) / "report.json"), arguments[0]))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"eval.report: error: {arguments[0]!r} has no usable report.json: {error}", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
-    return 0
+    return run_command("eval.report", lambda: _write(arguments[0]))
+
+
+def _write(folder: str) -> None:
+    # Here for start-up time: what was asked for is checked before matplotlib and jinja2 are imported.
+    from eval.reporting.page import write_html
+    from sdxl_ambient.provenance import read_json
+
+    try:
+        print(write_html(read_json(Path(folder) / "report.json"), folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise StageError(f"{folder!r} has no usable report.json: {error}") from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from eval.checkpoints import Checkpoint
 from sdxl_ambient.errors import OptionError
 
-MODES = ("full", "early_stop", "hybrid")
-SETS = ("standard", "none")
 SCALES, GUIDANCES, MEAN_OF = (0.5, 1.5), (1.0, 5.0), 4
 
 

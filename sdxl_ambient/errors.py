@@ -66,9 +66,14 @@ class TrainingError(UserError, RuntimeError):
     """Training that can't go on, since gradients aren't finite in step after step. Checkpoints stay."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message on one line of at most 300 characters, or its class's name where it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """An error's message on one line of at most ``most`` characters, or its class's name where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def print_error(prog: str, error: BaseException) -> None:
+    """The one line on stderr that a command ends with."""
+    print(f"{prog}: error: {one_line(error, most=None)}", file=sys.stderr)
 
 
 def run_command(
@@ -83,5 +88,5 @@ def run_command(
         return function() or 0
     except (UserError, OSError, *also) as error:
         if not quiet:
-            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print_error(prog, error)
         return 2

@@ -18,37 +18,50 @@ with the difference named, and a second draw of a picture is refused unless aske
 
 from __future__ import annotations
 
-import sys
+from typing import TYPE_CHECKING, Any
 
-from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.devices import processes
-from sdxl_ambient.errors import ImagesMissing, ModelError, NoiseKeyError, StoreError
-from sdxl_ambient.models.load import load_encoders, load_schedule
-from sdxl_ambient.store.build import build_store
+from sdxl_ambient.config import LatentsOptions, parse_options
+from sdxl_ambient.errors import run_command
+
+if TYPE_CHECKING:
+    from sdxl_ambient.store.build import build_store
+
+__all__ = ["build_store", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    """``build_store`` is imported when it is first asked for, so that the command line starts fast."""
+    if name != "build_store":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sdxl_ambient.store.build import build_store
+
+    return build_store
 
 
 def main(argv: list[str] | None = None) -> int:
-    from sdxl_ambient.config.data import LatentsOptions
-
     options = parse_options(LatentsOptions, argv, prog="sdxl_ambient.latents", description=__doc__)
-    state = processes()
-    try:
-        base = options.pretrained_model_name_or_path
-        where = dict(revision=options.revision)
-        encoders = load_encoders(base, vae=options.pretrained_vae_model_name_or_path, variant=options.variant, **where)
-        build_store(
-            options.train_data_dir,
-            options.output_dir,
-            encoders.to(state.device),
-            load_schedule(base, **where),
-            options.geometry(),
-            **options.of_a_store(),
-            state=state,
-        )
-    except (ImagesMissing, StoreError, NoiseKeyError, ModelError, OSError) as error:
-        print(f"sdxl_ambient.latents: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("sdxl_ambient.latents", lambda: _build(options))
+
+
+def _build(options: LatentsOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.devices import processes
+    from sdxl_ambient.models.load import load_encoders, load_schedule
+    from sdxl_ambient.store.build import build_store
+
+    state, base = processes(), options.pretrained_model_name_or_path
+    encoders = load_encoders(
+        base, vae=options.pretrained_vae_model_name_or_path, variant=options.variant, revision=options.revision
+    )
+    build_store(
+        options.train_data_dir,
+        options.output_dir,
+        encoders.to(state.device),
+        load_schedule(base, revision=options.revision),
+        options.geometry(),
+        **options.of_a_store(),
+        state=state,
+    )
 
 
 if __name__ == "__main__":

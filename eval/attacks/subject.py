@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageOps
 
+from eval.choices import ATTACK_MODES
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.posterior import Denoise, at_least_float32, posterior_mean, sample_posterior, spaced_times
 from sdxl_ambient.randomness import Randomness
-
-MODES = ("one_step", "posterior")
 
 
 def image_generator(digest: str, t: int, seed: int) -> torch.Generator:
@@ -118,8 +117,8 @@ def reconstruct(
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    if mode not in ATTACK_MODES:
+        raise ValueError(f"mode: {mode!r} is not one of {', '.join(ATTACK_MODES)}")
     randomness = Randomness(list(generators), len(x_0))
     level, clean = (torch.full((len(x_0),), value, device=x_0.device) for value in (t, CLEAN))
     x_t = schedule.renoise(x_0, clean, level, randomness.normal(x_0))

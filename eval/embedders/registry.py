@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from sdxl_ambient.errors import StageError
+from eval.choices import EMBEDDERS
+from sdxl_ambient.errors import StageError, one_line
 from sdxl_ambient.provenance import hash_json, hash_tensors
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -216,7 +217,7 @@ def _pretrained(kind, name: str, weights: str, device: str):
 
 
 def _not_loaded(name: str, weights: str, error: BaseException) -> StageError:
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     return StageError(f"--embedder_weights: {name} can't be loaded from {weights!r}: {reason}")
 
 
@@ -236,7 +237,6 @@ _BUILDERS = {
     "pooled_pixels": _pooled_pixels,
     "fingerprint": _fingerprint,
 }
-EMBEDDERS = ("pixel", "dinov2", "dinov2_paper", "clip", "sscd")
 
 
 def check_embedder(name: str, weights: str | None) -> None:

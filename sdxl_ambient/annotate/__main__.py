@@ -16,18 +16,17 @@ the noise that the classifier sees exist in memory only. docs/ANNOTATING.md says
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 
 from sdxl_ambient.annotate.options import AnnotateOptions
-from sdxl_ambient.annotate.run import annotate, training_command
-from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.errors import AnnotateError, ImageError, ImagesMissing, ModelError, PreviewError
+from sdxl_ambient.config import parse_options
+from sdxl_ambient.errors import run_command
 
 
 def summary_lines(options: AnnotateOptions, found: dict) -> list[str]:
     """What is printed at the end."""
+    from sdxl_ambient.annotate.run import training_command  # here for start-up time
+
     lines = ["    t  accuracy  interval     mean probability: trusted, untrusted"]
     for t, level in found["levels"].items():
         low, high = level["interval"]
@@ -56,13 +55,14 @@ def summary_lines(options: AnnotateOptions, found: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(AnnotateOptions, argv, prog="sdxl_ambient.annotate", description=__doc__)
-    try:
-        found = annotate(options)
-    except (ImagesMissing, ImageError, ModelError, AnnotateError, PreviewError, OSError) as error:
-        print(f"sdxl_ambient.annotate: error: {error}", file=sys.stderr)
-        return 2
-    print(*summary_lines(options, found), sep="\n")
-    return 0
+    return run_command("sdxl_ambient.annotate", lambda: _annotate(options))
+
+
+def _annotate(options: AnnotateOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.annotate.run import annotate
+
+    print(*summary_lines(options, annotate(options)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option
-from sdxl_ambient.config.shared import ModelOptions, check_writable
-from sdxl_ambient.devices import check_device
+from sdxl_ambient.config.parser import option, redeclare
+from sdxl_ambient.config.shared import DeviceOptions, ImageOptions, ModelOptions, SeedOptions, check_writable
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
 from sdxl_ambient.provenance import read_json
-from sdxl_ambient.store.lineage import is_store
 
 SETS = ("trusted", "untrusted")
 CONFIDENCE = 0.95
@@ -19,15 +17,15 @@ ANNOTATIONS, METADATA = "annotations.json", "metadata.jsonl"
 
 
 @dataclass
-class AnnotateOptions(ModelOptions):
-    """``python -m sdxl_ambient.annotate``."""
+class AnnotateOptions(DeviceOptions, SeedOptions, ModelOptions):
+    """Sets, levels and classifiers"""
 
-    trusted_data_dir: str | None = option(None, "folder of images as they should be, captions as in training")
-    untrusted_data_dir: str | None = option(None, "folder of other images: blurred, recompressed, generated, …")
-    caption_column: str = option("text", "the column of metadata.jsonl that holds the captions")
-    instance_prompt: str | None = option(None, "caption for images that have none; without it they are skipped")
-    resolution: int = option(1024, "side of the square that images are resized and cropped to, pixels", minimum=16)
-    center_crop: bool = option(True, "crop the middle; if false, the place that a store would take")
+    trusted_data_dir: str = option(None, "folder of images as they should be, captions as in training")
+    untrusted_data_dir: str = option(None, "folder of other images: blurred, recompressed, generated, …")
+    caption_column: str = redeclare(ImageOptions, "caption_column")
+    instance_prompt: str | None = redeclare(ImageOptions, "instance_prompt")
+    resolution: int = redeclare(ImageOptions, "resolution")
+    center_crop: bool = redeclare(ImageOptions, "center_crop")
     levels: list[int] = option(
         list(range(0, 951, 50)), "noise levels that are tested, timesteps", minimum=0, maximum=MAXIMUM_T_N
     )
@@ -45,9 +43,7 @@ class AnnotateOptions(ModelOptions):
     learning_rate: float = option(2e-3, "of AdamW, falling to 0 by a cosine", above=0)
     num_noises: int = option(4, "noises that an image is judged with, at every level", minimum=1)
     folds: int = option(5, "classifiers; each judges the part of both sets that it was not trained on", minimum=2)
-    seed: int = option(0, "weights, batches and noise follow from this", minimum=0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
-    output_dir: str | None = option(None, "folder for the result")
+    output_dir: str = option(None, "folder for the result")
 
     def validate(self) -> None:
         super().validate()
@@ -67,10 +63,12 @@ class AnnotateOptions(ModelOptions):
             raise OptionError(f"--margin: {self.margin:g} is not below 0.5, at which every image would be usable clean")
         if self.batch_size % 2:
             raise OptionError(f"--batch_size: {self.batch_size} is not even; half a batch is of each set")
-        check_device(self.device)
+        self.validate_device()
 
     def _validate_places(self) -> None:
         """Three folders, none within another; and nothing of a user's where links will be."""
+        from sdxl_ambient.store.lineage import is_store  # here for start-up time
+
         places = {n: Path(getattr(self, n)).resolve() for n in ("trusted_data_dir", "untrusted_data_dir", "output_dir")}
         for name, place in places.items():
             for other, outer in places.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option
-from sdxl_ambient.config.shared import ModelOptions, check_writable
+from sdxl_ambient.config.parser import option, redeclare
+from sdxl_ambient.config.shared import ImageOptions, ModelOptions, check_writable
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
 
@@ -23,9 +23,7 @@ class DataOptions(ModelOptions):
     dataset_config_name: str | None = option(None, "its configuration")
     dataset_split: str = option("train", "its split that is trained on")
     image_column: str = option("image", "its column of pictures")
-    caption_column: str = option(
-        "text", "column of the captions: a text, or a list of texts of which one is drawn each time the picture is shown"
-    )
+    caption_column: str = redeclare(ImageOptions, "caption_column")
     t_n_column: str | None = option(
         None, "column of pictures' own noise levels, timesteps; -1 for clean, nothing for --t_n [default: --t_n for all]"
     )
@@ -34,8 +32,8 @@ class DataOptions(ModelOptions):
         "the folder holds noisy latents in place of images: .safetensors files with one tensor latent (4, h, w) each, as "
         "the UNet sees them, at --t_n or the level in --t_n_column",
     )
-    instance_prompt: str | None = option(None, "caption for images that have none; without it they are skipped")
-    resolution: int = option(1024, "side of the square that images are resized and cropped to, pixels", minimum=16)
+    instance_prompt: str | None = redeclare(ImageOptions, "instance_prompt")
+    resolution: int = redeclare(ImageOptions, "resolution")
     aspect_ratio_buckets: str | None = option(
         None,
         "sizes that pictures are cropped to in place of the square, the nearest to each picture's own shape: as 'h,w;h,w' "
@@ -48,7 +46,7 @@ class DataOptions(ModelOptions):
         "one picture tell more of it than t_n promises",
         choices=("report", "drop", "refuse", "ignore"),
     )
-    center_crop: bool = option(True, "crop the middle; if false, a place drawn once per image")
+    center_crop: bool = redeclare(ImageOptions, "center_crop")
     t_n: int | None = option(
         500,
         "noise level of the stored latents, a timestep; none = clean latents (nothing is protected)",
@@ -114,9 +112,9 @@ class DataOptions(ModelOptions):
 
 @dataclass
 class LatentsOptions(DataOptions):
-    """``python -m sdxl_ambient.latents``."""
+    """Store"""
 
-    output_dir: str | None = option(None, "folder for the store")
+    output_dir: str = option(None, "folder for the store")
 
     def validate(self) -> None:
         super().validate()

@@ -9,7 +9,8 @@ import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option
+from sdxl_ambient.config.parser import default_of, option, redeclare
+from sdxl_ambient.config.shared import SeedOptions
 from sdxl_ambient.errors import OptionError
 
 # What a LoRA that is given to start from has already decided.
@@ -64,7 +65,7 @@ class WeightOptions:
         if self.finetune == "full":
             self._only_lora()
         if self.lora is not None:
-            self._from_lora()
+            self._from_lora(self.lora)
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             raise OptionError(f"--text_encoder_lr: {self.text_encoder_lr:g} needs --train_text_encoder")
         if self.offload_ema and not self.use_ema:
@@ -82,10 +83,10 @@ class WeightOptions:
         if wrong:
             raise OptionError(f"--{wrong[0]}: {_shown(getattr(self, wrong[0]))} needs --finetune lora, not full")
 
-    def _from_lora(self) -> None:
-        if not Path(self.lora).exists():
-            raise OptionError(f"--lora: {self.lora!r} is not there; a folder or .safetensors file is needed")
-        usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(WeightOptions)}
+    def _from_lora(self, lora: str) -> None:
+        if not Path(lora).exists():
+            raise OptionError(f"--lora: {lora!r} is not there; a folder or .safetensors file is needed")
+        usual = {f.name: default_of(f) for f in fields(WeightOptions)}
         for name in _DECIDED_BY_LORA:
             if getattr(self, name) != usual[name]:
                 raise OptionError(f"--{name}: {_shown(getattr(self, name))} excludes --lora, which decides it")
@@ -205,7 +206,7 @@ class LossOptions:
 class OptimizerOptions:
     """Optimizer and machine"""
 
-    seed: int = option(0, "seed of everything that is drawn, except the noise of the latents", minimum=0)
+    seed: int = redeclare(SeedOptions, "seed")
     train_batch_size: int = option(16, "samples per process and forward pass", minimum=1)
     num_train_epochs: int = option(100, "passes over the data, where --max_train_steps is not given", minimum=1)
     max_train_steps: int | None = option(None, "optimizer steps", minimum=1)

@@ -12,13 +12,16 @@ import dataclasses
 import difflib
 import math
 import sys
-import types
 import typing
 from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
 
 import yaml
 
-from sdxl_ambient.errors import OptionError
+from sdxl_ambient.errors import OptionError, one_line, print_error
+
+T = TypeVar("T")
 
 
 def option(
@@ -30,26 +33,81 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     metavar: str | None = None,
-):
+) -> Any:
     """A dataclass field that carries its help text and its allowed values (``above`` is an exclusive minimum)."""
-    metadata = dict(help=help, choices=choices, minimum=minimum, maximum=maximum, above=above, metavar=metavar)
+    metadata = {
+        "help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "metavar": metavar
+    }  # fmt: skip
+    return _field(default, metadata)
+
+
+def redeclare(cls: type, name: str, default=dataclasses.MISSING) -> Any:
+    """The option ``name`` of ``cls`` once more: for a class with few of its options, another order or another default.
+
+    Help text and allowed values stay, so that an option says the same wherever it is.
+    """
+    field = _fields(cls)[name]
+    if default is dataclasses.MISSING:
+        default = default_of(field)
+    return _field(default, {**field.metadata, "redeclared": True})
+
+
+def _field(default, metadata: dict) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _types(cls: type) -> dict[str, _Type]:
+    hints = typing.get_type_hints(cls)
+    return {name: _Type.of(hints[name], default_of(field)) for name, field in _fields(cls).items()}
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def default_of(field: dataclasses.Field):
+    """An option's default."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def groups(cls: type) -> list[tuple[str, list[dataclasses.Field]]]:
+    """The options of ``cls`` by subject: title and fields of each class that it is made of, in the order of its fields.
+
+    The title is the first line of the class's docstring; classes of one title share a group.
+    """
+    left, found = _fields(cls), {}
+    for part in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(part):
+            own = [left.pop(field.name) for field in dataclasses.fields(part) if field.name in left]
+            if own:
+                found.setdefault(_title(part), []).extend(own)
+    return list(found.items())
+
+
+def _title(cls: type) -> str:
+    text = cls.__doc__ or ""
+    if text.startswith(f"{cls.__name__}("):  # what the dataclass decorator writes where there is no docstring
+        return "Options"
+    return text.strip().splitlines()[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Type:
-    """What a field holds: ``base`` is str, int, float or bool; ``many`` a list of them; ``optional`` allows None."""
+    """What a field holds: ``base`` is str, int, float or bool; ``many`` a list of them; ``optional`` allows None.
+
+    A field may have no None in its annotation and None as its default: ``validate()`` then sees to it that a value is given.
+    """
 
     base: type
     many: bool
     optional: bool
 
     @classmethod
-    def of(cls, annotation) -> _Type:
-        optional = many = False
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    def of(cls, annotation, default) -> _Type:
+        optional, many = default is None, False
+        if typing.get_origin(annotation) in (typing.Union, UnionType):
             (annotation,) = [a for a in typing.get_args(annotation) if a is not type(None)]
             optional = True
         if typing.get_origin(annotation) is list:
@@ -129,28 +187,51 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(message)
 
 
-def _parser(cls, prog: str | None, description: str | None) -> _Parser:
+def _parser(cls: type, prog: str | None, description: str | None) -> _Parser:
     parser = _Parser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        usage="%(prog)s [--config_file YAML] [--option VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config_file", metavar="YAML", help="options from a file; flags override it")
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind = _Type.of(hints[field.name])
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        text = field.metadata.get("help", "")
-        if field.metadata.get("choices"):
-            text += f" (one of: {', '.join(map(str, field.metadata['choices']))})"
-        if default not in (None, False, []):
-            text += f" [default: {default}]"
-        keywords = dict(dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-        if kind.base is bool:
-            keywords.update(nargs="?", const=True, metavar="true|false")
-        else:
-            metavar = field.metadata.get("metavar") or {str: "TEXT", int: "INT", float: "FLOAT"}[kind.base]
-            keywords.update(metavar=metavar, **({"nargs": "+"} if kind.many else {}))
-        parser.add_argument(f"--{field.name}", **keywords)
+    types = _types(cls)
+    for title, fields in groups(cls):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            _add(group, field, types[field.name])
     return parser
+
+
+def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Type) -> None:
+    keywords: dict[str, Any] = {}
+    if kind.base is bool:
+        keywords.update(nargs="?", const=True, metavar="true|false")
+    else:
+        keywords["metavar"] = field.metadata.get("metavar") or {str: "TEXT", int: "INT", float: "FLOAT"}[kind.base]
+    if kind.many:
+        keywords["nargs"] = "+"
+    text = _help_of(field).replace("%", "%%")
+    group.add_argument(f"--{field.name}", dest=field.name, default=argparse.SUPPRESS, help=text, **keywords)
+
+
+def _help_of(field: dataclasses.Field) -> str:
+    """Help text, choices and default. Where the text itself says what none stands for, it is not said again."""
+    text, default = field.metadata["help"], default_of(field)
+    explained = default in (None, []) and any(word in text for word in ("default", "without"))
+    if field.metadata["choices"]:
+        text += f" (one of: {', '.join(map(str, field.metadata['choices']))})"
+    return text if explained else f"{text} [default: {_shown_default(default)}]"
+
+
+def _shown_default(default) -> str:
+    """A default as a flag's value: none, true, false, the values of a list side by side."""
+    if default in (None, []):
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 class _Yaml(yaml.SafeLoader):
@@ -179,8 +260,7 @@ def read_yaml(path: str | Path) -> dict:
     except OSError as error:
         raise OptionError(f"--config_file: can not read {str(path)!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = " ".join(str(error).split())
-        raise OptionError(f"--config_file: {str(path)!r} is not valid YAML: {first}") from None
+        raise OptionError(f"--config_file: {str(path)!r} is not valid YAML: {one_line(error, most=None)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -188,55 +268,61 @@ def read_yaml(path: str | Path) -> dict:
     return values
 
 
-def build_options(cls, values: dict, where: str = "options"):
+def build_options(cls: type[T], values: dict, where: str = "options") -> T:
     """Make ``cls`` from a mapping, with every key and value checked. Raises OptionError."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types, fields = _types(cls), _fields(cls)
     converted = {}
     for name, value in values.items():
         if name not in fields:
             raise _unknown(str(name), fields, where)
-        converted[name] = _convert(name, value, _Type.of(hints[name]))
+        converted[name] = _convert(name, value, types[name])
         _check(name, converted[name], fields[name].metadata)
     options = cls(**converted)
-    if hasattr(options, "validate"):
-        options.validate()
+    if validate := getattr(options, "validate", None):
+        validate()
     return options
 
 
-def load_options(cls, argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None):
+def load_options(
+    cls: type[T], argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> T:
     """Dataclass ``cls`` from ``--config_file`` and flags. ``cls.validate()``, if there, checks options against each other.
 
     Raises:
         OptionError: unknown, malformed, out-of-range or contradictory options.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _parser(cls, prog, description)
-    names = ["config_file", *(f.name for f in dataclasses.fields(cls))]
-    hints, given = typing.get_type_hints(cls), set()
-    for token in argv:
-        name = token[2:].split("=", 1)[0]
-        if token.startswith("--") and name in given:
-            # For a single value the last flag wins, as everywhere; of a list the earlier values would be lost.
-            raise OptionError(f"--{name}: given twice; give all its values after one --{name}")
-        if token.startswith("--") and name in hints and _Type.of(hints[name]).many:
-            given.add(name)
-        if token.startswith("--") and name and name not in names and name != "help":
-            raise _unknown(name, names, "command line")
-    flags = vars(parser.parse_args(argv))
+    _check_flags(cls, argv)
+    flags = vars(_parser(cls, prog, description).parse_args(argv))
     path = flags.pop("config_file", None)
-    values = read_yaml(path) if path else {}
-    known = [f.name for f in dataclasses.fields(cls)]
+    values, known = read_yaml(path) if path else {}, _fields(cls)
     for name in values:
         if name not in known:
             raise _unknown(str(name), known, str(path))
     return build_options(cls, {**values, **flags})
 
 
-def parse_options(cls, argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None):
+def _check_flags(cls: type, argv: list[str]) -> None:
+    """Refuse a flag that isn't there, and a list that is given twice."""
+    types, given = _types(cls), set()
+    names = ["config_file", *types]
+    for token in argv:
+        name = token[2:].split("=", 1)[0]
+        if token.startswith("--") and name in given:
+            # For a single value the last flag wins, as everywhere; of a list the earlier values would be lost.
+            raise OptionError(f"--{name}: given twice; give all its values after one --{name}")
+        if token.startswith("--") and name in types and types[name].many:
+            given.add(name)
+        if token.startswith("--") and name and name not in names and name != "help":
+            raise _unknown(name, names, "command line")
+
+
+def parse_options(
+    cls: type[T], argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> T:
     """:func:`load_options` for entry points: a wrong option prints its one line to stderr and exits with code 2."""
     try:
         return load_options(cls, argv, prog=prog, description=description)
     except OptionError as error:
-        print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print_error(prog or Path(sys.argv[0]).name, error)
         raise SystemExit(2) from None

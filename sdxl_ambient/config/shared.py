@@ -1,4 +1,8 @@
-"""Options that several commands have, each declared once, and the checks that go with them."""
+"""Options that several commands have, each declared once, and the checks that go with them.
+
+A command's class inherits the groups that it has whole, and takes single options of others with
+:func:`sdxl_ambient.config.parser.redeclare`.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,16 @@ from pathlib import Path
 
 from sdxl_ambient.config.parser import option
 from sdxl_ambient.errors import OptionError
+from sdxl_ambient.levels import MAXIMUM_T_N
 
-
-def check_levels(t_n: list[int]) -> None:
-    """One level or more, each once; an OptionError else."""
-    if not t_n:
-        raise OptionError("--t_n: a value is required, one timestep or more")
-    twice = [t for t in t_n if t_n.count(t) > 1]
-    if twice:
-        raise OptionError(f"--t_n: {twice[0]} is given twice; allowed is each level once")
+DTYPES = ("float32", "float16", "bfloat16")  # names alone; sdxl_ambient.devices knows what they stand for in torch
 
 
 @dataclass
 class ModelOptions:
     """Base model"""
 
-    pretrained_model_name_or_path: str | None = option(
+    pretrained_model_name_or_path: str = option(
         None, "base model: a local directory in diffusers format, or a name on the Hub"
     )
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base model's own")
@@ -33,6 +31,89 @@ class ModelOptions:
     def validate(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise OptionError("--pretrained_model_name_or_path: a value is required, a directory or a Hub name")
+
+
+@dataclass
+class ImageOptions:
+    """Images"""
+
+    train_data_dir: str | None = option(
+        None, "folder of images, with captions in metadata.jsonl, metadata.csv or .txt files"
+    )
+    caption_column: str = option(
+        "text",
+        "column of the captions: a text, or a list of texts, of which training draws one each time the picture is shown",
+    )
+    instance_prompt: str | None = option(None, "caption for images that have none; without it they are skipped")
+    resolution: int = option(1024, "side of the square that images are resized and cropped to, pixels", minimum=16)
+    center_crop: bool = option(True, "crop the middle; if false, a place drawn once per image, the same in every store")
+
+
+@dataclass
+class LevelOptions:
+    """Noise levels"""
+
+    t_n: list[int] = option([100, 300, 500, 800], "noise levels, timesteps", minimum=0, maximum=MAXIMUM_T_N)
+
+    def validate_levels(self) -> None:
+        """One level or more, each once; an OptionError else."""
+        if not self.t_n:
+            raise OptionError("--t_n: a value is required, one timestep or more")
+        twice = [t for t in self.t_n if self.t_n.count(t) > 1]
+        if twice:
+            raise OptionError(f"--t_n: {twice[0]} is given twice; allowed is each level once")
+
+
+@dataclass
+class ReconstructionOptions:
+    """Reconstruction"""
+
+    caption: bool = option(True, "tell the model each image's caption, as whoever has them would; false tells it none")
+    num_images: int = option(4, "images that are reconstructed, evenly from the set", minimum=1)
+    num_candidates: int = option(256, "images of the set, at most, among which a latent's own is looked for", minimum=1)
+    posterior_samples: int = option(2, "samples by the reverse chain, per image and level", minimum=0, maximum=16)
+    steps: int = option(25, "reverse steps of the chain that draws a sample, an evaluation of the UNet each", minimum=1)
+
+
+@dataclass
+class SeedOptions:
+    """Randomness"""
+
+    seed: int = option(0, "seed of everything that is drawn, except the noise of a store, which has its own key", minimum=0)
+
+
+@dataclass
+class DeviceOptions:
+    """Device"""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, …")
+
+    def validate_device(self) -> None:
+        """auto, cpu, or a CUDA GPU that is there; an OptionError else."""
+        from sdxl_ambient.devices import check_device  # here for start-up time: it imports torch
+
+        check_device(self.device)
+
+
+@dataclass
+class PrecisionOptions:
+    """Precision"""
+
+    dtype: str = option("float32", "precision of UNet and text encoders", choices=DTYPES)
+
+
+@dataclass
+class LoraOrUnetOptions:
+    """Fine-tuned weights"""
+
+    lora: str | None = option(
+        None, "LoRA: a folder or a .safetensors file, of ours, of diffusers or of kohya's scripts", metavar="PATH"
+    )
+    unet: str | None = option(
+        None,
+        "in its place, a fully fine-tuned UNet: a training run, a unet folder, or a .safetensors file",
+        metavar="PATH",
+    )
 
 
 def check_writable(name: str, folder: str) -> None:

@@ -41,7 +41,7 @@ class FolderOptions(DataOptions):
         "store of clean latents, which decode to the images, for --low_noise clean alone; made from the images if missing "
         "[default: OUTPUT_DIR/latents_clean_unprotected]",
     )
-    output_dir: str | None = option(None, "folder for the results")
+    output_dir: str = option(None, "folder for the results")
     random_flip: bool = option(
         False,
         "mirror half of the stored noisy latents, drawn anew each time they are shown; VAEs are not symmetric, so that this "
@@ -59,7 +59,7 @@ class FolderOptions(DataOptions):
 class TrainOptions(
     HubOptions, WatchOptions, LifeOptions, OptimizerOptions, LossOptions, WeightOptions, FolderOptions
 ):  # the help shows the last one first
-    """``accelerate launch train_sdxl_ambient.py``."""
+    """``accelerate launch train_sdxl_ambient.py``"""
 
     def validate(self) -> None:
         super().validate()

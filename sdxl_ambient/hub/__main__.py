@@ -10,29 +10,28 @@ HF_TOKEN).
 
 from __future__ import annotations
 
-import sys
-
-from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.errors import HubError
+from sdxl_ambient.config import parse_options
+from sdxl_ambient.errors import run_command
 from sdxl_ambient.hub.options import PushOptions
-from sdxl_ambient.hub.upload import push, repository
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(PushOptions, argv, prog="python -m sdxl_ambient.hub", description=__doc__)
-    try:
-        push(
-            options.output_dir,
-            repo_id=repository(options.hub_model_id, options.output_dir),
-            private=options.hub_private,
-            license=options.hub_license,
-            report=options.memorization_report,
-            validation_images=options.validation_images,
-        )
-    except HubError as error:
-        print(f"python -m sdxl_ambient.hub: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("python -m sdxl_ambient.hub", lambda: _push(options))
+
+
+def _push(options: PushOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.hub.upload import push, repository
+
+    push(
+        options.output_dir,
+        repo_id=repository(options.hub_model_id, options.output_dir),
+        private=options.hub_private,
+        license=options.hub_license,
+        report=options.memorization_report,
+        validation_images=options.validation_images,
+    )
 
 
 if __name__ == "__main__":

@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option
+from sdxl_ambient.config.groups import HubOptions
+from sdxl_ambient.config.parser import option, redeclare
 from sdxl_ambient.errors import OptionError
 
 
 @dataclass
 class PushOptions:
-    """``python -m sdxl_ambient.hub``."""
+    """Upload"""
 
-    output_dir: str | None = option(None, "the finished run's folder")
-    hub_model_id: str | None = option(None, "repository on the Hub [default: the folder's name]")
-    hub_private: bool = option(True, "make that repository a private one")
-    hub_license: str = option("openrail++", "licence in the model card; the default is SDXL's own")
-    memorization_report: str | None = option(
-        None, "report.json of an evaluation, for the model card [default: OUTPUT_DIR/report/report.json where it is there]"
-    )
+    output_dir: str = option(None, "the finished run's folder")
+    hub_model_id: str | None = redeclare(HubOptions, "hub_model_id")
+    hub_private: bool = redeclare(HubOptions, "hub_private")
+    hub_license: str = redeclare(HubOptions, "hub_license")
+    memorization_report: str | None = redeclare(HubOptions, "memorization_report")
     validation_images: list[str] = option([], "pictures to upload and to show in the card [default: none]")
 
     def validate(self) -> None:

@@ -16,23 +16,22 @@ drew them have seen nothing else of it. See docs/LOOP.md.
 
 from __future__ import annotations
 
-import sys
-
-from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.devices import processes
-from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, StoreError
+from sdxl_ambient.config import parse_options
+from sdxl_ambient.errors import run_command
 from sdxl_ambient.loop.options import LoopOptions
-from sdxl_ambient.loop.run import restore_store
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(LoopOptions, argv, prog="sdxl_ambient.loop", description=__doc__)
-    try:
-        restore_store(options, processes())
-    except (StoreError, ModelError, InterchangeError, CheckpointError, OSError) as error:
-        print(f"sdxl_ambient.loop: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("sdxl_ambient.loop", lambda: _restore(options))
+
+
+def _restore(options: LoopOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.devices import processes
+    from sdxl_ambient.loop.run import restore_store
+
+    restore_store(options, processes())
 
 
 if __name__ == "__main__":

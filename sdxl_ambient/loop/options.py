@@ -5,40 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option
-from sdxl_ambient.config.shared import ModelOptions, check_writable
-from sdxl_ambient.devices import DTYPES
+from sdxl_ambient.config.parser import option, redeclare
+from sdxl_ambient.config.shared import (
+    LoraOrUnetOptions,
+    ModelOptions,
+    PrecisionOptions,
+    ReconstructionOptions,
+    SeedOptions,
+    check_writable,
+)
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
-from sdxl_ambient.store.lineage import is_store, restored_levels
 
 
 @dataclass
-class LoopOptions(ModelOptions):
-    """``python -m sdxl_ambient.loop``."""
+class LoopOptions(PrecisionOptions, SeedOptions, LoraOrUnetOptions, ModelOptions):
+    """Stores and restoring"""
 
-    lora: str | None = option(
-        None,
-        "LoRA of the UNet that the base model restores with: a folder or file of ours, of diffusers or of kohya's scripts",
-    )
-    unet: str | None = option(None, "in its place a fully fine-tuned UNet: a training run, a unet folder, or a file")
-    latents_dir: str | None = option(None, "store of noisy latents, or of restored samples, to restore")
-    t_n: int | None = option(
+    latents_dir: str = option(None, "store of noisy latents, or of restored samples, to restore")
+    t_n: int = option(
         None,
         "noise level to restore to, a timestep below the images'; images at or below it are taken over as they are",
         minimum=0,
         maximum=MAXIMUM_T_N,
     )
-    steps: int = option(50, "reverse steps per image, an evaluation of the UNet each", minimum=1)
+    steps: int = redeclare(ReconstructionOptions, "steps", default=50)
     batch_size: int = option(4, "images in each forward pass", minimum=1)
-    dtype: str = option("float32", "precision of the UNet", choices=tuple(DTYPES))
-    seed: int = option(0, "an image's randomness follows from this, its pixels and the round", minimum=0)
     allow_foreign_model: bool = option(
         False,
         "restore with a model that was not trained on this store alone: if it has seen more of these images, no t_n says "
         "what protects them",
     )
-    output_dir: str | None = option(None, "folder for the new store")
+    output_dir: str = option(None, "folder for the new store")
 
     def validate(self) -> None:
         super().validate()
@@ -60,6 +58,8 @@ class LoopOptions(ModelOptions):
         self._validate_output()
 
     def _validate_output(self) -> None:
+        from sdxl_ambient.store.lineage import is_store, restored_levels  # here for start-up time
+
         output, store = Path(self.output_dir).resolve(), Path(self.latents_dir).resolve()
         if output.is_relative_to(store):
             raise OptionError(

@@ -16,32 +16,29 @@ still be told from the others of the set.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.errors import ImageError, ImagesMissing, ModelError, PreviewError
+from sdxl_ambient.config import parse_options
+from sdxl_ambient.errors import run_command
 from sdxl_ambient.preview.options import PreviewOptions
-from sdxl_ambient.preview.picture import WARNING
-from sdxl_ambient.preview.run import draw_picture, make_preview
-
-# -- command line ----------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(PreviewOptions, argv, prog="sdxl_ambient.preview", description=__doc__)
+    return run_command("sdxl_ambient.preview", lambda: _preview(options))
+
+
+def _preview(options: PreviewOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.preview.picture import WARNING
+    from sdxl_ambient.preview.run import draw_picture, make_preview
+
     output = Path(options.output_dir)
     print(f"{output}: {WARNING[0].lower()}{WARNING[1:]}", flush=True)
-    try:
-        if not options.redraw:
-            found = make_preview(options)
-            print_levels(found)
-        draw_picture(output)
-    except (ImagesMissing, ImageError, ModelError, PreviewError, OSError) as error:
-        print(f"sdxl_ambient.preview: error: {error}", file=sys.stderr)
-        return 2
+    if not options.redraw:
+        print_levels(make_preview(options))
+    draw_picture(output)
     print(f"{output / 'preview.png'}, figures in {output / 'preview.json'}")
-    return 0
 
 
 def print_levels(found: dict) -> None:

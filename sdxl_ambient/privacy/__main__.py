@@ -17,17 +17,16 @@ from __future__ import annotations
 import json
 import sys
 
-from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.errors import ImageError, ImagesMissing, ModelError, PreviewError, PrivacyError
+from sdxl_ambient.config import parse_options
+from sdxl_ambient.errors import run_command
 from sdxl_ambient.privacy.options import PrivacyOptions
-from sdxl_ambient.privacy.run import OBSERVATIONS, assess
 from sdxl_ambient.provenance import write_json
-
-# -- command line ----------------------------------------------------------------------
 
 
 def summary_lines(found: dict) -> list[str]:
     """A short table, a line each."""
+    from sdxl_ambient.privacy.run import OBSERVATIONS  # here for start-up time
+
     lines = [] if found["data"] is None else [*_attacks(found), ""]
     lines.append("k independent draws of one picture at t_n tell as much as one draw at level")
     lines.append("  t_n" + "".join(f"{'k = ' + str(k):>9}" for k in OBSERVATIONS))
@@ -76,18 +75,20 @@ def _accounting(found: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(PrivacyOptions, argv, prog="sdxl_ambient.privacy", description=__doc__)
-    words = sys.stdout if options.output_file else sys.stderr  # what is printed stays JSON
-    try:
-        found = assess(options, log=lambda message: print(message, file=sys.stderr))
-        if options.output_file:
-            write_json(options.output_file, found)
-        else:
-            print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
-    except (ImagesMissing, ImageError, ModelError, PreviewError, PrivacyError, OSError) as error:
-        print(f"sdxl_ambient.privacy: error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(summary_lines(found)), file=words)
-    return 0
+    return run_command("sdxl_ambient.privacy", lambda: _assess(options))
+
+
+def _assess(options: PrivacyOptions) -> None:
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.privacy.run import assess
+
+    found = assess(options, log=lambda message: print(message, file=sys.stderr))
+    if options.output_file:
+        write_json(options.output_file, found)
+    else:
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+    # What is printed on stdout stays JSON.
+    print("\n".join(summary_lines(found)), file=sys.stdout if options.output_file else sys.stderr)
 
 
 if __name__ == "__main__":

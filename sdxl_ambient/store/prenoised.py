@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdxl_ambient.errors import ImageError, ImagesMissing
+from sdxl_ambient.errors import ImageError, ImagesMissing, one_line
 from sdxl_ambient.images.captions import Columns, Told, describe
 from sdxl_ambient.images.load import Record, list_files
 from sdxl_ambient.models.conditioning import time_ids
@@ -86,7 +86,7 @@ def load_latent(path: Path) -> torch.Tensor:
                 raise ImageError(f"holds {', '.join(names[:4]) or 'no tensor'}{' …' * (len(names) > 4)}, not one {TENSOR!r}")
             latent = file.get_tensor(TENSOR)
     except (SafetensorError, OSError) as error:
-        raise ImageError(f"unreadable: {' '.join(str(error).split())}") from None
+        raise ImageError(f"unreadable: {one_line(error, most=None)}") from None
     if latent.dtype not in _DTYPES:
         raise ImageError(f"{latent.dtype} values; allowed are float16, bfloat16, float32")
     if latent.ndim != 3 or latent.shape[0] != 4 or 0 in latent.shape or any(side % MULTIPLE for side in latent.shape[1:]):

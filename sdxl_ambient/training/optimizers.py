@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 import torch
 
-from sdxl_ambient.errors import OptionError
+from sdxl_ambient.errors import OptionError, one_line
 
 # What other options say, so that it can't be said twice.
 _OTHER_OPTIONS = {
@@ -150,7 +150,7 @@ def make_optimizer(
     except (TypeError, ValueError, RuntimeError) as error:
         if not extra:
             raise
-        raise OptionError(f"--optimizer_args: {_shown(extra)}: {name} refuses it: {' '.join(str(error).split())}") from None
+        raise OptionError(f"--optimizer_args: {_shown(extra)}: {name} refuses it: {one_line(error, most=None)}") from None
     if name == "adamw_schedulefree":
         cast(ScheduleFree, optimizer).train()
     return optimizer

@@ -18,8 +18,9 @@ from support.pictures import REPOSITORY
 from eval.options import MemorizationOptions
 from sdxl_ambient.config.data import LatentsOptions
 from sdxl_ambient.config.parser import load_options, read_yaml
+from sdxl_ambient.config.reference import option_template
 from sdxl_ambient.config.training import TrainOptions
-from sdxl_ambient.option_template import main, template
+from sdxl_ambient.option_template import main
 from sdxl_ambient.training.settings import objective_settings
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -152,10 +153,10 @@ def test_the_papers_runs_are_the_papers():
 
 def test_the_template_holds_every_option_with_its_default(tmp_path, capsys):
     # python -m sdxl_ambient.option_template configs/template.yaml
-    assert (REPOSITORY / "configs/template.yaml").read_text() == template()
-    assert main([str(tmp_path / "written.yaml")]) == 0 and (tmp_path / "written.yaml").read_text() == template()
+    assert (REPOSITORY / "configs/template.yaml").read_text() == option_template()
+    assert main([str(tmp_path / "written.yaml")]) == 0 and (tmp_path / "written.yaml").read_text() == option_template()
     assert main([]) == 2 and "usage:" in capsys.readouterr().err
-    text = re.sub(r"^#(\w+: )", r"\1", template(), flags=re.M)
+    text = re.sub(r"^#(\w+: )", r"\1", option_template(), flags=re.M)
     (tmp_path / "all.yaml").write_text(text)
     values = read_yaml(tmp_path / "all.yaml")
     assert list(values) == list(dict.fromkeys(values))

@@ -211,7 +211,7 @@ def test_the_worst_case_has_every_way_that_applies_once_and_the_users_first(lora
         (["--unet", "."], "does not hold a UNet's .safetensors files"),
         (["--num_images", "3", "--images_per_prompt", "2"], "can not be combined with --num_images"),
         (["--resolution", "65"], "--resolution: 65 is not a multiple of 8"),
-        (["--device", "abacus"], "--device: 'abacus' is not a device"),
+        (["--device", "abacus"], "--device: 'abacus' is not one of auto, cpu, cuda, cuda:N"),
         (["--sampler", "magic"], "'magic' is not one of full, early_stop, hybrid"),
         (["--batch_size", "0"], "--batch_size: 0 is below"),
         (["--pretrained_model_name_or_path", "./nowhere"], "has no model_index.json"),

@@ -15,8 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdxl_ambient import export
 from sdxl_ambient.errors import InterchangeError
+from sdxl_ambient.export import main
+from sdxl_ambient.formats import export
 from sdxl_ambient.formats.adapter import peft_file
 from sdxl_ambient.formats.attach import attach, start_from
 from sdxl_ambient.formats.kohya import to_kohya
@@ -660,7 +661,7 @@ def full_run(unet, tmp_path_factory):
 
 
 def run(*arguments):
-    return export.main([str(a) for a in arguments])
+    return main([str(a) for a in arguments])
 
 
 def test_a_pipeline_folder_is_the_base_with_our_unet(miniature, full_run, tmp_path, capsys):
