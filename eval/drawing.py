@@ -17,12 +17,11 @@ from eval.checkpoints import Checkpoint, check_model_path, hash_weights, resolve
 from eval.processes import is_main, share, wait
 from eval.samplers import Sampler
 from sdxl_ambient.config.parser import option
-from sdxl_ambient.devices import check_device, resolve_device
+from sdxl_ambient.devices import DTYPES, check_device, resolve_device
 from sdxl_ambient.errors import OptionError, StageError
 from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MANIFEST = "manifest.json"
 
 
@@ -213,7 +212,7 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
 def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
     """The VAE that images are drawn with, and their side in pixels."""
-    from sdxl_ambient.models.load import load_vae
+    from sdxl_ambient.models.vae import load_vae
 
     base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
     vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)

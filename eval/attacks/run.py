@@ -17,10 +17,9 @@ from eval.attacks.membership import SETS, Scores, attack_figures
 from eval.attacks.options import AttackOptions
 from eval.attacks.subject import LoadedModel
 from eval.checkpoints import Checkpoint, hash_weights, resolve_base
-from eval.drawing import DTYPES
 from eval.embedders.registry import Embedder
 from eval.images import ImageSet
-from sdxl_ambient.devices import resolve_device
+from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.provenance import differences, hash_json, read_json, write_json
 
