@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from sdxl_ambient.config.parser import option, parse_options
 from sdxl_ambient.devices import DTYPES
 from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, OptionError, one_line
-from sdxl_ambient.formats.export_lora import export_lora
-from sdxl_ambient.formats.export_unet import export_unet
+from sdxl_ambient.formats.lora_export import export_lora
 from sdxl_ambient.formats.names import LAYOUTS
+from sdxl_ambient.formats.unet_export import export_unet
 from sdxl_ambient.models.load import unet_config
 
 FORMATS = {"kohya": "lora", "peft": "lora", "pipeline": "unet", "single_file": "unet"}
