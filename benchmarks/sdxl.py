@@ -4,17 +4,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_ambient.formats.names import SDXL_UNET
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
-
-SDXL_UNET = dict(
-    sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
 
 
 def sdxl_schedule() -> NoiseSchedule:
@@ -28,7 +20,7 @@ def sdxl(dtype):
     """UNet and encoders with random weights; and the latent's side, the embeddings' width and the pooled one's."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # 2.6 billion weights once, in the precision they are used in
-    unet = UNet2DConditionModel(**SDXL_UNET)
+    unet = UNet2DConditionModel(**SDXL_UNET, sample_size=128)
     first = CLIPTextModel(
         CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     )

@@ -9,14 +9,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.errors import CheckpointError, InterchangeError, OptionError, StageError, one_line
 from sdxl_ambient.provenance import hash_file, hash_json, read_json
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to evaluate: the base (neither path given), the base with a LoRA, or with a fully fine-tuned UNet; of a
-    training run, one of its steps.
+    """A model to evaluate: the base (neither path given), the base with a LoRA, or with a fully fine-tuned UNet.
+
+    Attributes:
+        name: what the report calls it.
+        lora: a LoRA's file, or a folder with one.
+        unet: a UNet's file or folder.
+        run, step: the training run that it is a step of, and which.
     """
 
     name: str
@@ -54,22 +59,15 @@ def check_checkpoint(option_name: str, path: Path) -> None:
 
 
 def _problem(kind: str, path: Path) -> str | None:
-    if not path.exists():
-        return f"{str(path)!r} does not exist"
-    files = [p for p in weight_files(path, kind) if p.suffix == ".safetensors"]
-    if not files and path.is_file():
-        return f"{str(path)!r} is not a .safetensors file; no other is read"
-    if not files:
-        wanted = "pytorch_lora_weights.safetensors" if kind == "lora" else "a UNet's .safetensors files"
-        return f"{str(path)!r} does not hold {wanted}"
-    if kind == "lora" and len(files) > 1:
-        return f"{str(path)!r} holds {len(files)} .safetensors files; give one of them"
+    try:
+        files = [p for p in weight_files(path, kind) if p.suffix == ".safetensors"]
+    except InterchangeError as error:
+        return str(error)
     return next(filter(None, (_file_problem(kind, file) for file in files)), None)
 
 
 def _file_problem(kind: str, file: Path) -> str | None:
-    from sdxl_ambient.errors import CheckpointError
-    from sdxl_ambient.formats.record import lora_metadata
+    from sdxl_ambient.formats.record import lora_metadata  # loads diffusers; only checks of weights need it
 
     try:
         with safe_open(str(file), "pt") as opened:
@@ -79,8 +77,7 @@ def _file_problem(kind: str, file: Path) -> str | None:
     except CheckpointError as error:
         return str(error)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        return f"{str(file)!r} can't be read; it is damaged, or no safetensors file ({reason})"
+        return f"{str(file)!r} can't be read; it is damaged, or no safetensors file ({one_line(error)})"
     if is_lora != (kind == "lora"):
         return f"{str(file)!r} " + ("is a LoRA; give it with --lora" if is_lora else "holds no LoRA; --unet takes a UNet")
     return None
@@ -105,13 +102,13 @@ def run_checkpoints(
     Raises:
         OptionError: no such folder, or nothing in it to evaluate.
     """
-    from sdxl_ambient.errors import CheckpointError
+    # They load diffusers and accelerate, which an evaluation of given images doesn't need.
     from sdxl_ambient.formats.record import read_training_info, step_of
     from sdxl_ambient.training.checkpoint import checkpoints
 
     if not folder.is_dir():
         raise OptionError(f"--{option_name}: {str(folder)!r} is not a folder")
-    places = {step_of(state): [state] for state in checkpoints(folder)}
+    places = {step: [state] for state in checkpoints(folder) if (step := step_of(state)) is not None}
     try:
         last = read_training_info(folder).get("step")
     except CheckpointError as error:
@@ -119,30 +116,29 @@ def run_checkpoints(
         last = None
     if isinstance(last, int) and _weights_in(folder, kind):
         places[last] = [folder, *places.get(last, [])]
-    found = []
+    kept = []
     for step in sorted(places):
         weights = next(filter(None, (_whole_weights(place, kind, warn) for place in places[step])), None)
         if weights:
-            found.append(Checkpoint(f"{name}-{step}", run=name, step=step, **weights))
-    if not found:
-        what = {"lora": "with a LoRA", "unet": "with a UNet"}.get(kind, "of a training run")
+            kept.append(Checkpoint(f"{name}-{step}", weights.get("lora"), weights.get("unet"), run=name, step=step))
+    if not kept:
+        what = {"lora": "with a LoRA", "unet": "with a UNet"}.get(kind or "", "of a training run")
         raise OptionError(f"--{option_name}: {str(folder)!r} holds no whole checkpoint-<step> {what}")
-    return found
+    return kept
 
 
 def _whole_weights(place: Path, kind: str | None, warn: Callable[[str], None]) -> dict[str, Path]:
     """``{"lora": path}`` or ``{"unet": path}`` of one step; {} with a word through ``warn`` where they can't be used."""
-    from sdxl_ambient import errors as states_errors
-    from sdxl_ambient.formats import record as states_record
+    from sdxl_ambient.formats.record import STATE_FILE
     from sdxl_ambient.training import checkpoint as states
 
     weights = _weights_in(place, kind)
     problem = next((_problem(k, path) for k, path in weights.items()), f"{place} holds no weights to evaluate")
     try:
         # Only our own states say what they should hold; of others, a file cut short shows in its header.
-        if (place / states_record.STATE_FILE).is_file():
+        if (place / STATE_FILE).is_file():
             states.check_checkpoint(place)
-    except states_errors.CheckpointError as error:
+    except CheckpointError as error:
         problem = str(error)
     if problem:
         warn(f"left out: {problem}")
@@ -150,9 +146,11 @@ def _whole_weights(place: Path, kind: str | None, warn: Callable[[str], None]) -
 
 
 def _weights_in(place: Path, kind: str | None) -> dict[str, Path]:
-    named = {"lora": place / "pytorch_lora_weights.safetensors", "unet": place / "unet"}
+    from sdxl_ambient.formats.record import LORA_FILE, MODEL_FILE
+
+    named = {"lora": place / LORA_FILE, "unet": place / "unet"}
     if not named["unet"].is_dir():
-        named["unet"] = place / "model.safetensors"
+        named["unet"] = place / MODEL_FILE
     return next(({k: path} for k, path in named.items() if kind in (None, k) and path.exists()), {})
 
 
@@ -167,8 +165,8 @@ def check_tuned(options) -> None:
 
 def tuned(options) -> Checkpoint:
     """The one model of such a stage, called like its output folder."""
-    paths = (Path(p) if p else None for p in (options.lora, options.unet))
-    return Checkpoint(Path(options.output_dir).name, *paths)
+    lora, unet = (Path(p) if p else None for p in (options.lora, options.unet))
+    return Checkpoint(Path(options.output_dir).name, lora, unet)
 
 
 def resolve_base(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
@@ -180,32 +178,32 @@ def resolve_base(name_or_path: str, revision: str | None = None, variant: str | 
     try:
         folder = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise StageError(f"--pretrained_model_name_or_path: {name_or_path!r} can't be fetched: {reason}") from None
     return Path(folder)
 
 
 def weight_files(path: Path, kind: str) -> list[Path]:
-    """The files that decide what a checkpoint draws: of a LoRA, of a UNet (a file, a folder, one that holds ``unet/``, or a
-    training state), of a base.
+    """The files that decide what a checkpoint draws.
+
+    Args:
+        kind: "lora", "unet" (a file, a folder, one that holds ``unet/``, or a training state), "base" or "vae".
+
+    Raises:
+        InterchangeError: no LoRA or UNet there, or several LoRAs.
     """
+    from sdxl_ambient.formats.find import lora_file, unet_files  # loads diffusers; given images don't need it
+
+    if kind == "lora":
+        return [lora_file(path)]
+    if kind == "unet":
+        return [file for file in unet_files(path) if not file.name.endswith(".index.json")]
     if path.is_file():
         return [path] if path.suffix == ".safetensors" else []
-    if kind == "lora":
-        named = path / "pytorch_lora_weights.safetensors"
-        return [named] if named.is_file() else sorted(path.glob("*.safetensors"))
-    if kind == "unet":
-        state = path / "model.safetensors"
-        path = path / "unet" if (path / "unet").is_dir() else path
-        weights = sorted(path.glob("*.safetensors"))
-        if (path / "config.json").is_file():
-            return [path / "config.json", *weights] if weights else []
-        # A training state, whose configuration is the base's.
-        return [state] if state.is_file() and path == state.parent else []
     index = path / "model_index.json"
     components = [name for name in read_json(index) if (path / name).is_dir()] if index.is_file() else ["."]
-    found = [p for name in components for p in (path / name).iterdir() if p.is_file() and not p.name.startswith(".")]
-    return sorted([*found, index] if index.is_file() else found)
+    files = [p for name in components for p in (path / name).iterdir() if p.is_file() and not p.name.startswith(".")]
+    return sorted([*files, index] if index.is_file() else files)
 
 
 @functools.cache

@@ -176,7 +176,7 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
 def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
     """The VAE that images are drawn with, and their side in pixels."""
-    from sdxl_ambient.models.load import load_vae
+    from sdxl_ambient.models.vae import load_vae
 
     base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
     vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -10,33 +11,48 @@ from accelerate.utils import parse_flag_from_env
 
 from sdxl_ambient.errors import OptionError, PreviewError
 
+Network = TypeVar("Network", bound=torch.nn.Module)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_device(device: str) -> None:
-    """auto, cpu, or a CUDA GPU that is there; an OptionError else."""
+    """Whether ``--device`` is auto, cpu, or a CUDA GPU that is there and that torch can use.
+
+    Raises:
+        OptionError: another kind of device, or a GPU that isn't there.
+    """
     try:
-        asked = torch.device("cpu" if device == "auto" else device)
+        parsed = torch.device("cpu" if device == "auto" else device)
     except RuntimeError:
-        asked = None
-    if asked is None or asked.type not in ("cpu", "cuda"):
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
         raise OptionError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N")
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device: {device!r} is not there; this machine has {torch.cuda.device_count()} CUDA GPUs")
+    # A driver that torch can't use may count GPUs all the same.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if parsed.type == "cuda" and (parsed.index or 0) >= count:
+        raise OptionError(f"--device: {device!r} is not there; this machine has {count} CUDA GPUs")
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is a GPU where there is one."""
+    """The device that an option names; of ``auto`` a GPU where there is one, else the CPU."""
     return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Placement:
-    """Puts one network at a time on the device, so that its memory holds the larger, not the sum. On a CPU does nothing."""
+    """Puts one network at a time on the device, so that its memory holds the larger, not the sum. On a CPU does nothing.
+
+    Attributes:
+        device: where networks are put.
+        there: the network that is on it now; None for none.
+    """
+
+    device: torch.device
+    there: torch.nn.Module | None
 
     def __init__(self, device: torch.device):
         self.device, self.there = device, None
 
-    def use(self, module):
+    def use(self, module: Network) -> Network:
         """The module, on the device; the one that was there goes to the CPU's memory."""
         if self.there is not module:
             self.clear()
@@ -52,7 +68,11 @@ class Placement:
 
 
 def one_process(device: torch.device) -> PartialState:
-    """The state of a lone process; several would write the same files."""
+    """The state of a lone process. Several would write the same files, so they are refused.
+
+    Raises:
+        PreviewError: several processes were started.
+    """
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
         raise PreviewError("this is made by one process; start it with python -m")

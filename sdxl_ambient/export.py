@@ -68,14 +68,40 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(ExportOptions, argv, prog="sdxl_ambient.export", description=__doc__)
     # A file from elsewhere can be damaged in ways that no UserError foresees.
     damaged = (SafetensorError, ValueError, LookupError)
-    return run_command("sdxl_ambient.export", lambda: _export(options), also=damaged)
+    return run_command("sdxl_ambient.export", lambda: print(export(options)), also=damaged)
 
 
-def _export(options: ExportOptions) -> None:
+def export(options: ExportOptions) -> str:
+    """Convert what the options name. Returns the lines that say what was written."""
     # Here for start-up time: options are parsed before torch and diffusers are imported.
-    from sdxl_ambient.formats.export import export_lora, export_unet
+    from sdxl_ambient import devices
+    from sdxl_ambient.formats.lora_export import export_lora
+    from sdxl_ambient.formats.unet_export import export_unet
+    from sdxl_ambient.models.load import unet_config
 
-    print((export_lora if options.lora is not None else export_unet)(options))
+    output, base = Path(options.output), options.pretrained_model_name_or_path
+    dtype = devices.DTYPES[options.dtype] if options.dtype else None
+    if options.lora is not None:
+        config = unet_config(base, options.revision) if base else None
+        return export_lora(
+            options.lora,
+            output,
+            format=options.format,
+            layout=options.layout,
+            config=config,
+            dtype=dtype,
+            title=options.title,
+        )
+    assert options.unet is not None and base is not None  # validate() has seen to it
+    return export_unet(
+        options.unet,
+        output,
+        format=options.format,
+        base=base,
+        revision=options.revision,
+        dtype=dtype,
+        title=options.title,
+    )
 
 
 if __name__ == "__main__":

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from sdxl_ambient.errors import ModelError, one_line
-from sdxl_ambient.formats.load_lora import STATE_PREFIXES, load_lora
+from sdxl_ambient.formats.find import unet_file
+from sdxl_ambient.formats.load_lora import load_lora
+from sdxl_ambient.formats.names import LORA_PARTS
 from sdxl_ambient.formats.record import read_training_info
-from sdxl_ambient.models.load import (
-    LOADING_ERRORS,
-    check_sdxl,
-    in_precision,
-    load_part,
-    load_unet,
-    load_unet_file,
-    unet_file,
-)
+from sdxl_ambient.models.load import check_sdxl, load_unet, load_unet_file
+from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_part
 
 SAMPLERS = ("full", "early_stop", "hybrid")
 
@@ -44,7 +40,9 @@ def load_pipeline(
     """A stock SDXL pipeline from a local directory or the Hub, with a LoRA or a fully fine-tuned UNet put in.
 
     Args:
-        lora: a .safetensors file in diffusers' or kohya's format, or a directory with one; see :func:`load_lora`.
+        lora: a .safetensors file in peft's, diffusers' or kohya's format, or a directory with one; see
+            :func:`sdxl_ambient.formats.load_lora.load_lora`.
+        lora_scale: by which the LoRA's effect is multiplied.
         unet: a ``unet`` directory, a directory that holds one, or a .safetensors file: a UNet's weights, or a whole SDXL
             checkpoint in the original layout (kohya, ComfyUI), whose UNet is used with the base's text encoders and VAE.
         vae: another VAE; the stock one overflows in float16.
@@ -56,7 +54,7 @@ def load_pipeline(
     if lora is not None and unet is not None:
         raise ValueError("give a LoRA or a fully fine-tuned UNet, not both")
     check_sdxl(pretrained_model_name_or_path, revision)
-    parts = {}
+    parts: dict[str, torch.nn.Module] = {}
     if unet is not None:
         file, base = unet_file(unet), pretrained_model_name_or_path
         parts["unet"] = load_unet_file(file, base, dtype=dtype, revision=revision) if file else load_unet(unet, dtype=dtype)
@@ -102,7 +100,7 @@ def sample(
     width: int | None = None,
     negative_prompts: Sequence[str] | None = None,
     output_type: str = "pil",
-):
+) -> Any:
     """Draw one image per prompt, each from its own generator, so that a batch's size doesn't change any image.
 
     Args:
@@ -116,33 +114,38 @@ def sample(
     """
     if len(generators) != len(prompts):
         raise ValueError(f"{len(generators)} generators for {len(prompts)} prompts")
-    arguments = dict(
-        prompt=list(prompts),
-        negative_prompt=list(negative_prompts) if negative_prompts else None,
-        generator=list(generators),
-        latents=_initial_noise(pipe, generators, height, width),
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        output_type=output_type,
-    )
+    arguments: dict[str, Any] = {
+        "prompt": list(prompts),
+        "negative_prompt": list(negative_prompts) if negative_prompts else None,
+        "generator": list(generators),
+        "latents": _initial_noise(pipe, generators, height, width),
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "output_type": output_type,
+    }
     if sampler == "full":
-        return pipe(**arguments, num_inference_steps=num_inference_steps).images
+        return _images(pipe, arguments, num_inference_steps=num_inference_steps)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
     if t_n is None:
         raise ValueError(f"sampler {sampler!r} needs the noise level t_n; clean-trained weights record none")
     run = _early_stop if sampler == "early_stop" else _hybrid
-    own_scheduler = pipe.scheduler
-    pipe.scheduler = euler_like(own_scheduler)
+    own_scheduler: Any = pipe.scheduler
+    pipe.scheduler = euler = euler_like(own_scheduler)
     try:
-        grid = timestep_grid(pipe.scheduler, num_inference_steps)
+        grid = timestep_grid(euler, num_inference_steps)
         return run(pipe, arguments, grid, t_n, base_unet)
     finally:
         pipe.scheduler = own_scheduler
 
 
-def _initial_noise(pipe, generators: Sequence[torch.Generator], height: int | None, width: int | None) -> torch.Tensor:
+def _images(pipe: Any, arguments: dict[str, Any], **more: Any) -> Any:
+    """What the pipeline draws."""
+    return pipe(**arguments, **more).images
+
+
+def _initial_noise(pipe: Any, generators: Sequence[torch.Generator], height: int | None, width: int | None) -> torch.Tensor:
     """What the pipeline would draw in float32, each image's from its own generator: (batch, 4, h, w).
 
     Drawn in half precision, as the pipeline does for half weights, the numbers are others in some versions of torch.
@@ -153,13 +156,13 @@ def _initial_noise(pipe, generators: Sequence[torch.Generator], height: int | No
     return torch.cat([n.to(pipe.unet.device) for n in noise]).to(pipe.unet.dtype)
 
 
-def euler_like(scheduler) -> EulerDiscreteScheduler:
+def euler_like(scheduler: Any) -> EulerDiscreteScheduler:
     """The Euler sampler of the same noise schedule, for lists of timesteps.
 
     Its last step, to σ = 0, is exactly x̂_0, which is what ``early_stop`` ends with; other samplers do not all take a list
     of timesteps, nor end so.
     """
-    return EulerDiscreteScheduler.from_config(
+    euler: Any = EulerDiscreteScheduler.from_config(
         scheduler.config,
         use_karras_sigmas=False,
         use_exponential_sigmas=False,
@@ -168,6 +171,7 @@ def euler_like(scheduler) -> EulerDiscreteScheduler:
         timestep_type="discrete",
         final_sigmas_type="zero",
     )
+    return euler
 
 
 def timestep_grid(scheduler: EulerDiscreteScheduler, num_inference_steps: int) -> list[int]:
@@ -192,12 +196,12 @@ def _check_level(t_n: int, grid: Sequence[int], num_train_timesteps: int) -> Non
         raise ValueError(f"t_n: {t_n} is not below the sampler's first timestep, {grid[0]}; nothing would be drawn above it")
 
 
-def _early_stop(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
+def _early_stop(pipe: Any, arguments: dict[str, Any], grid: list[int], t_n: int, base_unet):
     _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
-    return pipe(**arguments, timesteps=[t for t in grid if t > t_n] + [t_n]).images
+    return _images(pipe, arguments, timesteps=[t for t in grid if t > t_n] + [t_n])
 
 
-def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
+def _hybrid(pipe: Any, arguments: dict[str, Any], grid: list[int], t_n: int, base_unet):
     _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
     replaced = pipe.unet if base_unet is not None else None
     adapted = [m for m in _models(pipe) if getattr(m, "peft_config", None) and m is not replaced]
@@ -208,7 +212,7 @@ def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
     last_above = max(i for i, t in enumerate(timesteps) if t > t_n)
     tuned = pipe.unet
 
-    def hand_over(pipe, step: int, timestep, tensors: dict) -> dict:
+    def hand_over(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         if step != last_above:
             return tensors
         if base_unet is not None:
@@ -220,18 +224,18 @@ def _hybrid(pipe, arguments: dict, grid: list[int], t_n: int, base_unet):
         return {**tensors, **_encoded(pipe, arguments)} if reads else tensors
 
     try:
-        return pipe(**arguments, timesteps=timesteps, callback_on_step_end=hand_over).images
+        return _images(pipe, arguments, timesteps=timesteps, callback_on_step_end=hand_over)
     finally:
         pipe.unet = tuned
         for model in adapted:
             model.enable_adapters()
 
 
-def _models(pipe) -> list[torch.nn.Module]:
-    return [getattr(pipe, part) for part in STATE_PREFIXES]
+def _models(pipe: Any) -> list[Any]:
+    return [getattr(pipe, part) for part in LORA_PARTS]
 
 
-def _encoded(pipe, arguments: dict) -> dict[str, torch.Tensor]:
+def _encoded(pipe: Any, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The prompts as the text encoders read them now, under the names that the pipeline's loop has for them."""
     guided = pipe.do_classifier_free_guidance
     prompt, negative, pooled, negative_pooled = pipe.encode_prompt(

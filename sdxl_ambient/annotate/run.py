@@ -14,8 +14,8 @@ from sdxl_ambient.annotate.sets import ImageSet, check_sets, encode, read_set
 from sdxl_ambient.devices import one_process, resolve_device
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.models.load import check_sdxl, load_schedule, load_vae
-from sdxl_ambient.models.vae import check_resolution
+from sdxl_ambient.models.load import check_sdxl, load_schedule
+from sdxl_ambient.models.vae import check_resolution, load_vae
 from sdxl_ambient.provenance import atomic, hash_json, hash_tensors, write_json
 
 

@@ -1,4 +1,4 @@
-"""LoRA → the layout of kohya's scripts.
+"""An adapter → the layout of kohya's scripts.
 
 diffusers' own ``convert_state_dict_to_kohya`` is not used, since it writes alpha = rank, which changes the adapter's scale.
 """
@@ -9,15 +9,13 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from sdxl_ambient.errors import InterchangeError
-from sdxl_ambient.formats.adapter import GENERATIVE_MODELS, Adapter
+from sdxl_ambient.formats.adapter import Adapter
 from sdxl_ambient.formats.names import KOHYA_PREFIXES, unet_names
-from sdxl_ambient.formats.read import read_adapter
-from sdxl_ambient.formats.record import ARCHITECTURE, model_metadata
+from sdxl_ambient.formats.record import ARCHITECTURE, GENERATIVE_MODELS, model_metadata
 
 
 def _kohya_text_name(part: str, module: str) -> str:
@@ -25,7 +23,7 @@ def _kohya_text_name(part: str, module: str) -> str:
 
 
 def to_kohya(
-    lora: str | Path | Adapter,
+    adapter: Adapter,
     layout: str = "sgm",
     *,
     config: Mapping | None = None,
@@ -33,22 +31,22 @@ def to_kohya(
     title: str | None = None,
     date: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A LoRA → what kohya's scripts, ComfyUI, A1111 and their like read: tensors and metadata for a safetensors file.
+    """An adapter → what kohya's scripts, ComfyUI, A1111 and their like read: tensors and metadata of a safetensors file.
 
     Names as in kohya-ss/sd-scripts, networks/lora.py: ``lora_unet_…`` with the original release's blocks (``sgm``) or
     diffusers' (``diffusers``), ``lora_te1_…``, ``lora_te2_…``; ``lora_down`` (rank, in[, k, k]), ``lora_up``
     (out, rank[, 1, 1]), ``alpha``, a number, and, for DoRA as LyCORIS has it, ``dora_scale`` (out, 1[, 1, 1]).
 
     Args:
-        lora: a file, a folder or an adapter that was read already.
+        layout: whose names the UNet's blocks have, ``sgm`` or ``diffusers``.
         config: the configuration of the UNet that it is for; by default SDXL's own.
         dtype: of the weights; by default as they are.
+        title: what programs show as its name; by default one of what training recorded.
         date: ISO 8601; by default today's.
 
     Raises:
         InterchangeError: what the format can't hold, or values that ``dtype`` can't.
     """
-    adapter = lora if isinstance(lora, Adapter) else read_adapter(lora, config)
     state: dict[str, torch.Tensor] = {}
     for part, modules in adapter.parts.items():
         named = unet_names(layout, config) if part == "unet" else {m: _kohya_text_name(part, m) for m in modules}
@@ -86,7 +84,7 @@ def kohya_metadata(adapter: Adapter, title: str | None = None, date: str | None 
     """
     weights = [w for modules in adapter.parts.values() for w in modules.values()]
     rank, alpha = Counter((w.rank, w.alpha) for w in weights).most_common(1)[0][0]
-    found = model_metadata(adapter.info, f"{ARCHITECTURE}/lora", GENERATIVE_MODELS, title)
+    metadata = model_metadata(adapter.info, f"{ARCHITECTURE}/lora", GENERATIVE_MODELS, title)
     arguments: dict = {}
     if kernels := [(w.rank, w.alpha) for w in weights if w.down.ndim > 2 and max(w.down.shape[2:]) > 1]:
         conv_rank, conv_alpha = Counter(kernels).most_common(1)[0][0]
@@ -94,7 +92,7 @@ def kohya_metadata(adapter: Adapter, title: str | None = None, date: str | None 
     if adapter.uses_dora:
         # The kind of network in LyCORIS that has magnitudes, of the outputs.
         arguments = {"algo": "locon", "dora_wd": "True", "wd_on_output": "True", **arguments}
-    found |= {
+    metadata |= {
         "modelspec.date": date or datetime.date.today().isoformat(),
         "ss_network_module": "lycoris.kohya" if adapter.uses_dora else "networks.lora",
         "ss_network_dim": str(rank),
@@ -102,8 +100,8 @@ def kohya_metadata(adapter: Adapter, title: str | None = None, date: str | None 
         "ss_network_args": json.dumps(arguments),
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
-        "ss_output_name": found["modelspec.title"],
+        "ss_output_name": metadata["modelspec.title"],
     }
     if adapter.info.get("base_model"):
-        found["ss_sd_model_name"] = str(adapter.info["base_model"])
-    return found
+        metadata["ss_sd_model_name"] = str(adapter.info["base_model"])
+    return metadata

@@ -24,8 +24,10 @@ SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-# The parts that a LoRA changes, with kohya's names for them; lora_te_ is the first text encoder's in SD 1.5's scripts.
+# The parts that a LoRA changes, with what their names begin with in kohya's format. In diffusers' they begin with the part's
+# own name. lora_te_ is the first text encoder's in SD 1.5's scripts.
 KOHYA_PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te1_", "lora_te_"), "text_encoder_2": ("lora_te2_",)}
+LORA_PARTS = tuple(KOHYA_PREFIXES)
 _SGM = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",

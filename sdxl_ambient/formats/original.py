@@ -80,7 +80,8 @@ def original_text_encoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def original_text_encoder_2(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The second one → ``conditioner.embedders.1.model.…``, OpenCLIP's names: q, k and v in one matrix, the projection
     applied from the right."""
-    start, converted, stacked = "conditioner.embedders.1.model.", {}, {}
+    start, converted = "conditioner.embedders.1.model.", {}
+    stacked: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         name = name.removeprefix("text_model.")
         if not _is_weight(name):
@@ -106,10 +107,7 @@ def _is_weight(name: str) -> bool:
 
 
 def original_model(
-    unet: Mapping[str, torch.Tensor],
-    vae: Mapping[str, torch.Tensor],
-    text_encoder: Mapping[str, torch.Tensor],
-    text_encoder_2: Mapping[str, torch.Tensor],
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
     *,
     config: Mapping,
     vae_levels: int = 4,
@@ -119,13 +117,22 @@ def original_model(
 ) -> dict[str, torch.Tensor]:
     """All parts' state dicts, by diffusers' names → one SDXL model in the original release's layout.
 
-    Empty tensors ``v_pred`` and ``ztsnr`` say so to ComfyUI, Forge and the like, which have no scheduler's configuration.
+    ComfyUI, Forge and their like have no scheduler's configuration. They know what the model predicts, and that its last
+    level has no signal left, from empty tensors ``v_pred`` and ``ztsnr``.
 
     Args:
+        parts: the state dicts of ``unet``, ``vae``, ``text_encoder`` and ``text_encoder_2``.
         config: the UNet's configuration.
+        vae_levels: how many resolutions the VAE has.
+        predicts_v: write ``v_pred``.
+        zero_snr: write ``ztsnr``.
+        dtype: of the weights; by default as they are.
+
+    Raises:
+        InterchangeError: a name of another model, or values that ``dtype`` can't hold.
     """
-    state = original_unet(unet, config) | original_vae(vae, vae_levels)
-    state |= original_text_encoder(text_encoder) | original_text_encoder_2(text_encoder_2)
+    state = original_unet(parts["unet"], config) | original_vae(parts["vae"], vae_levels)
+    state |= original_text_encoder(parts["text_encoder"]) | original_text_encoder_2(parts["text_encoder_2"])
     state = {name: in_dtype(name, tensor, dtype) for name, tensor in state.items()}
     marks = {"v_pred": predicts_v, "ztsnr": zero_snr}
-    return state | {name: torch.zeros(0) for name, said in marks.items() if said}
+    return state | {name: torch.zeros(0) for name, is_marked in marks.items() if is_marked}

@@ -1,28 +1,61 @@
-"""Writes trained weights in diffusers' formats: a LoRA under peft's names, or a whole UNet."""
+"""Writes weights in diffusers' formats: a LoRA under peft's names, or a whole UNet."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
 
 from sdxl_ambient.errors import CheckpointError
-from sdxl_ambient.formats.record import ARCHITECTURE, INFO_FILE, LORA_FILE, LORA_PARTS, model_metadata, public_info
+from sdxl_ambient.formats.adapter import Adapter
+from sdxl_ambient.formats.names import LORA_PARTS
+from sdxl_ambient.formats.record import ARCHITECTURE, INFO_FILE, LORA_FILE, model_metadata, public_info
 from sdxl_ambient.models.lora import changes_base, on_the_base, rebase, taken_apart
 from sdxl_ambient.provenance import atomic, read_json, write_json
 
 
-def lora_state(model, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def peft_file(adapter: Adapter, title: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """An adapter → tensors and metadata of ``pytorch_lora_weights.safetensors``, for the stock ``load_lora_weights``.
+
+    Args:
+        title: what programs show as its name; by default one of what training recorded.
+    """
+    config = json.dumps(adapter.peft_metadata(), indent=2, sort_keys=True)
+    own = model_metadata(adapter.info, f"{ARCHITECTURE}/lora", "diffusers", title)
+    state = {name: tensor.contiguous() for name, tensor in adapter.peft_state().items()}
+    return state, {"format": "pt", **own, LORA_ADAPTER_METADATA_KEY: config}
+
+
+def lora_config(adapter: Adapter, part: str, dropout: float = 0.0) -> LoraConfig:
+    """peft's configuration of one part of an adapter."""
+    config = adapter.peft_config(part)
+    return LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],  # pyright: ignore[reportArgumentType]  # any number, whatever peft declares
+        rank_pattern=config["rank_pattern"],
+        alpha_pattern=config["alpha_pattern"],
+        target_modules=config["target_modules"],
+        lora_dropout=dropout,
+        use_dora=config["use_dora"],
+        use_rslora=config["use_rslora"],
+    )
+
+
+def lora_state(model: torch.nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """The trained LoRA under peft's own names (``….lora_A.weight``), on the CPU.
 
     Not ``convert_state_dict_to_diffusers``: it renames attention layers only, and the stock loader, which tells the layout
@@ -32,8 +65,8 @@ def lora_state(model, state: dict[str, torch.Tensor] | None = None) -> dict[str,
         state: the module's whole state dict, for one whose weights lie in pieces on several devices
             (``accelerator.get_state_dict`` of the wrapped module); by default its own.
     """
-    found = get_peft_model_state_dict(model, state_dict=state, adapter_name="default", save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    weights = get_peft_model_state_dict(model, state_dict=state, adapter_name="default", save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def save_lora(
@@ -69,14 +102,19 @@ def lora_parts(unet, text_encoders: Sequence | None) -> dict[str, torch.nn.Modul
 
 
 def write_lora(parts: dict[str, torch.nn.Module], path: Path, states: Sequence = ()) -> None:
-    given = {}
+    """Write the LoRA of some parts (see :func:`lora_parts`) into one file, as diffusers does.
+
+    Args:
+        states: their whole state dicts in the same order, where they are sharded; see :func:`lora_state`.
+    """
+    layers: dict[str, Any] = {}
     for (part, model), state in zip_longest(parts.items(), states):
         weights, config = _for_file(part, model, state)
-        given |= {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
-    StableDiffusionXLPipeline.save_lora_weights(str(path.parent), **given, weight_name=path.name)
+        layers |= {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
+    StableDiffusionXLPipeline.save_lora_weights(str(path.parent), **layers, weight_name=path.name)
 
 
-def _for_file(part: str, model, state=None) -> tuple[dict[str, torch.Tensor], dict]:
+def _for_file(part: str, model: Any, state: dict[str, torch.Tensor] | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """A part's weights, by their names in the file but for the part's own, and peft's configuration of them."""
     # Sets have no order and do not go into JSON.
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
@@ -96,6 +134,7 @@ def in_file(part: str, name: str) -> str:
 
 
 def add_info(path: Path, info: dict) -> None:
+    """Add what training recorded to the metadata of a LoRA's file that is written already."""
     with safe_open(str(path), "pt") as file:
         own = {**(file.metadata() or {}), **model_metadata(info, f"{ARCHITECTURE}/lora", "diffusers")}
     # From bytes: load_file maps the file, and writing to a mapped file pulls the tensors from under one's feet.

@@ -11,19 +11,27 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from sdxl_ambient.errors import CheckpointError, InterchangeError
+from sdxl_ambient.errors import CheckpointError, InterchangeError, one_line
 from sdxl_ambient.formats.adapter import Adapter, Weights
-from sdxl_ambient.formats.names import KOHYA_PREFIXES, LAYOUTS, unet_names, unet_shapes
-from sdxl_ambient.formats.record import LORA_FILE, lora_metadata, public_info, read_training_info
+from sdxl_ambient.formats.find import lora_file
+from sdxl_ambient.formats.names import KOHYA_PREFIXES, LAYOUTS, LORA_PARTS, unet_names, unet_shapes
+from sdxl_ambient.formats.record import lora_metadata, public_info, read_training_info
 
 _TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
-# peft's names, and those that diffusers' own training scripts write.
-_PEFT = re.compile(
-    r"(?P<part>unet|text_encoder|text_encoder_2)\.(?P<module>.+?)\."
-    r"(?:(?P<down>lora_A|lora\.down|lora_linear_layer\.down)\.weight"
-    r"|(?P<up>lora_B|lora\.up|lora_linear_layer\.up)\.weight"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
-)
+# What follows a module's name: in peft, in diffusers' training scripts, and in its first ones, which named attention's
+# processors (``attn1.processor.to_q_lora.down.weight``).
+_ENDINGS = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    **{f"{lora}.{kind}.weight": kind for lora in (".lora", ".lora_linear_layer", "_lora") for kind in ("down", "up")},
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+# The attention processors' names of what has another name as a module, in the UNet and in text encoders.
+_PROCESSORS = {
+    "unet": {"to_out": "to_out.0"},
+    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+}
 _TEXT_MODULE = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 _KOHYA_TEXT_MODULE = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_((?:q|k|v|out)_proj|fc[12])")
 # What of peft's configuration says that a module does more than up·down, and the value with which it doesn't.
@@ -34,6 +42,8 @@ _PLAIN |= {"trainable_token_indices": None, "target_parameters": None, "use_qalo
 def read_adapter(lora: str | Path, config: Mapping | None = None) -> Adapter:
     """A LoRA in peft's, diffusers' or kohya's format (either layout), from a .safetensors file or a folder with one.
 
+    diffusers' names may be its present ones or those of its first versions.
+
     Args:
         config: the configuration of the UNet that it is for; by default SDXL's own.
 
@@ -41,13 +51,13 @@ def read_adapter(lora: str | Path, config: Mapping | None = None) -> Adapter:
         InterchangeError: unreadable, another kind of adapter or for another architecture, incomplete, or of unknown
             strength.
     """
-    file = lora_file(Path(lora))
+    file = lora_file(lora)
     try:
         state, metadata, info = load_file(str(file)), lora_metadata(file), public_info(read_training_info(file))
     except CheckpointError as error:
         raise InterchangeError(str(error)) from None
     except (OSError, SafetensorError) as error:
-        raise InterchangeError(f"{file} can't be read: {' '.join(str(error).split())}") from None
+        raise InterchangeError(f"{file} can't be read: {one_line(error)}") from None
     kohya = any(name.startswith("lora_") for name in state)
     try:
         parts = _from_kohya(state, config) if kohya else _from_peft(state, metadata)
@@ -60,38 +70,36 @@ def read_adapter(lora: str | Path, config: Mapping | None = None) -> Adapter:
     return Adapter({part: dict(sorted(modules.items())) for part, modules in parts.items()}, info)
 
 
-def lora_file(path: Path) -> Path:
-    """The file itself, or the one that a folder holds. Raises InterchangeError."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise InterchangeError(f"{path} is not a .safetensors file; no other is read")
-        return path
-    if (path / LORA_FILE).is_file():
-        return path / LORA_FILE
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        raise InterchangeError(f"{path} holds {len(found)} LoRA files; give one file" if path.is_dir() else f"no {path}")
-    return found[0]
-
-
 def _from_peft(state: dict[str, torch.Tensor], metadata: dict) -> dict[str, dict[str, Weights]]:
-    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    modules: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
-        match = _PEFT.fullmatch(name)
-        if match is None:
-            raise InterchangeError(f"{name} is no weight of a LoRA of SDXL in peft's or kohya's format")
-        (kind,) = [k for k in ("down", "up", "magnitude") if match[k]]
-        module = match["module"] if match["part"] == "unet" else match["module"].removeprefix("text_model.")
-        found.setdefault((match["part"], module), {})[kind] = tensor
+        part, module, kind = _peft_name(name)
+        tensors = modules.setdefault((part, module), {})
+        if kind in tensors:
+            raise InterchangeError(f"{part}.{module} has two {kind} weights; the file mixes two layouts")
+        tensors[kind] = tensor
     parts: dict[str, dict[str, Weights]] = {}
-    for (part, module), tensors in found.items():
+    for (part, module), tensors in modules.items():
         _check_pair(f"{part}.{module}", tensors)
         config = {k.removeprefix(f"{part}."): v for k, v in metadata.items() if k.startswith(f"{part}.")}
         _check_plain(part, config)
         magnitude = tensors["magnitude"].reshape(-1) if "magnitude" in tensors else None
         alpha = _peft_alpha(part, module, len(tensors["down"]), config)
         parts.setdefault(part, {})[module] = Weights(tensors["down"], tensors["up"], alpha, magnitude)
-    return parts
+    return _in_order(parts)
+
+
+def _peft_name(name: str) -> tuple[str, str, str]:
+    """Part, diffusers' module name and kind of a tensor, under any name of peft's or diffusers'."""
+    part, _, rest = name.partition(".")
+    ending = next((ending for ending in _ENDINGS if rest.endswith(ending)), None)
+    if part not in LORA_PARTS or ending is None:
+        raise InterchangeError(f"{name} is no weight of a LoRA of SDXL in peft's, diffusers' or kohya's format")
+    module = rest.removesuffix(ending).replace(".processor.", ".")
+    if part != "unet":
+        module = module.removeprefix("text_model.")
+    start, dot, last = module.rpartition(".")
+    return part, f"{start}{dot}{_PROCESSORS['unet' if part == 'unet' else 'text'].get(last, last)}", _ENDINGS[ending]
 
 
 def _check_pair(module: str, tensors: dict) -> None:
@@ -112,25 +120,25 @@ def _peft_alpha(part: str, module: str, rank: int, config: dict) -> float:
     if not config:
         return float(rank)
 
-    def of(pattern: str, default: str):
+    def value_of(pattern: str, default: str) -> float:
         values = config.get(pattern) or {}
         # peft's own rule, on the name that the module has in the model.
         for name in (module,) if part == "unet" else (f"text_model.{module}", module):
-            if (key := get_pattern_key(values, name)) in values:
+            if (key := get_pattern_key(list(values), name)) in values:
                 return values[key]
         return config.get(default, 8)  # peft's own default, of both
 
-    if (said := of("rank_pattern", "r")) != rank:
-        raise InterchangeError(f"{part}.{module} is of rank {rank}, but of rank {said} by its configuration")
-    alpha = float(of("alpha_pattern", "lora_alpha"))
+    if (configured := value_of("rank_pattern", "r")) != rank:
+        raise InterchangeError(f"{part}.{module} is of rank {rank}, but of rank {configured} by its configuration")
+    alpha = float(value_of("alpha_pattern", "lora_alpha"))
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
 
 def _from_kohya(state: dict[str, torch.Tensor], config: Mapping | None) -> dict[str, dict[str, Weights]]:
-    names = {}
+    names: dict[str, str] = {}
     for layout in LAYOUTS:
         names |= {kohya: module for module, kohya in unet_names(layout, config).items()}
-    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    modules: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     source: dict[tuple[str, str], str] = {}
     for name, tensor in state.items():
         kohya, _, kind = name.partition(".")
@@ -141,16 +149,20 @@ def _from_kohya(state: dict[str, torch.Tensor], config: Mapping | None) -> dict[
             raise InterchangeError(f"{kohya} is no module of {_model(config)}")
         if source.setdefault(place, kohya) != kohya:
             raise InterchangeError(f"{kohya} and {source[place]} are the same module; the file mixes two layouts")
-        found.setdefault(place, {})[_TENSORS[kind]] = tensor
+        modules.setdefault(place, {})[_TENSORS[kind]] = tensor
     parts: dict[str, dict[str, Weights]] = {}
-    for place, tensors in found.items():
+    for place, tensors in modules.items():
         _check_pair(source[place], tensors)
         down, up = tensors["down"], tensors["up"]
         # Without an alpha the factor is 1, as in kohya's scripts.
         alpha = float(tensors.get("alpha", len(down)))
         magnitude = _dora_scale(source[place], tensors["magnitude"], len(up)) if "magnitude" in tensors else None
         parts.setdefault(place[0], {})[place[1]] = Weights(down, up, alpha, magnitude)
-    return dict(sorted(parts.items(), key=lambda item: list(KOHYA_PREFIXES).index(item[0])))
+    return _in_order(parts)
+
+
+def _in_order(parts: dict[str, dict[str, Weights]]) -> dict[str, dict[str, Weights]]:
+    return {part: parts[part] for part in LORA_PARTS if part in parts}
 
 
 def _place(kohya: str, unet: dict[str, str]) -> tuple[str, str] | None:
@@ -211,12 +223,17 @@ def _model(config: Mapping | None) -> str:
 def from_kohya(file: str | Path, config: Mapping | None = None) -> Adapter:
     """A LoRA in kohya's format, either layout, as an adapter with peft's names and configuration.
 
-    Weights are kept bit for bit and each module's alpha exactly. See :meth:`Adapter.peft_state`, :func:`attach`.
+    Weights are kept bit for bit and each module's alpha exactly.
+    See :meth:`Adapter.peft_state`, :func:`sdxl_ambient.formats.attach.attach`.
+
+    Args:
+        file: a .safetensors file or a folder with one.
+        config: the configuration of the UNet that it is for; by default SDXL's own.
 
     Raises:
         InterchangeError: not such a LoRA, or one that can't be converted whole.
     """
-    path = lora_file(Path(file))
+    path = lora_file(file)
     if not any(name.startswith("lora_") for name in _names(path)):
         raise InterchangeError(f"{path} is not in kohya's format: no tensor in it is named lora_unet_… or lora_te…")
     return read_adapter(path, config)
@@ -227,4 +244,4 @@ def _names(path: Path) -> Iterable[str]:
         with safe_open(str(path), "pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise InterchangeError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+        raise InterchangeError(f"{path} can't be read: {one_line(error)}") from None

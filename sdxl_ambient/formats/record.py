@@ -12,10 +12,10 @@ from sdxl_ambient.errors import CheckpointError
 from sdxl_ambient.provenance import read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
 INFO_FILE = "training.json"
 INFO_KEY = "sdxl_ambient"  # the same information inside an adapter's own file, under this metadata key
 ARCHITECTURE = "stable-diffusion-xl-v1-base"  # as ModelSpec names SDXL; "/lora" is appended as kohya's scripts do
+GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's name for the original release's names
 STATE_FILE = "checkpoint.json"
 MODEL_FILE = "model.safetensors"  # a fully fine-tuned UNet in a training state, as accelerate stores it
 
@@ -38,14 +38,15 @@ def model_metadata(info: dict, architecture: str, implementation: str, title: st
     t_n, objective = info.get("t_n"), info.get("low_noise") if "t_n" in info else None
     size = info.get("resolution")
     size = [size, size] if isinstance(size, int) else size
-    found = {
+    kind = info.get("prediction_type")
+    metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
         "modelspec.implementation": implementation,
         "modelspec.title": title or _title(info),
         "modelspec.date": info.get("date"),
         "modelspec.resolution": size and "x".join(map(str, size)),
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(info.get("prediction_type"), info.get("prediction_type")),
+        "modelspec.prediction_type": "v" if kind == "v_prediction" else kind,
         # Levels that were never trained: a loader that heeds this keeps them the base model's.
         "modelspec.timestep_range": f"{t_n + 1},999" if objective == "skip" and isinstance(t_n, int) else None,
         f"{INFO_KEY}.t_n": ("none" if t_n is None else t_n) if "t_n" in info else None,
@@ -54,7 +55,7 @@ def model_metadata(info: dict, architecture: str, implementation: str, title: st
         f"{INFO_KEY}.data": info.get("data"),
         INFO_KEY: json.dumps(info, sort_keys=True),
     }
-    return {name: str(value) for name, value in found.items() if value is not None}
+    return {name: str(value) for name, value in metadata.items() if value is not None}
 
 
 def _title(info: dict) -> str:
@@ -91,12 +92,12 @@ def _info_file(folder: Path) -> dict:
 
 def _json(text: str | None, path: Path) -> dict:
     try:
-        found = json.loads(text or "{}")
+        record = json.loads(text or "{}")
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        record = None
+    if not isinstance(record, dict):
         raise CheckpointError(f"{path} can't be read: what it says of its training is not a JSON object")
-    return found
+    return record
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -115,13 +116,13 @@ def lora_metadata(file: str | Path) -> dict:
             a loader would take the rank for alpha, and evaluate a LoRA of another strength.
     """
     file = Path(file)
-    found = _json(_metadata(file).get(LORA_ADAPTER_METADATA_KEY), file)
-    if not found and (file.parent / STATE_FILE).is_file() and not _alpha_is_rank(file.parent.parent / "options.json"):
+    config = _json(_metadata(file).get(LORA_ADAPTER_METADATA_KEY), file)
+    if not config and (file.parent / STATE_FILE).is_file() and not _alpha_is_rank(file.parent.parent / "options.json"):
         raise CheckpointError(
             f"{file} was saved without its alpha by an earlier version, so its strength is unknown; "
             "resume the training from it, which saves it anew, or take the run's final weights"
         )
-    return found
+    return config
 
 
 def _alpha_is_rank(options_file: Path) -> bool:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from sdxl_ambient.errors import CheckpointError, HubError, one_line
+from sdxl_ambient.errors import CheckpointError, HubError, InterchangeError, one_line
+from sdxl_ambient.formats.find import lora_file, unet_files
 from sdxl_ambient.formats.record import INFO_FILE, LORA_FILE, read_training_info
 from sdxl_ambient.hub.card import model_card, numbered_images
 from sdxl_ambient.provenance import atomic
 
 CARD = "README.md"
 REPORT = Path("report") / "report.json"  # where a run's evaluation is looked for, below its folder
-# Of a UNet's folder: diffusers' own files, whole or in shards.
-_UNET_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _OFFLINE = "HF_HUB_OFFLINE is set; unset it, or leave out --push_to_hub and upload later (python -m sdxl_ambient.hub)"
 _NO_LOGIN = "no login for the Hub: run hf auth login, or set HF_TOKEN"
 
@@ -95,14 +94,17 @@ def push(
     license: str = "openrail++",
     report: str | Path | None = None,
     validation_images: Sequence[str | Path] = (),
-    log=print,
+    log: Callable[[str], None] = print,
 ) -> str:
     """Upload the adapter or the UNet in ``folder`` with its model card, in one commit. Returns the repository's address.
 
     The card is written to ``folder/README.md`` first, so that what was or would have been uploaded can be read.
 
     Args:
+        folder: a finished run's.
         repo_id: NAME or OWNER/NAME; the repository is made if missing.
+        private: make it a private one; one that is there already must be.
+        license: what the card says.
         report: an evaluation's report.json; by default ``folder/report/report.json``, unless the weights are newer.
         validation_images: pictures to upload and show; none unless asked, since they show what was learnt.
 
@@ -126,7 +128,7 @@ def push(
         # Once more: it may have been made since, by somebody else.
         _refuse_public(api, name, private)
         adds = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files if path.is_file()]
-        adds += [CommitOperationAdd(where, str(path)) for where, path in numbered_images(validation_images)]
+        adds += [CommitOperationAdd(place, str(path)) for place, path in numbered_images(validation_images)]
         api.create_commit(name, adds, commit_message=f"Upload by sdxl_ambient, step {info.get('step', 'unknown')}")
     # Training may have taken weeks: whatever goes wrong here, the message says that its result is there and what to do.
     except Exception as error:
@@ -142,15 +144,13 @@ def push(
 def weight_files(folder: str | Path) -> list[Path]:
     """The files of the trained weights in a run's folder. Raises HubError where there are none."""
     folder = Path(folder)
-    if (folder / LORA_FILE).is_file():
-        return [folder / LORA_FILE]
-    found = sorted(path for pattern in _UNET_FILES for path in (folder / "unet").glob(pattern))
-    if not any(path.suffix == ".safetensors" for path in found):
-        raise HubError(f"{folder} holds neither {LORA_FILE} nor a UNet; a finished run's --output_dir is needed")
-    return found
+    try:
+        return [lora_file(folder / LORA_FILE)] if (folder / LORA_FILE).exists() else unet_files(folder / "unet")
+    except InterchangeError:
+        raise HubError(f"{folder} holds neither {LORA_FILE} nor a UNet; a finished run's --output_dir is needed") from None
 
 
-def _own_report(folder: Path, files: Sequence[Path], log) -> Path | None:
+def _own_report(folder: Path, files: Sequence[Path], log: Callable[[str], None]) -> Path | None:
     """The run's own report, unless it is older than the weights: then it was made of others."""
     report = folder / REPORT
     if not report.is_file():

@@ -10,10 +10,11 @@ from diffusers import UNet2DConditionModel
 from sdxl_ambient.errors import InterchangeError, ModelError
 from sdxl_ambient.formats.adapter import Adapter
 from sdxl_ambient.formats.attach import attach
-from sdxl_ambient.formats.read import lora_file, read_adapter
+from sdxl_ambient.formats.find import lora_file, unet_file
+from sdxl_ambient.formats.read import read_adapter
 from sdxl_ambient.formats.record import read_training_info
 from sdxl_ambient.loop.options import LoopOptions
-from sdxl_ambient.models.load import load_unet, load_unet_file, unet_file
+from sdxl_ambient.models.load import load_unet, load_unet_file
 
 
 def load_model(options: LoopOptions, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sdxl_ambient.errors import InterchangeError, ModelError, StoreError
-from sdxl_ambient.formats.read import lora_file
+from sdxl_ambient.formats.find import lora_file
 from sdxl_ambient.loop.model import load_model, read_lora
 from sdxl_ambient.loop.options import LoopOptions, lowered
 from sdxl_ambient.models.load import load_encoders, load_unet

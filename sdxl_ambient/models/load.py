@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models import quantization
+from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_config, load_part
+from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.noise import NoiseSchedule
 
 _PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
-LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, LookupError)
 # Where the original layout's and diffusers' UNet files keep the UNet's weights.
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
 _ORIGINAL_PREFIX = "model.diffusion_model."
 _ANOTHER = "is incomplete, or of another architecture than that of"
 
 
-def check_sdxl(name_or_path: str, revision: str | None = None) -> dict:
+def check_sdxl(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Read the configurations only, and make sure that they are SDXL's. Returns the pipeline's ``model_index`` mapping.
 
     Raises:
         ModelError: no such model, or another architecture (SD 1.5, SDXL refiner, SD3, …).
     """
     try:
-        index = dict(DiffusionPipeline.load_config(str(name_or_path), revision=revision))
-        unet = UNet2DConditionModel.load_config(str(name_or_path), subfolder="unet", revision=revision)
+        index = load_config(DiffusionPipeline, name_or_path, revision=revision)
+        unet = load_config(UNet2DConditionModel, name_or_path, subfolder="unet", revision=revision)
     except LOADING_ERRORS as error:
         raise ModelError(f"{str(name_or_path)!r} is not a diffusers pipeline that can be read: {one_line(error)}") from None
     kind = index.get("_class_name")
@@ -42,21 +43,13 @@ def check_sdxl(name_or_path: str, revision: str | None = None) -> dict:
     return index
 
 
-def load_part(kind, name_or_path, what: str, **keywords):
-    """``kind.from_pretrained`` with every failure turned into a one-line ModelError."""
-    try:
-        return kind.from_pretrained(str(name_or_path), **{k: v for k, v in keywords.items() if v is not None})
-    except LOADING_ERRORS as error:
-        raise ModelError(f"the {what} of {str(name_or_path)!r} can't be loaded: {one_line(error)}") from None
+def unet_config(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of an SDXL model's UNet. Raises ModelError where it isn't SDXL."""
+    check_sdxl(name_or_path, revision)
+    return load_config(UNet2DConditionModel, name_or_path, subfolder="unet", revision=revision)
 
 
-def in_precision(dtype: torch.dtype) -> dict:
-    """The keyword for ``from_pretrained`` of diffusers, which took another name for it before 0.42."""
-    recent = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
-    return {"dtype" if recent else "torch_dtype": dtype}
-
-
-def load_schedule(name_or_path: str, revision: str | None = None) -> NoiseSchedule:
+def load_schedule(name_or_path: str | Path, revision: str | None = None) -> NoiseSchedule:
     """The noise schedule of the base model's own scheduler."""
     scheduler = load_part(DDPMScheduler, name_or_path, "scheduler", subfolder="scheduler", revision=revision)
     return NoiseSchedule.from_scheduler(scheduler)
@@ -73,8 +66,12 @@ def load_unet(
 ) -> UNet2DConditionModel:
     """The UNet from a pipeline (its ``unet`` folder) or from a folder that is a UNet itself.
 
-    With ``quantize`` int8 or nf4 its attention blocks are put onto ``device`` in fewer bits, frozen, for a LoRA on top (see
-    :func:`sdxl_ambient.models.quantization.quantize`, also for the OptionError where that can't be).
+    With ``quantize`` int8 or nf4 its attention blocks are put onto ``device`` in fewer bits, frozen, for a LoRA on top: see
+    :func:`sdxl_ambient.models.quantization.quantize`.
+
+    Raises:
+        ModelError: one that is missing or damaged.
+        OptionError: ``quantize`` isn't possible on this machine.
     """
     bare = Path(name_or_path).is_dir() and not (Path(name_or_path) / "unet").is_dir()
     unet = load_part(
@@ -90,15 +87,6 @@ def load_unet(
     if quantize != "none":
         quantization.quantize(unet.requires_grad_(False), quantize, device)
     return unet
-
-
-def unet_file(path: str | Path) -> Path | None:
-    """The one .safetensors file that ``path`` is, or that a training state holds in place of a UNet's folder; else None."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    state = path / "model.safetensors"
-    return state if state.is_file() and not any((path / p).exists() for p in ("unet", "config.json")) else None
 
 
 def load_unet_file(
@@ -121,7 +109,11 @@ def load_unet_file(
         raise ModelError(f"the UNet {str(path)!r} predicts v, but the scheduler of {str(base)!r} doesn't; give another base")
     try:
         unet = UNet2DConditionModel.from_single_file(
-            weights, config=str(base), subfolder="unet", config_revision=revision, **in_precision(dtype)
+            weights,  # pyright: ignore[reportArgumentType]  # diffusers documents a dictionary, and declares a string
+            config=str(base),
+            subfolder="unet",
+            config_revision=revision,
+            **in_precision(dtype),
         )
     except (*LOADING_ERRORS, TypeError, AttributeError) as error:
         raise ModelError(f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: {one_line(error)}") from None
@@ -156,27 +148,15 @@ class Encoders:
     """What turns pictures and captions into what the UNet sees. Needed once, before training."""
 
     vae: AutoencoderKL
-    tokenizers: tuple
-    text_encoders: tuple
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[torch.nn.Module, ...]
 
-    def to(self, device) -> Encoders:
-        for module in (self.vae, *self.text_encoders):
+    def to(self, device: torch.device | str) -> Encoders:
+        """Move all networks to a device. Returns self."""
+        networks: tuple[torch.nn.Module, ...] = (self.vae, *self.text_encoders)
+        for module in networks:
             module.to(device)
         return self
-
-
-def load_vae(
-    name_or_path: str | Path, vae: str | None = None, *, revision: str | None = None, variant: str | None = None
-) -> AutoencoderKL:
-    """The base model's VAE, or ``vae``: a VAE's directory or one that holds it. Frozen.
-
-    Always in float32: SDXL's own overflows in float16, and it runs once per picture.
-    """
-    where, sub = dict(revision=revision, variant=variant), "vae"
-    if vae is not None:
-        name_or_path, where, sub = vae, {}, "vae" if (Path(vae) / "vae").is_dir() else None
-    how = dict(subfolder=sub, use_safetensors=True, **in_precision(torch.float32))
-    return load_part(AutoencoderKL, name_or_path, "VAE", **how, **where).requires_grad_(False).eval()
 
 
 def load_encoders(
@@ -187,26 +167,37 @@ def load_encoders(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Encoders:
-    """VAE, both tokenizers and both text encoders, frozen, in evaluation mode."""
-    where = dict(revision=revision)
-    weights = dict(revision=revision, variant=variant, use_safetensors=True)
-    encoders = Encoders(
+    """VAE, both tokenizers and both text encoders, frozen, in evaluation mode.
+
+    Args:
+        vae: another VAE; see :func:`sdxl_ambient.models.vae.load_vae`.
+        text_dtype: of the text encoders; the VAE is float32 always.
+
+    Raises:
+        ModelError: a part that is missing or damaged.
+    """
+
+    def load_tokenizer(part: str) -> Any:
+        return load_part(AutoTokenizer, name_or_path, part, subfolder=part, revision=revision)
+
+    def load_text_encoder(kind: Any, name: str, part: str) -> torch.nn.Module:
+        encoder = load_part(
+            kind,
+            name_or_path,
+            name,
+            subfolder=part,
+            dtype=text_dtype,
+            revision=revision,
+            variant=variant,
+            use_safetensors=True,
+        )
+        return encoder.requires_grad_(False).eval()
+
+    return Encoders(
         vae=load_vae(name_or_path, vae, revision=revision, variant=variant),
-        tokenizers=tuple(
-            load_part(AutoTokenizer, name_or_path, part, subfolder=part, **where) for part in ("tokenizer", "tokenizer_2")
-        ),
+        tokenizers=(load_tokenizer("tokenizer"), load_tokenizer("tokenizer_2")),
         text_encoders=(
-            load_part(CLIPTextModel, name_or_path, "text encoder", subfolder="text_encoder", dtype=text_dtype, **weights),
-            load_part(
-                CLIPTextModelWithProjection,
-                name_or_path,
-                "second text encoder",
-                subfolder="text_encoder_2",
-                dtype=text_dtype,
-                **weights,
-            ),
+            load_text_encoder(CLIPTextModel, "text encoder", "text_encoder"),
+            load_text_encoder(CLIPTextModelWithProjection, "second text encoder", "text_encoder_2"),
         ),
     )
-    for module in encoders.text_encoders:
-        module.requires_grad_(False).eval()
-    return encoders

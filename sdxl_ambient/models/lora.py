@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,7 +35,7 @@ _TEXT_ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "
 _TEXT_MLP = ["mlp.fc1", "mlp.fc2"]
 # How a LoRA can start, and what peft is told of it. The others are started below, layer by layer in float32: peft rounds
 # their factors to the base's dtype, in which orthogonal ones no longer multiply to nothing, and PiSSA's to another base.
-INITS = {"gaussian": "gaussian", "kaiming": True, "orthogonal": True, "pissa": True, "olora": True}
+INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True, "orthogonal": True, "pissa": True, "olora": True}
 CHANGES_BASE = ("pissa", "olora")
 _PISSA = "pissa_niter_16"  # the full decomposition takes minutes for SDXL, 16 iterations seconds
 _FOR_LINEAR = ("orthogonal", *CHANGES_BASE)  # peft has them for linear layers alone
@@ -53,12 +54,12 @@ def describe(options) -> dict:
     """
     if options.finetune != "lora":
         return {}
-    found = {"lora_dropout": options.lora_dropout, "train_text_encoder": options.train_text_encoder}
+    record = {"lora_dropout": options.lora_dropout, "train_text_encoder": options.train_text_encoder}
     if options.lora is None:
-        found |= {n: getattr(options, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
-        found["lora_alpha"] = float(options.lora_alpha or options.rank)
-        found["lora_targets"] = sorted(lora_targets(options.lora_targets))
-    return found
+        record |= {n: getattr(options, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
+        record["lora_alpha"] = float(options.lora_alpha or options.rank)
+        record["lora_targets"] = sorted(lora_targets(options.lora_targets))
+    return record
 
 
 def add_lora(
@@ -75,6 +76,8 @@ def add_lora(
     """Freeze ``unet`` and attach one trainable float32 LoRA, named "default" as the diffusers examples do.
 
     Args:
+        targets: names in ``LORA_TARGETS``, or endings of modules' names.
+        dropout: of what goes into the LoRA, while it is trained.
         init: one of ``INITS``. In exact numbers the UNet's output is as before with each.
 
     Raises:
@@ -89,8 +92,7 @@ def add_lora(
         raise ModelError(f"--lora_targets: no module of this UNet is named {', '.join(spelled_out or endings)}")
     endings = [e for e in endings if e not in unmatched]
     _check_start(unet, endings, rank, init, use_dora)
-    how = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora)
-    _attach(unet, LoraConfig(**how, target_modules=endings, init_lora_weights=INITS[init]), init)
+    _attach(unet, _config(rank, alpha, endings, dropout, use_dora, use_rslora, init), init)
 
 
 def add_text_lora(
@@ -106,9 +108,9 @@ def add_text_lora(
 ) -> None:
     """Freeze both CLIP text encoders and attach a trainable float32 LoRA "default" to each.
 
-    It goes on their attention, and on their MLPs where the UNet's ``targets`` have more than attention. The first
-    encoder's last layer gets none: SDXL reads the layer before it, so that no gradient would ever reach it. An encoder that
-    has a LoRA keeps it as it is.
+    It goes on their attention, and on their MLPs where the UNet's ``targets`` have more than attention. The first encoder's
+    last layer gets none: SDXL reads the layer before it, so no gradient would ever reach it. An encoder that has a LoRA
+    already keeps it as it is.
 
     Args:
         init: as :func:`add_lora`'s, but "gaussian" in place of those that change the base, which only the UNet's does.
@@ -119,14 +121,18 @@ def add_text_lora(
     init = "gaussian" if init in CHANGES_BASE else init
     more = set(lora_targets(targets)) - set(_ATTENTION)
     modules = [*_TEXT_ATTENTION, *(_TEXT_MLP if more else [])]
-    how = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora)
     for encoder in text_encoders:
         if getattr(encoder, "_hf_peft_config_loaded", False):
             continue
-        layers = encoder.config.num_hidden_layers - (encoder is not text_encoders[-1])
+        layers = text_layers(encoder) - (encoder is not text_encoders[-1])
         endings = [f"layers.{i}.{module}" for i in range(layers) for module in modules]
         _check_start(encoder, endings, rank, init, use_dora)
-        _attach(encoder, LoraConfig(**how, target_modules=endings, init_lora_weights=INITS[init]), init)
+        _attach(encoder, _config(rank, alpha, endings, dropout, use_dora, use_rslora, init), init)
+
+
+def text_layers(encoder: Any) -> int:
+    """How many layers a text encoder has."""
+    return encoder.config.num_hidden_layers
 
 
 def trainable_to_float32(module: torch.nn.Module) -> None:
@@ -140,7 +146,21 @@ def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def _check_start(model, endings: list[str], rank: int, init: str, use_dora: bool) -> None:
+def _config(
+    rank: int, alpha: float, endings: list[str], dropout: float, use_dora: bool, use_rslora: bool, init: str
+) -> LoraConfig:
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # any number, whatever peft declares
+        lora_dropout=dropout,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        target_modules=endings,
+        init_lora_weights=INITS[init],
+    )
+
+
+def _check_start(model: torch.nn.Module, endings: list[str], rank: int, init: str, use_dora: bool) -> None:
     if init not in INITS:
         raise ModelError(f"--init_lora_weights: {init!r} is not one of {', '.join(INITS)}")
     if init == "orthogonal" and rank % 2:
@@ -164,7 +184,7 @@ def _check_start(model, endings: list[str], rank: int, init: str, use_dora: bool
             )
 
 
-def _attach(model, config: LoraConfig, init: str) -> None:
+def _attach(model: Any, config: LoraConfig, init: str) -> None:
     model.requires_grad_(False)
     try:
         model.add_adapter(config, adapter_name="default")
@@ -180,21 +200,24 @@ def _attach(model, config: LoraConfig, init: str) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             for layer in layers.values():
-                layer.pissa_init("default", _PISSA) if init == "pissa" else layer.olora_init("default")
+                if init == "pissa":
+                    layer.pissa_init("default", _PISSA)
+                else:
+                    layer.olora_init("default")
         model.lora_initial = {n: w.detach().cpu().clone() for name, x in layers.items() for n, w in _factors(name, x)}
 
 
-def _layers(model) -> dict[str, LoraLayer]:
+def _layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and "default" in m.lora_A}
 
 
-def _factors(name: str, layer: LoraLayer) -> list[tuple[str, torch.Tensor]]:
+def _factors(name: str, layer: Any) -> list[tuple[str, torch.Tensor]]:
     """A (rank, in) and B (out, rank), under peft's names in a state dict."""
     return [(f"{name}.lora_{k}.weight", getattr(layer, f"lora_{k}")["default"].weight) for k in "AB"]
 
 
 @torch.no_grad()
-def _orthogonal(layer: LoraLayer) -> None:
+def _orthogonal(layer: Any) -> None:
     """As peft's ``orthogonal_init``, always in float32: A and B are on orthogonal rows, so BA = 0 and both have gradients.
 
     datta0.github.io/posts/rethink-lora-init
@@ -215,8 +238,8 @@ def changes_base(model: torch.nn.Module) -> bool:
 
 
 def on_the_base(
-    model: torch.nn.Module, state: dict[str, torch.Tensor], config: dict
-) -> tuple[dict[str, torch.Tensor], dict]:
+    model: Any, state: dict[str, torch.Tensor], config: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The LoRA that does to the original base what ``state`` does to ``model``'s: weights and peft's configuration.
 
     Args:
@@ -246,7 +269,7 @@ def taken_apart(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def rebase(model: torch.nn.Module, initial: dict[str, torch.Tensor]) -> int:
+def rebase(model: Any, initial: dict[str, torch.Tensor]) -> int:
     """Leave in the base what it had left when training started with ``initial``. Returns how many layers that changed.
 
     None on the machine that training started on. Elsewhere a decomposition may differ in its last digits or its signs; the

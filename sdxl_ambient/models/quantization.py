@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
-from sdxl_ambient.errors import OptionError
+from sdxl_ambient.errors import OptionError, one_line
 
 # Linear layers of the attention blocks: 86 % of SDXL's weights. What embeds the time and the sizes stays exact.
 _PART = "attentions"
@@ -32,24 +33,23 @@ def quantize(unet: torch.nn.Module, kind: str, device: torch.device | str | None
     for noisy in ("backends.cpu.ops", "autograd._functions"):
         logging.getLogger(f"bitsandbytes.{noisy}").setLevel(logging.ERROR)
     try:
-        import bitsandbytes
+        import bitsandbytes  # an optional package
     except ImportError as error:
-        raise OptionError(
-            f"--quantize_base: {kind} needs the package bitsandbytes: {' '.join(str(error).split())}"
-        ) from None
+        raise OptionError(f"--quantize_base: {kind} needs the package bitsandbytes: {one_line(error)}") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for name, layer in quantized_layers(unet).items():
         try:
             new = _LAYERS[kind](bitsandbytes.nn, layer).to(device)
         except (RuntimeError, AssertionError, ValueError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise OptionError(f"--quantize_base: {kind} can't be computed on {device}: {why}; allowed is none") from None
+            reason = one_line(error)
+            raise OptionError(f"--quantize_base: {kind} can't be computed on {device}: {reason}; allowed is none") from None
         unet.set_submodule(name, new)
     # What peft and diffusers ask before they put a LoRA on such layers.
-    unet.is_loaded_in_8bit, unet.is_loaded_in_4bit = kind == "int8", kind == "nf4"
+    for name, value in (("is_loaded_in_8bit", kind == "int8"), ("is_loaded_in_4bit", kind == "nf4")):
+        setattr(unet, name, value)
 
 
-def _int8(nn, layer: torch.nn.Linear) -> torch.nn.Module:
+def _int8(nn: Any, layer: torch.nn.Linear) -> torch.nn.Module:
     sizes = (layer.in_features, layer.out_features)
     # Columns with values above 6 are computed in half precision, as in the paper.
     new = nn.Linear8bitLt(*sizes, bias=layer.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
@@ -58,7 +58,7 @@ def _int8(nn, layer: torch.nn.Linear) -> torch.nn.Module:
     return new
 
 
-def _nf4(nn, layer: torch.nn.Linear) -> torch.nn.Module:
+def _nf4(nn: Any, layer: torch.nn.Linear) -> torch.nn.Module:
     sizes, dtype = (layer.in_features, layer.out_features), layer.weight.dtype
     new = nn.Linear4bit(*sizes, bias=layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
     new.weight = nn.Params4bit(

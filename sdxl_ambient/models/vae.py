@@ -1,15 +1,50 @@
-"""Pixels → latents and back, by the VAE."""
+"""The VAE: loaded, and called for pixels → latents and back."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from diffusers import AutoencoderKL
 
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.parts import in_precision, load_part
+
+
+def load_vae(
+    name_or_path: str | Path, vae: str | None = None, *, revision: str | None = None, variant: str | None = None
+) -> AutoencoderKL:
+    """The base model's VAE, or ``vae``: a VAE's directory or one that holds it. Frozen, in evaluation mode.
+
+    Always in float32: SDXL's own overflows in float16, and it runs once per picture.
+
+    Args:
+        revision, variant: of the base model; they don't hold for ``vae``.
+
+    Raises:
+        ModelError: one that is missing or damaged.
+    """
+    subfolder: str | None = "vae"
+    if vae is not None:
+        name_or_path, revision, variant = vae, None, None
+        subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
+    loaded = load_part(
+        AutoencoderKL,
+        name_or_path,
+        "VAE",
+        subfolder=subfolder,
+        revision=revision,
+        variant=variant,
+        use_safetensors=True,
+        **in_precision(torch.float32),
+    )
+    return loaded.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def encode_image(vae, pixels: torch.Tensor) -> torch.Tensor:
+def encode_image(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (3, H, W) in [−1, 1] → latent (4, H/8, W/8) as the UNet sees it, float32 on the CPU.
 
     The mean of the VAE's posterior, not a sample: a draw here would be one more unrecorded observation. One picture at a
@@ -28,7 +63,7 @@ def encode_image(vae, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Latents (n, 4, h, w) as the UNet sees them → float32 pixels (n, 3, 8h, 8w) in about [−1, 1]."""
     latents = latents / vae.config.scaling_factor
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
@@ -37,15 +72,19 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
 
 
-def check_geometry(geometry: Geometry, vae) -> None:
+def check_geometry(geometry: Geometry, vae: Any) -> None:
     """Every size that pictures are cropped to must fit the model. Raises ModelError."""
     check_resolution(geometry.resolution, vae)
     for side in sorted({side for size in geometry.buckets for side in size}):
         check_resolution(side, vae, "aspect_ratio_buckets")
 
 
-def check_resolution(resolution: int, vae, option: str = "resolution") -> None:
-    """The side must be a multiple of the VAE's factor times what the UNet halves twice (8 × 4 = 32 pixels for SDXL)."""
+def check_resolution(resolution: int, vae: Any, option: str = "resolution") -> None:
+    """The side must be a multiple of the VAE's factor times what the UNet halves twice (8 × 4 = 32 pixels for SDXL).
+
+    Raises:
+        ModelError: it isn't. The message names ``option``.
+    """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if resolution % (factor * 4):
         raise ModelError(f"--{option}: {resolution} is not a multiple of {factor * 4}, which this model needs")

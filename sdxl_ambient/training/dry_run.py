@@ -9,8 +9,7 @@ from PIL import Image
 
 from sdxl_ambient.images.geometry import bucket_counts
 from sdxl_ambient.models.denoiser import Denoiser
-from sdxl_ambient.models.load import load_vae
-from sdxl_ambient.models.vae import decode_latents
+from sdxl_ambient.models.vae import decode_latents, load_vae
 from sdxl_ambient.objective import ExtraRows, ambient_objective
 from sdxl_ambient.provenance import atomic, write_json
 from sdxl_ambient.randomness import sample_generator

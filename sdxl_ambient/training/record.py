@@ -9,7 +9,7 @@ import torch
 
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import CheckpointError, InterchangeError
-from sdxl_ambient.formats.read import lora_file
+from sdxl_ambient.formats.find import lora_file
 from sdxl_ambient.formats.record import public_info, read_training_info
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.store.checks import common_t_n, observed_t_n

@@ -13,9 +13,10 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from sdxl_ambient.config.training import TrainOptions
-from sdxl_ambient.models.load import in_precision, load_part, load_unet, load_vae
+from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.lora import changes_base
-from sdxl_ambient.models.vae import decode_latents
+from sdxl_ambient.models.parts import in_precision, load_part
+from sdxl_ambient.models.vae import decode_latents, load_vae
 from sdxl_ambient.pipeline import sample
 from sdxl_ambient.provenance import atomic
 from sdxl_ambient.randomness import sample_generator

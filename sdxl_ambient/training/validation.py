@@ -15,7 +15,7 @@ from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.load import list_images, spread
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Denoiser
-from sdxl_ambient.models.load import load_part
+from sdxl_ambient.models.parts import load_part
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import euler_like, timestep_grid
 from sdxl_ambient.provenance import write_json

@@ -499,12 +499,16 @@ def one_of(state):
 
 
 LORAS = {
-    "mixed layouts": (with_more("lora_unet_input_blocks_3_1_proj_in.lora_down.weight"), "loads only"),
+    "mixed layouts": (with_more("lora_unet_input_blocks_3_1_proj_in.lora_down.weight"), "the file is incomplete"),
     "modules that are confused": (
         with_more(*(f"lora_unet_add_embedding_linear_{i}.lora_{d}.weight" for i in (1, 2) for d in ("down", "up"))),
         "can't be",
     ),
-    "DoRA": (lambda state: {**state, f"{one_of(state)}.dora_scale": torch.ones(4, 1)}, "loads only .*dora_scale"),
+    "DoRA of another size": (lambda state: {**state, f"{one_of(state)}.dora_scale": torch.ones(4, 1)}, "DoRA magnitudes"),
+    "DoRA in one module": (
+        lambda state: {**state, f"{one_of(state)}.dora_scale": torch.ones(len(state[f"{one_of(state)}.lora_up.weight"]), 1)},
+        "some of the unet's modules have DoRA",
+    ),
     "LoKr": (with_more("lora_unet_down_blocks_1_attentions_0_proj_in.lokr_w1"), "can't be loaded"),
     "LoHa": (with_more("lora_unet_down_blocks_1_attentions_0_proj_in.hada_w1_a"), "can't be loaded"),
     "Tucker": (lambda state: {**state, f"{one_of(state)}.lora_mid.weight": torch.ones(4, 4)}, "can't be loaded"),
@@ -541,7 +545,7 @@ def test_a_lora_that_diffusers_passes_over_is_refused(miniature, lora, tmp_path,
     """As peft itself saves it, without a prefix, and for another kind of model: nothing of it would be loaded."""
     state = load_file(lora / "pytorch_lora_weights.safetensors")
     save_file({f"{prefix}{k.removeprefix('unet.')}": v for k, v in state.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="diffusers loads only 0 of its"):
+    with pytest.raises(ModelError, match="is no weight of a LoRA of SDXL in peft's, diffusers' or kohya's format"):
         load_pipeline(str(miniature), lora=tmp_path / "x.safetensors")
 
 
@@ -574,13 +578,13 @@ def test_a_strength_that_diffusers_gets_wrong_is_refused(miniature, lora, tmp_pa
     state = load_file(lora / "pytorch_lora_weights.safetensors")
     save_file(state, tmp_path / "plain.safetensors")
 
-    def load(pipe, *arguments, **keywords):
-        stock(pipe, *arguments, **keywords)
-        layer = next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer))
+    def load(unet, *arguments, **keywords):
+        stock(unet, *arguments, **keywords)
+        layer = next(m for m in unet.modules() if isinstance(m, BaseTunerLayer))
         layer.scaling["adapter"] = 0.25
 
-    stock = StableDiffusionXLPipeline.load_lora_weights
-    monkeypatch.setattr(StableDiffusionXLPipeline, "load_lora_weights", load)
+    stock = UNet2DConditionModel.load_lora_adapter
+    monkeypatch.setattr(UNet2DConditionModel, "load_lora_adapter", load)
     with pytest.raises(ModelError, match="scales weights of its unet by 0.25"):
         load_pipeline(str(miniature), lora=tmp_path)
 
@@ -588,7 +592,7 @@ def test_a_strength_that_diffusers_gets_wrong_is_refused(miniature, lora, tmp_pa
 def test_of_several_loras_in_a_folder_none_is_guessed(miniature, lora, tmp_path):
     for name in ("a", "b"):
         shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / f"{name}.safetensors")
-    with pytest.raises(ModelError, match="2 .safetensors files there; give one file"):
+    with pytest.raises(ModelError, match="holds 2 .safetensors files; give one of them"):
         load_pipeline(str(miniature), lora=tmp_path)
 
 

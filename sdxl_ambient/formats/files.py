@@ -1,0 +1,76 @@
+"""Writes safetensors files and folders whole or not at all, and reads the weights of a pipeline's part."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sdxl_ambient.errors import InterchangeError, one_line
+from sdxl_ambient.formats.find import part_files
+from sdxl_ambient.provenance import atomic
+
+_NO_HASH = "0" * 64
+
+
+def write_tensors(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all, with the SHA-256 of its tensors in its metadata.
+
+    ``modelspec.hash_sha256`` as ModelSpec defines it, of all bytes after the header; ``sshs_model_hash`` is kohya's name for
+    the same.
+    """
+    hashes = {"modelspec.hash_sha256": f"0x{_NO_HASH}", "sshs_model_hash": _NO_HASH}
+    with atomic(path) as temporary:
+        save_file(state, str(temporary), metadata={**metadata, **hashes})
+        _fill_in_hash(temporary)
+
+
+def _fill_in_hash(path: Path) -> None:
+    """Put the hash in the place that the header has for it, which lies before what is hashed."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header, digest = file.read(length), hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        file.seek(8)
+        file.write(header.replace(_NO_HASH.encode(), digest.hexdigest().encode()))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file by another name, or a copy where the file system has no such thing or another disk is meant."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def part_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one part of a pipeline, as they are stored. Raises InterchangeError."""
+    state: dict[str, torch.Tensor] = {}
+    try:
+        for file in part_files(folder):
+            state.update(load_file(str(file)) if file.suffix == ".safetensors" else {})
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InterchangeError(f"{folder} can't be read: {one_line(error)}") from None
+    return state

@@ -1,0 +1,164 @@
+"""Converts a fully fine-tuned UNet: into a pipeline's folder, or one file in the original release's layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from sdxl_ambient.errors import InterchangeError, ModelError, one_line
+from sdxl_ambient.formats.files import link, new_folder, part_state, write_tensors
+from sdxl_ambient.formats.find import UNET_FILE, part_files, unet_file, unet_folder
+from sdxl_ambient.formats.names import unet_shapes
+from sdxl_ambient.formats.original import original_model
+from sdxl_ambient.formats.record import (
+    ARCHITECTURE,
+    GENERATIVE_MODELS,
+    INFO_FILE,
+    model_metadata,
+    public_info,
+    read_training_info,
+)
+from sdxl_ambient.models.load import LOADING_ERRORS, check_sdxl, load_unet_file, unet_config
+from sdxl_ambient.provenance import read_json, write_json
+
+_DESCRIPTIONS = (".json", ".txt", ".model")  # configurations and tokenizers; weights are taken by their own names
+
+
+def export_unet(
+    unet: str | Path,
+    output: Path,
+    *,
+    format: str,
+    base: str,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    title: str | None = None,
+) -> str:
+    """Convert a fully fine-tuned UNet. Returns the line that says what was written.
+
+    Args:
+        unet: a training run, a UNet's folder, a training state, or a .safetensors file.
+        output: the folder to write, for ``single_file`` the file. Nothing may be there.
+        format: ``pipeline`` or ``single_file``.
+        base: the base model, a folder or a name on the Hub, whose other parts are used.
+        dtype: of the weights in a single file; by default as they are.
+        title: what programs show as a single file's name; by default one of what training recorded, else the output's.
+
+    Raises:
+        InterchangeError, ModelError: one that is unreadable, incomplete, or not for this base.
+        OSError: an output that can't be written; nothing is left of it then.
+    """
+    index = check_sdxl(base, revision)
+    folder, unet = base_folder(base, revision), Path(unet)
+    config = unet_config(str(folder))
+    info, facts = public_info(read_training_info(unet)), _base_facts(folder, config)
+    if (trained := info.get("prediction_type", facts["prediction_type"])) != facts["prediction_type"]:
+        raise InterchangeError(
+            f"the UNet {unet} was trained to predict {trained}, but the scheduler of {folder} says "
+            f"{facts['prediction_type']}; give the base that it was trained from"
+        )
+    state = fine_tuned_unet(unet, folder, config)
+    if format == "pipeline":
+        parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
+        return _write_pipeline(output, folder, parts, state, unet_folder(unet), info)
+    return _write_single_file(output, folder, state, config, {**facts, **info}, dtype, title)
+
+
+def base_folder(base: str, revision: str | None) -> Path:
+    """The base model's folder; of one on the Hub, that in the cache, into which it is downloaded if need be."""
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(DiffusionPipeline.download(base, revision=revision, use_safetensors=True))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{base!r} can't be downloaded: {one_line(error)}") from None
+
+
+def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Tensor]:
+    """The UNet's tensors by diffusers' names, as many and of the shapes that the base's configuration says.
+
+    Raises:
+        InterchangeError, ModelError: unreadable, incomplete or of another architecture.
+    """
+    file = unet_file(path)
+    folder = unet_folder(path)
+    state = part_state(folder) if file is None and folder else load_unet_file(file or path, base).state_dict()
+    wanted, shapes = unet_shapes(config), {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wanted != shapes:
+        other = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+        raise InterchangeError(
+            f"the UNet {path} is incomplete, or of another architecture than that of {base}: {len(other)} weights differ, "
+            f"such as {other[0]}"
+        )
+    return state
+
+
+def _base_facts(base: Path, config: dict) -> dict:
+    """What the base says of every UNet that is trained from it, under the names in training.json."""
+    scheduler, vae = (read_json(base / p / f"{n}.json") for p, n in (("scheduler", "scheduler_config"), ("vae", "config")))
+    side = config.get("sample_size")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return {
+        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+        **({"resolution": side * factor} if isinstance(side, int) else {}),
+    }
+
+
+def _write_pipeline(
+    output: Path, base: Path, parts: Sequence[str], unet: dict[str, torch.Tensor], own: Path | None, info: dict
+) -> str:
+    """A diffusers pipeline: the base's parts, of which the weights are linked, with the UNet in its place.
+
+    ``own``: the folder that the UNet's weights lie in and are linked from; None to write them.
+    """
+    with new_folder(output) as folder:
+        shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+        for part in parts:
+            _copy_part(base / part, folder / part, weights=part != "unet")
+        if own:
+            for file in part_files(own):
+                link(file, folder / "unet" / file.name)
+        else:
+            write_tensors(folder / "unet" / UNET_FILE, unet, {"format": "pt"})
+        if info:
+            write_json(folder / INFO_FILE, info)
+    size = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
+    return f"{output}: a pipeline of {', '.join(parts)}, {len(unet)} tensors of the UNet, {size:,} bytes of weights"
+
+
+def _copy_part(source: Path, target: Path, weights: bool) -> None:
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.suffix in _DESCRIPTIONS and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
+    # Tokenizers and schedulers have other names for theirs.
+    if weights and (source / "config.json").is_file():
+        for file in part_files(source):
+            link(file, target / file.name)
+
+
+def _write_single_file(
+    output: Path,
+    base: Path,
+    unet: dict[str, torch.Tensor],
+    config: dict,
+    info: dict,
+    dtype: torch.dtype | None,
+    title: str | None,
+) -> str:
+    """One SDXL file in the original release's layout: UNet, VAE and both text encoders."""
+    state = original_model(
+        {"unet": unet, **{part: part_state(base / part) for part in ("vae", "text_encoder", "text_encoder_2")}},
+        config=config,
+        vae_levels=len(read_json(base / "vae" / "config.json")["block_out_channels"]),
+        predicts_v=info["prediction_type"] == "v_prediction",
+        zero_snr=bool(read_json(base / "scheduler" / "scheduler_config.json").get("rescale_betas_zero_snr")),
+        dtype=dtype,
+    )
+    metadata = model_metadata(info, ARCHITECTURE, GENERATIVE_MODELS, title or (None if "t_n" in info else output.stem))
+    write_tensors(output, state, {"format": "pt", **metadata})
+    return f"{output}: an SDXL model in the original layout, {len(state)} tensors, {output.stat().st_size:,} bytes"
