@@ -248,8 +248,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
         options.seed,
         start=first * accumulation,
         stop=max(first, max_train_steps) * accumulation,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
+        rank_and_size=(accelerator.process_index, accelerator.num_processes),
         groups=list(store.groups.values()),
     )
     if options.dry_run:

@@ -19,8 +19,9 @@ from eval.samplers import Sampler
 from sdxl_ambient.config.parser import option
 from sdxl_ambient.devices import check_device, resolve_device
 from sdxl_ambient.errors import OptionError, StageError
-from sdxl_ambient.images.load import list_images, spread
+from sdxl_ambient.images.load import list_images
 from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
+from sdxl_ambient.spread import spread
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MANIFEST = "manifest.json"

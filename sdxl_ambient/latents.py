@@ -12,8 +12,8 @@ A store is a folder of sharded safetensors:
 
 With --pre_noised the latents come from files that are noisy already (:mod:`sdxl_ambient.store.prenoised`); nothing is drawn.
 
-Every picture is drawn once. Shards that exist are never drawn anew, a store that differs from what is asked for is refused
-with the difference named, and a second draw of a picture is refused unless asked for.
+Every picture is drawn once. Shards that exist are never drawn anew, the program stops at a store of something else and
+names the difference, and at a second draw of a picture unless ``--allow_second_observation`` is given.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from __future__ import annotations
 import sys
 
 from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.devices import processes
 from sdxl_ambient.errors import ImagesMissing, ModelError, NoiseKeyError, StoreError
+from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.models.load import load_encoders, load_schedule
 from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.settings import StoreSettings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,18 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(LatentsOptions, argv, prog="sdxl_ambient.latents", description=__doc__)
     state = processes()
     try:
-        base = options.pretrained_model_name_or_path
-        where = dict(revision=options.revision)
-        encoders = load_encoders(base, vae=options.pretrained_vae_model_name_or_path, variant=options.variant, **where)
-        build_store(
-            options.train_data_dir,
-            options.output_dir,
-            encoders.to(state.device),
-            load_schedule(base, **where),
-            options.geometry(),
-            **options.of_a_store(),
-            state=state,
-        )
+        base, revision = str(options.pretrained_model_name_or_path), options.revision
+        buckets = options.aspect_ratio_buckets, options.bucket_reso_steps
+        geometry = Geometry.parse(options.resolution, options.center_crop, *buckets)
+        settings = settings_of(StoreSettings, options, geometry=geometry, keep_tokens=False)
+        vae = options.pretrained_vae_model_name_or_path
+        encoders = load_encoders(base, vae=vae, revision=revision, variant=options.variant).to(state.device)
+        schedule = load_schedule(base, revision)
+        build_store(options.train_data_dir, str(options.output_dir), encoders, schedule, settings, state=state)
     except (ImagesMissing, StoreError, NoiseKeyError, ModelError, OSError) as error:
         print(f"sdxl_ambient.latents: error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""What is said of the files of a folder, or of the rows of a data set: captions and noise levels.
+"""Captions and noise levels of the files of a folder, or of the rows of a data set.
 
-A folder says it in ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: one row per file, named by ``file_name``),
+A folder has them in ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: one row per file, named by ``file_name``),
 its own or, for the files below it, a subfolder's; captions also in ``.txt`` files beside the files.
 """
 
@@ -10,9 +10,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sdxl_ambient.errors import ImagesMissing
 from sdxl_ambient.levels import CLEAN, MAXIMUM_T_N
@@ -20,24 +21,28 @@ from sdxl_ambient.levels import CLEAN, MAXIMUM_T_N
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns say what. Without ``captions_needed`` the one of the captions may be missing."""
+    """Which columns hold the captions, the noise levels and, in a data set, the pictures.
+
+    Without ``captions_needed`` the one of the captions may be missing.
+    """
 
     caption: str = "text"
     t_n: str | None = None
     captions_needed: bool = True
+    image: str = "image"
 
 
 @dataclass(frozen=True)
-class Told:
-    """What is said of one entry: its captions, its own noise level (−1 clean, None: the set's), and the whole row."""
+class Description:
+    """What is known of one entry."""
 
     captions: tuple[str, ...] = ()
-    t_n: int | None = None
-    row: dict = field(default_factory=dict)
-    where: str = ""
+    t_n: int | None = None  # its own noise level: −1 for clean, None for the set's
+    row: dict = field(default_factory=dict)  # all of its metadata
+    where: str = ""  # file and line of that row
 
 
-def captions_of(value, column: str, where: str) -> tuple[str, ...]:
+def captions_of(value: Any, column: str, where: str) -> tuple[str, ...]:
     """A text, a list of texts or nothing → captions without empty ones. Raises ImagesMissing for anything else."""
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(t, str | None) for t in texts):
@@ -45,7 +50,7 @@ def captions_of(value, column: str, where: str) -> tuple[str, ...]:
     return tuple(t for t in texts if t)
 
 
-def level_of(value, column: str, where: str) -> int | None:
+def level_of(value: Any, column: str, where: str) -> int | None:
     """A timestep, −1 (clean) or None (nothing said); also as a text or a float, as tables spell it.
 
     Raises:
@@ -66,13 +71,13 @@ def level_of(value, column: str, where: str) -> int | None:
     return int(number)
 
 
-def not_one_of(option: str, value: str, known, where) -> ImagesMissing:
+def not_one_of(option: str, value: str, known: Iterable[str], where: object) -> ImagesMissing:
     """The error about a column that isn't there."""
     return ImagesMissing(f"--{option}: {value!r} is not one of: {', '.join(map(str, known))} ({where})")
 
 
-def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told]:
-    """What a folder's metadata and ``.txt`` files say of each of ``paths``.
+def read_descriptions(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Description]:
+    """The description of each of ``paths`` by a folder's metadata and ``.txt`` files.
 
     Raises:
         ImagesMissing: metadata that is damaged, names a file that isn't there, lacks a column, or has a wrong value.
@@ -83,18 +88,18 @@ def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told
         if not rows:
             raise ImagesMissing(f"--t_n_column: {columns.t_n!r} needs a metadata.jsonl or metadata.csv in {str(folder)!r}")
         raise not_one_of("t_n_column", columns.t_n, known, folder)
-    told = {}
+    described: dict[str, Description] = {}
     for name, (where, row) in rows.items():
         captions = captions_of(row.get(columns.caption), columns.caption, where)
         level = None if columns.t_n is None else level_of(row.get(columns.t_n), columns.t_n, where)
-        told[name] = Told(captions, level, row, where)
-    found = []
+        described[name] = Description(captions, level, row, where)
+    entries = []
     for path in paths:
-        one = told.get(path.relative_to(folder).as_posix(), Told())
-        found.append(one if one.captions else Told(_sidecar(path), one.t_n, one.row, one.where))
-    if rows and columns.captions_needed and columns.caption not in known and not any(t.captions for t in found):
+        entry = described.get(path.relative_to(folder).as_posix(), Description())
+        entries.append(entry if entry.captions else replace(entry, captions=_sidecar(path)))
+    if rows and columns.captions_needed and columns.caption not in known and not any(entry.captions for entry in entries):
         raise not_one_of("caption_column", columns.caption, known, folder)
-    return found
+    return entries
 
 
 def _metadata(root: Path, paths: Sequence[Path]) -> dict[str, tuple[str, dict]]:
@@ -125,7 +130,7 @@ def _rows_in(folder: Path) -> dict[str, tuple[str, dict]]:
     return rows
 
 
-def _json_rows(path: Path):
+def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -139,7 +144,7 @@ def _json_rows(path: Path):
         yield where, row
 
 
-def _csv_rows(path: Path):
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         # Spreadsheets mark the start of a file in UTF-8.
         text = path.read_text(encoding="utf-8-sig")

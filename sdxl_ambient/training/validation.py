@@ -10,11 +10,12 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from sdxl_ambient.errors import OptionError
-from sdxl_ambient.images.load import list_images, spread
+from sdxl_ambient.images.load import list_images
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.load import load_part
 from sdxl_ambient.pipeline import euler_like, timestep_grid
 from sdxl_ambient.provenance import write_json
+from sdxl_ambient.spread import spread
 from sdxl_ambient.store.checks import common_t_n, levels_of
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.heldout_loss import EarlyStopping, Losses, band_edges, band_losses, compare, scalars

@@ -1,7 +1,6 @@
 """The store of noisy latents: one observation per image, ever (invariant 3), and nothing clean in it (invariant 4)."""
 
 import base64
-import inspect
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ from PIL import Image
 from scipy import stats
 from support.stores import equal, latents_in, load_file, snapshot
 
-from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.config.data import DataOptions
+from sdxl_ambient.config.settings import settings_of
+from sdxl_ambient.config.shared import ModelOptions
 from sdxl_ambient.errors import ImagesMissing, ModelError, NoiseKeyError, StoreError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import load_rgb
@@ -31,6 +33,7 @@ from sdxl_ambient.provenance import hash_bytes, hash_json
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.observation import draw_z, noise_key
 from sdxl_ambient.store.scan import content_hash
+from sdxl_ambient.store.settings import StoreSettings
 
 
 def clean_latents(images: Path, encoders, resolution=64) -> dict[str, torch.Tensor]:
@@ -553,7 +556,8 @@ def test_tokens_are_kept_where_they_are_asked_for(build, emoji, tmp_path, encode
 
 def test_latents_have_the_sizes_of_their_buckets(encoders, schedule, photographs, tmp_path):
     geometry = Geometry(64, True, ((48, 64), (64, 48)))
-    manifest = build_store(photographs, tmp_path / "s", encoders, schedule, geometry, t_n=500, log=lambda message: None)
+    settings = StoreSettings(geometry)
+    manifest = build_store(photographs, tmp_path / "s", encoders, schedule, settings, log=lambda message: None)
     assert manifest["fingerprint"]["latent"]["buckets"] == [[48, 64], [64, 48]]
     stored = latents_in(tmp_path / "s")
     for entry in manifest["images"]:
@@ -561,12 +565,16 @@ def test_latents_have_the_sizes_of_their_buckets(encoders, schedule, photographs
         want = (64, 48) if height > width else (48, 64)
         assert tuple(entry["time_ids"][4:]) == want and stored[entry["content"]].shape == (4, want[0] // 4, want[1] // 4)
     with pytest.raises(StoreError, match=r"latent\.buckets: stored \[\[48, 64\], \[64, 48\]\], wanted None"):
-        build_store(photographs, tmp_path / "s", encoders, schedule, Geometry(64), t_n=500, log=lambda message: None)
+        build_store(photographs, tmp_path / "s", encoders, schedule, StoreSettings(Geometry(64)), log=lambda message: None)
     with pytest.raises(ModelError, match="--aspect_ratio_buckets: 40 is not a multiple of 16"):
-        build_store(photographs, tmp_path / "t", encoders, schedule, Geometry(64, True, ((40, 64),)), t_n=500)
+        build_store(photographs, tmp_path / "t", encoders, schedule, StoreSettings(Geometry(64, True, ((40, 64),))))
 
 
 def test_a_store_is_told_every_option_of_it():
-    parameters = {n for n, p in inspect.signature(build_store).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    options = LatentsOptions(train_data_dir="a", output_dir="b")
-    assert parameters - {"keep_tokens", "state", "say", "check"} == options.of_a_store().keys()
+    own = {field.name for field in fields(DataOptions)} - {field.name for field in fields(ModelOptions)}
+    geometry = {"resolution", "center_crop", "aspect_ratio_buckets", "bucket_reso_steps"}
+    settings = {field.name: field for field in fields(StoreSettings)}
+    assert settings.keys() - {"geometry", "keep_tokens"} == own - geometry - {"train_data_dir"}
+    # With the defaults of the options.
+    made = settings_of(StoreSettings, DataOptions(), geometry=Geometry(64), keep_tokens=False)
+    assert made == StoreSettings(Geometry(64))

@@ -21,6 +21,7 @@ from sdxl_ambient.store.batches import Batch, Stream, collate, loader, small_gro
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.checks import check_stores, common_t_n, format_store_levels
 from sdxl_ambient.store.reader import EMPTY, LatentStore, Presentation
+from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.posterior_buffer import PosteriorBuffer
 from sdxl_ambient.training.settings import RestoreOptions
 
@@ -38,7 +39,7 @@ def store(tmp_path_factory, encoders, schedule):
     (images / "copy.png").write_bytes(first.read_bytes())
     (images / "copy.txt").write_text("another caption of the same picture")
     build_store(
-        images, folder / "store", encoders, schedule, Geometry(64), t_n=500, shard_size=2, state=PartialState(),
+        images, folder / "store", encoders, schedule, StoreSettings(Geometry(64), shard_size=2), state=PartialState(),
         log=lambda message: None,
     )  # fmt: skip
     return folder / "store"
@@ -57,7 +58,7 @@ def bucketed(tmp_path_factory, encoders, schedule, photographs):
     (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     geometry = Geometry(64, False, ((48, 80), (64, 64), (80, 48)))
     build_store(
-        images, folder / "store", encoders, schedule, geometry, t_n=500, keep_tokens=True, state=PartialState(),
+        images, folder / "store", encoders, schedule, StoreSettings(geometry, keep_tokens=True), state=PartialState(),
         log=lambda message: None,
     )  # fmt: skip
     return folder / "store"
@@ -85,7 +86,7 @@ def test_the_global_order_is_the_same_for_any_processes_and_batch():
     """One process with four, two with two, four with one: the same samples in every step."""
     want = list(Stream(7, 4, seed=3, stop=10))
     for processes, batch in ((2, 2), (4, 1)):
-        ranks = [list(Stream(7, batch, seed=3, stop=10, rank=r, processes=processes)) for r in range(processes)]
+        ranks = [list(Stream(7, batch, seed=3, stop=10, rank_and_size=(r, processes))) for r in range(processes)]
         assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == want
         assert all(len(r) == 10 for r in ranks)
 
@@ -107,7 +108,8 @@ def test_the_order_is_that_of_the_first_runs():
 
 def test_every_sample_has_its_own_generator():
     def draws(seed, *positions):
-        batch = Batch(torch.zeros(1), torch.zeros(1), None, list(positions), [])
+        no = torch.zeros(len(positions), dtype=torch.bool)
+        batch = Batch(torch.zeros(1), torch.zeros(1), None, list(positions), [], no, no)
         return [torch.randn(3, generator=g).tolist() for g in batch.generators(seed)]
 
     a = draws(0, 5, 6, 7)
@@ -141,7 +143,7 @@ def test_the_size_of_a_batch_is_the_same_everywhere():
     """One process with four, two with two, four with one: the same samples in every step, of one size on all of them."""
     want = list(grouped(stop=60))
     for processes, batch in ((2, 2), (4, 1)):
-        ranks = [list(grouped(batch, stop=60, rank=r, processes=processes)) for r in range(processes)]
+        ranks = [list(grouped(batch, stop=60, rank_and_size=(r, processes))) for r in range(processes)]
         assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == want
         assert all(len({group_of(b) for b in parts}) == 1 for parts in zip(*ranks, strict=True))
 
@@ -270,7 +272,7 @@ def test_showing_is_the_same_whoever_reads(bucketed):
     whole = list(loader(data, Stream(7, 4, **how)))
     worked = list(loader(data, Stream(7, 4, **how), workers=2))
     tail = list(loader(data, Stream(7, 4, start=3, **how)))
-    ranks = [list(loader(data, Stream(7, 2, rank=r, processes=2, **how))) for r in range(2)]
+    ranks = [list(loader(data, Stream(7, 2, rank_and_size=(r, 2), **how))) for r in range(2)]
     for step, batch in enumerate(whole):
         assert batch.flipped.dtype == batch.dropped.dtype == torch.bool
         for other in (worked[step], *([tail[step - 3]] if step >= 3 else [])):
@@ -452,14 +454,13 @@ def test_a_limit_takes_the_first_pictures(store):
     assert LatentStore(store, limit=2).images == LatentStore(store).images[:2]
 
 
-def test_the_hash_names_the_store_not_the_noise(store, copied, encoders, schedule, tmp_path):
+def test_the_hash_names_the_store_not_the_noise(store, copied, build, tmp_path):
     assert LatentStore(store).hash == LatentStore(copied).hash
     images = copy_emoji(tmp_path / "images", 6)
-    options = dict(t_n=500, log=lambda message: None)
     for name in ("one", "two"):
-        build_store(images, tmp_path / name / "s", encoders, schedule, Geometry(64), **options)
+        build(images, tmp_path / name / "s")
         assert LatentStore(tmp_path / name / "s").hash == LatentStore(store).hash
-    build_store(images, tmp_path / "three" / "s", encoders, schedule, Geometry(64), **{**options, "t_n": 300})
+    build(images, tmp_path / "three" / "s", t_n=300)
     assert LatentStore(tmp_path / "three" / "s").hash != LatentStore(store).hash
 
 

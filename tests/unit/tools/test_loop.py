@@ -48,6 +48,7 @@ from sdxl_ambient.randomness import Randomness
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.checks import check_stores, observed_t_n
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.settings import StoreSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,8 +63,9 @@ def draw_store(folder, encoders, schedule, **changes):
         twice = sorted(images.glob("*.png"))[0]
         (images / "copy.png").write_bytes(twice.read_bytes())
         (images / "copy.txt").write_text("another caption of the same picture")
-    how = dict(t_n=500, shard_size=2, noise_key_file=str(folder / "key"), keep_tokens=True, log=lambda message: None)
-    build_store(images, folder / "first", encoders, schedule, Geometry(64), **{**how, **changes})
+    usual = dict(shard_size=2, noise_key_file=str(folder / "key"), keep_tokens=True)
+    settings = StoreSettings(Geometry(64), **{**usual, **changes})
+    build_store(images, folder / "first", encoders, schedule, settings, log=lambda message: None)
     return folder / "first"
 
 
@@ -567,20 +569,20 @@ def test_no_noise_is_drawn_into_a_restored_store(first, second, encoders, schedu
     restored = shutil.copytree(second, tmp_path / "restored")
     before = snapshot(restored)
     for t_n, allowed in ((300, False), (500, True)):
-        how = dict(t_n=t_n, allow_second_observation=allowed, shard_size=2, log=lambda message: None)
+        settings = StoreSettings(Geometry(64), t_n, allow_second_observation=allowed, shard_size=2)
         with pytest.raises(StoreError, match="holds restored samples, and no noise is drawn into it; use another folder"):
-            build_store(first.parent / "emoji", restored, encoders, schedule, Geometry(64), **how)
+            build_store(first.parent / "emoji", restored, encoders, schedule, settings, log=lambda message: None)
     assert snapshot(restored) == before
 
 
 def test_restored_samples_are_no_noisy_latents_to_start_from(second, encoders, schedule, tmp_path):
     nested = shutil.copytree(second, tmp_path / "folder" / "restored")
     for folder, pre_noised in ((second, True), (second, False), (nested.parent, True)):
-        how = dict(t_n=300, pre_noised=pre_noised, instance_prompt="x")
+        settings = StoreSettings(Geometry(64), 300, pre_noised=pre_noised, instance_prompt="x")
         with pytest.raises(
             StoreError, match="--train_data_dir: .* is a store of restored samples.* t_n = 500.*--latents_dir"
         ):
-            build_store(folder, tmp_path / "s", encoders, schedule, Geometry(64), **how)
+            build_store(folder, tmp_path / "s", encoders, schedule, settings)
     assert not (tmp_path / "s").exists()
 
 
