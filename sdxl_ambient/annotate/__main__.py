@@ -22,46 +22,49 @@ import numpy as np
 
 from sdxl_ambient.annotate.options import AnnotateOptions
 from sdxl_ambient.annotate.run import annotate, training_command
+from sdxl_ambient.annotate.settings import AnnotateSettings
 from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import AnnotateError, ImageError, ImagesMissing, ModelError, PreviewError
 
 
-def summary_lines(options: AnnotateOptions, found: dict) -> list[str]:
+def summary_lines(settings: AnnotateSettings, annotations: dict) -> list[str]:
     """What is printed at the end."""
     lines = ["    t  accuracy  interval     mean probability: trusted, untrusted"]
-    for t, level in found["levels"].items():
+    for t, level in annotations["levels"].items():
         low, high = level["interval"]
         means = level["mean_probability"]
         lines.append(
             f"{t:>5} {level['accuracy']:>8.2f}  {low:.2f} to {high:.2f}  {means['trusted']:>22.2f}, {means['untrusted']:.2f}"
         )
-    lines += [f"warning: {warning}" for warning in found["warnings"]]
-    counts = found["counts"]
-    used = [i["t_n"] for i in found["images"] if i["used"] and i["set"] == "untrusted"]
+    lines += [f"warning: {warning}" for warning in annotations["warnings"]]
+    counts = annotations["counts"]
+    used = [i["t_n"] for i in annotations["images"] if i["used"] and i["set"] == "untrusted"]
     spread = ""
     if used:
         low, middle, high = np.quantile(used, (0, 0.5, 1), method="inverted_cdf")
         spread = f" at t_n from {low} to {high}, median {middle}"
-    trusted = "clean" if options.trusted_t_n is None else f"at t_n = {options.trusted_t_n}"
+    trusted = "clean" if settings.trusted_t_n is None else f"at t_n = {settings.trusted_t_n}"
     lines += [
         f"{counts['trusted']} trusted images, {trusted}",
         f"{counts['untrusted']} untrusted images: {len(used)} usable{spread}; {counts['not_usable']} left out, usable at no "
-        f"level up to {min(options.max_t_n, options.levels[-1])}",
+        f"level up to {min(settings.max_t_n, settings.levels[-1])}",
         f"{counts['skipped']} files skipped",
-        f"{options.output_dir} leads to clean images: treat it like them. To train on it:",
-        training_command(options),
+        f"{settings.output_dir} leads to clean images: treat it like them. To train on it:",
+        training_command(settings),
     ]
     return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(AnnotateOptions, argv, prog="sdxl_ambient.annotate", description=__doc__)
+    settings = settings_of(AnnotateSettings, options)
     try:
-        found = annotate(options)
+        annotations = annotate(settings)
     except (ImagesMissing, ImageError, ModelError, AnnotateError, PreviewError, OSError) as error:
         print(f"sdxl_ambient.annotate: error: {error}", file=sys.stderr)
         return 2
-    print(*summary_lines(options, found), sep="\n")
+    print(*summary_lines(settings, annotations), sep="\n")
     return 0
 
 
