@@ -81,33 +81,33 @@ def accuracy(logits: dict[str, np.ndarray], k: int) -> dict:
     Each set has its Clopper–Pearson interval (95 %). ``accuracy`` is the mean of both sets' shares, whatever their sizes,
     and its interval the mean of their 97.5 % intervals, which holds at 95 % by the union bound.
     """
-    found, both = {}, []
+    sides, both = {}, []
     for name in SETS:
         p = expit(logits[name][:, k]).mean(1)
         right, total = int(((p > 0.5) == (name == "trusted")).sum()), len(p)
         test = binomtest(right, total)
         interval = list(test.proportion_ci(CONFIDENCE, method="exact"))
-        found[name] = {"right": right, "of": total, "interval": interval}
+        sides[name] = {"right": right, "of": total, "interval": interval}
         both.append((right / total, *test.proportion_ci((1 + CONFIDENCE) / 2, method="exact")))
     mean, low, high = np.mean(both, axis=0).tolist()
-    return {"accuracy": mean, "interval": [low, high], **found}
+    return {"accuracy": mean, "interval": [low, high], **sides}
 
 
 def warnings_of(levels: Sequence[int], accuracies: Sequence[dict]) -> list[str]:
     """What speaks against using the result."""
-    found = []
+    warnings = []
     lowest, highest = ({"t": t, **a} for t, a in ((levels[0], accuracies[0]), (levels[-1], accuracies[-1])))
     if lowest["interval"][0] <= 0.5:
-        found.append(
+        warnings.append(
             f"the sets can't be told apart even at t = {lowest['t']} (accuracy {_percent(lowest)}): either untrusted "
             "images are as good as trusted ones, or these are too few to see the difference, or --train_steps are"
         )
     if highest["interval"][0] > 0.5:
-        found.append(
+        warnings.append(
             f"the sets can still be told apart at the highest level, t = {highest['t']} (accuracy {_percent(highest)}): "
             "they differ in more than noise hides, such as colour or subject"
         )
-    return found
+    return warnings
 
 
 def _percent(accuracy: dict) -> str:

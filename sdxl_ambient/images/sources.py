@@ -54,25 +54,25 @@ def open_records(
     """
     state, columns = state or PartialState(), columns or Columns()
     if isinstance(source, HubDataset):
-        where = f"{source.name}, split {source.split}"
+        location = f"{source.name}, split {source.split}"
         load = partial(_load, "dataset_name", source.name, source.name, name=source.config_name, split=source.split)
     else:
         files = _packed(source)
         if not files:
             return list_images(source, columns.caption, columns.t_n, columns.captions_needed)
-        where = str(source)
+        location = str(source)
         # Names are patterns to the library.
         names = [glob.escape(str(path.resolve())) for path in files]
         kind = KINDS[files[0].suffix.lower()]
-        load = partial(_load, "train_data_dir", where, kind, data_files=names, split="train")
-    return _records(_in_private(load, state), where, columns, log)
+        load = partial(_load, "train_data_dir", location, kind, data_files=names, split="train")
+    return _records(_in_private(load, state), location, columns, log)
 
 
 def _packed(folder: str | Path) -> list[Path]:
     """The parquet or webdataset files of a folder that holds no images; none for other folders."""
-    found = list_files(folder, {*KINDS, *SUFFIXES})
-    packed = [p for p in found if p.suffix.lower() in KINDS]
-    if len(packed) < len(found):
+    files = list_files(folder, {*KINDS, *SUFFIXES})
+    packed = [p for p in files if p.suffix.lower() in KINDS]
+    if len(packed) < len(files):
         return []
     kinds = sorted({p.suffix.lower() for p in packed})
     if len(kinds) > 1:
@@ -127,19 +127,19 @@ def _gather(value: Any, state: PartialState) -> list:
 # -- rows => records ----------------------------------------------------------------------
 
 
-def _records(data, where: str, columns: Columns, log: Log) -> list[Record]:
+def _records(data, location: str, columns: Columns, log: Log) -> list[Record]:
     """One record per row of a :class:`datasets.Dataset`."""
     from datasets import Image
 
     if not len(data):
-        raise ImagesMissing(f"{where} holds no rows")
-    column = _image_column(data, columns.image, where, log)
+        raise ImagesMissing(f"{location} holds no rows")
+    column = _image_column(data, columns.image, location, log)
     images = data.select_columns([column]).cast_column(column, Image(decode=False))
-    captions = _values(data, "caption_column", columns.caption, where, columns.captions_needed, log)
-    levels = None if columns.t_n is None else _values(data, "t_n_column", columns.t_n, where, True, log)
+    captions = _values(data, "caption_column", columns.caption, location, columns.captions_needed, log)
+    levels = None if columns.t_n is None else _values(data, "t_n_column", columns.t_n, location, True, log)
     records = []
     for i, name in enumerate(_names(data, images, column)):
-        row = f"{where}, row {i}"
+        row = f"{location}, row {i}"
         texts = captions_of(captions[i], columns.caption, row)
         level = None if levels is None or columns.t_n is None else level_of(levels[i], columns.t_n, row)
         records.append(Record(name, partial(_read, images, column, i), texts, level))
@@ -174,31 +174,33 @@ def _image_like(feature) -> bool:
     return isinstance(feature, Image) or holds_bytes or (isinstance(feature, Value) and "binary" in feature.dtype)
 
 
-def _image_column(data, name: str, where: str, log: Log) -> str:
-    found = [column for column, feature in data.features.items() if _image_like(feature)]
-    if name in found:
+def _image_column(data, name: str, location: str, log: Log) -> str:
+    pictures = [column for column, feature in data.features.items() if _image_like(feature)]
+    if name in pictures:
         return name
     if name in data.features:
-        raise ImagesMissing(f"--image_column: {name!r} holds no pictures; allowed: {', '.join(found) or 'none'} ({where})")
-    if name == "image" and len(found) == 1:
-        log(f"note: the pictures are taken from the column {found[0]!r} (--image_column)")
-        return found[0]
-    raise not_one_of("image_column", name, data.column_names, where)
+        raise ImagesMissing(
+            f"--image_column: {name!r} holds no pictures; allowed: {', '.join(pictures) or 'none'} ({location})"
+        )
+    if name == "image" and len(pictures) == 1:
+        log(f"note: the pictures are taken from the column {pictures[0]!r} (--image_column)")
+        return pictures[0]
+    raise not_one_of("image_column", name, data.column_names, location)
 
 
-def _values(data, option: str, name: str, where: str, needed: bool, log: Log) -> list:
+def _values(data, option: str, name: str, location: str, needed: bool, log: Log) -> list:
     """A column's values; one of ``json``, as webdataset has it, is called ``json.NAME``."""
     inner = data.features.get("json")
     known = [*data.column_names, *(f"json.{key}" for key in inner)] if isinstance(inner, dict) else data.column_names
-    found = next((n for n in (name, f"json.{name}", *_CUSTOMARY.get(name, ())) if n in known), None)
-    if found is None and needed:
-        raise not_one_of(option, name, known, where)
-    if found is None:
+    present = next((n for n in (name, f"json.{name}", *_CUSTOMARY.get(name, ())) if n in known), None)
+    if present is None and needed:
+        raise not_one_of(option, name, known, location)
+    if present is None:
         return [None] * len(data)
-    if found != name:
-        log(f"note: --{option}: {name!r} is not there, {found!r} is taken")
-    if found == "txt":
-        return [text.strip() if isinstance(text, str) else text for text in data[found][:]]  # as .txt files are read
-    if found in data.column_names:
-        return data[found][:]
-    return [(row or {}).get(found.removeprefix("json.")) for row in data["json"][:]]
+    if present != name:
+        log(f"note: --{option}: {name!r} is not there, {present!r} is taken")
+    if present == "txt":
+        return [text.strip() if isinstance(text, str) else text for text in data[present][:]]  # as .txt files are read
+    if present in data.column_names:
+        return data[present][:]
+    return [(row or {}).get(present.removeprefix("json.")) for row in data["json"][:]]

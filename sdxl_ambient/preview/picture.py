@@ -83,7 +83,7 @@ def draw(output: Path, preview: dict) -> Image.Image:
 def _legend(settings: dict) -> str:
     text = "each image's caption" if settings["caption"] else "no caption"
     return (
-        f"The model is told {text}. noisy: the noisy latent as the VAE decodes it. denoised: the posterior mean, in one "
+        f"The model gets {text}. noisy: the noisy latent as the VAE decodes it. denoised: the posterior mean, in one "
         f"step. sample: a draw from the posterior, by {settings['steps']} reverse steps. Below each: PSNR in dB and "
         "correlation r at 16 x 16 pixels, to the image through the VAE. latent: squared error, in dB below the latents' "
         "variance. found: nearest to its own original. The noise is the preview's own, not that of a store."

@@ -73,7 +73,7 @@ def _pair(described: Description, column: str) -> tuple[int, int] | None:
         return None
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int and v >= 0 for v in pair):
         raise ImagesMissing(
-            f"{described.where}: {column!r} is {value!r}; allowed are two whole numbers of pixels, as [512, 768]"
+            f"{described.location}: {column!r} is {value!r}; allowed are two whole numbers of pixels, as [512, 768]"
         )
     return pair[0], pair[1]
 

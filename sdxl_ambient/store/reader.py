@@ -109,10 +109,10 @@ class LatentStore(Dataset[Item]):
     @cached_property
     def groups(self) -> dict[Size, list[int]]:
         """Indices of the pictures of each size in pixels, since a batch holds one size."""
-        found: dict[Size, list[int]] = {size: [] for size in bucket_counts(self.images)}
+        groups: dict[Size, list[int]] = {size: [] for size in bucket_counts(self.images)}
         for index, entry in enumerate(self.images):
-            found[size_of(entry)].append(index)
-        return found
+            groups[size_of(entry)].append(index)
+        return groups
 
     def _file(self, name: str) -> Any:
         """A shard, kept open; of many the least recently used one is closed."""

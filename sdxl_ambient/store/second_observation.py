@@ -109,7 +109,7 @@ def reconcile_plan(output_dir: Path, wanted: Plan, allowed: bool, warn: Log) -> 
             # Whatever is allowed: a draw of noise would replace the samples that the lineage describes.
             raise StoreError(f"{output_dir} holds restored samples, and no noise is drawn into it; use another folder")
         if not differing:
-            # The shards keep their layout; captions follow what is asked for. A store of several keys has no id.
+            # The shards keep their layout; captions are the wanted ones. A store of several keys has no id.
             key_id = wanted.get("key_id") if stored.get("key_id") == wanted.get("key_id") else None
             return {**wanted, "shard_size": stored["shard_size"], "key_id": key_id}
         if not allowed:
