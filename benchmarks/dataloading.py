@@ -30,6 +30,7 @@ from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.reader import LatentStore, Presentation
+from sdxl_ambient.store.settings import StoreSettings
 
 MINIATURE = ROOT / "miniature/pipeline"
 IMAGES = ROOT / "miniature/data/finetune"
@@ -40,7 +41,7 @@ EPOCHS = (1, 10, 100)
 def build(folder: Path) -> None:
     """In a process of its own, whose models don't count into the memory of reading."""
     encoders, schedule = load_encoders(str(MINIATURE)), load_schedule(str(MINIATURE))
-    build_store(IMAGES, folder, encoders, schedule, Geometry(64), t_n=500, keep_tokens=True)
+    build_store(IMAGES, folder, encoders, schedule, StoreSettings(Geometry(64), keep_tokens=True))
 
 
 def batches(store: LatentStore, count: int) -> Iterator[Batch]:

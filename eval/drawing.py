@@ -19,8 +19,9 @@ from eval.samplers import Sampler
 from eval.shared_options import GenerationOptions
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
-from sdxl_ambient.images.load import list_images, spread
+from sdxl_ambient.images.load import list_images
 from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
+from sdxl_ambient.spread import spread
 
 MANIFEST = "manifest.json"
 

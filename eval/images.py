@@ -10,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from sdxl_ambient.errors import ImageError
-from sdxl_ambient.images.load import Record, list_images, load_rgb, spread
+from sdxl_ambient.images.load import Record, list_images, load_rgb
 from sdxl_ambient.provenance import hash_file
+from sdxl_ambient.spread import spread
 
 
 @dataclass

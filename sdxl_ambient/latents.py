@@ -12,8 +12,8 @@ A store is a folder of sharded safetensors:
 
 With --pre_noised the latents come from files that are noisy already (:mod:`sdxl_ambient.store.prenoised`); nothing is drawn.
 
-Every picture is drawn once. Shards that exist are never drawn anew, a store that differs from what is asked for is refused
-with the difference named, and a second draw of a picture is refused unless asked for.
+Every picture is drawn once. Shards that exist are never drawn anew, the program stops at a store of something else and
+names the difference, and at a second draw of a picture unless ``--allow_second_observation`` is given.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sdxl_ambient.config import LatentsOptions, parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import run_command
 
 if TYPE_CHECKING:
@@ -46,22 +47,19 @@ def main(argv: list[str] | None = None) -> int:
 def _build(options: LatentsOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from sdxl_ambient.devices import processes
+    from sdxl_ambient.images.geometry import Geometry
     from sdxl_ambient.models.load import load_encoders, load_schedule
     from sdxl_ambient.store.build import build_store
+    from sdxl_ambient.store.settings import StoreSettings
 
-    state, base = processes(), options.pretrained_model_name_or_path
-    encoders = load_encoders(
-        base, vae=options.pretrained_vae_model_name_or_path, variant=options.variant, revision=options.revision
-    )
-    build_store(
-        options.train_data_dir,
-        options.output_dir,
-        encoders.to(state.device),
-        load_schedule(base, revision=options.revision),
-        options.geometry(),
-        **options.of_a_store(),
-        state=state,
-    )
+    state, base, revision = processes(), options.pretrained_model_name_or_path, options.revision
+    buckets = options.aspect_ratio_buckets, options.bucket_reso_steps
+    geometry = Geometry.parse(options.resolution, options.center_crop, *buckets)
+    settings = settings_of(StoreSettings, options, geometry=geometry, keep_tokens=False)
+    vae = options.pretrained_vae_model_name_or_path
+    encoders = load_encoders(base, vae=vae, revision=revision, variant=options.variant).to(state.device)
+    schedule = load_schedule(base, revision)
+    build_store(options.train_data_dir, options.output_dir, encoders, schedule, settings, state=state)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Source: Daras, Dimakis and Daskalakis, "Consistent Diffusion Meets Tweedie", arX
 from __future__ import annotations
 
 import hashlib
+from typing import Any, Protocol
 
 import torch
 
@@ -22,13 +23,25 @@ from sdxl_ambient.levels import CLEAN
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def levels(t_n: int | None | torch.Tensor, batch: int, device=None) -> torch.Tensor:
+class Scheduler(Protocol):
+    """What is read of a scheduler of diffusers: ᾱ of every timestep (T,), and what the network predicts."""
+
+    alphas_cumprod: torch.Tensor
+    config: Any  # a mapping whose entries are attributes too, ``prediction_type`` among them
+
+
+def levels(t_n: int | None | torch.Tensor, batch: int, device: torch.device | str | None = None) -> torch.Tensor:
     """One noise level for each sample: an int, None (clean) or a (batch,) tensor becomes an int64 tensor (batch,)."""
     if isinstance(t_n, torch.Tensor):
         if t_n.shape != (batch,):
             raise ValueError(f"t_n has shape {tuple(t_n.shape)}, one level per sample is ({batch},)")
         return t_n.to(device=device, dtype=torch.int64)
     return torch.full((batch,), CLEAN if t_n is None else t_n, dtype=torch.int64, device=device)
+
+
+def _listed(t: torch.Tensor) -> list[int]:
+    """Times as a message shows them."""
+    return [int(value) for value in t.flatten()]
 
 
 class NoiseSchedule:
@@ -57,11 +70,12 @@ class NoiseSchedule:
         # Row T, which index −1 reaches, is clean data.
         self._bar = torch.cat([bar.double(), torch.ones(1, dtype=torch.float64)])
         bar32 = torch.cat([bar.float(), torch.ones(1)])
-        self._alpha32, self._sigma32 = bar32**0.5, (1 - bar32) ** 0.5
-        self._tables: dict = {}
+        # By name, and by name and device: each table goes to a device once.
+        self._made = {"bar": self._bar, "alpha32": bar32**0.5, "sigma32": (1 - bar32) ** 0.5}
+        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     @classmethod
-    def from_scheduler(cls, scheduler) -> NoiseSchedule:
+    def from_scheduler(cls, scheduler: Scheduler) -> NoiseSchedule:
         """The schedule of any diffusers scheduler that has ``alphas_cumprod`` (DDPM, DDIM, Euler, DPM++, …)."""
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
@@ -98,7 +112,7 @@ class NoiseSchedule:
         bar_n, bar_t = self.alpha_bar(t_n), self.alpha_bar(t)
         # Comparing on an accelerator would make it wait in every step; there the times were drawn on the CPU and checked.
         if t.device.type == "cpu" and bool((bar_t > bar_n).any()):
-            raise ValueError(f"times {t.tolist()} are not all at or above the data's levels {t_n.tolist()}")
+            raise ValueError(f"times {_listed(t)} are not all at or above the data's levels {_listed(t_n)}")
         # (ᾱ_n − ᾱ_t)/ᾱ_n, not 1 − ratio: exact to the last bit next to t_n.
         return (bar_t / bar_n).sqrt(), ((bar_n - bar_t) / bar_n).sqrt()
 
@@ -179,10 +193,10 @@ class NoiseSchedule:
         """
         last = self.num_timesteps - 1
         if bool((t_n >= last).any()) or bool((t_n < CLEAN).any()):
-            raise ValueError(f"t_n {t_n.tolist()} must lie between {CLEAN} (clean) and {last - 1}")
+            raise ValueError(f"t_n {_listed(t_n)} must lie between {CLEAN} (clean) and {last - 1}")
         t_max = torch.full_like(t_n, last) if t_max is None else t_max
         if bool((t_max > last).any()) or bool((t_max <= t_n).any()):
-            raise ValueError(f"t_max {t_max.tolist()} must lie above t_n {t_n.tolist()}, up to {last}")
+            raise ValueError(f"t_max {_listed(t_max)} must lie above t_n {_listed(t_n)}, up to {last}")
         above = t_max - t_n
         return t_n + 1 + torch.minimum((u * above).long(), above - 1)
 
@@ -190,14 +204,14 @@ class NoiseSchedule:
 
     def _table(self, name: str, device: torch.device) -> torch.Tensor:
         if (name, device) not in self._tables:
-            self._tables[name, device] = getattr(self, f"_{name}").to(device)
+            self._tables[name, device] = self._made[name].to(device)
         return self._tables[name, device]
 
     def _checked(self, t: torch.Tensor) -> torch.Tensor:
         if t.dtype.is_floating_point or t.dtype == torch.bool:
             raise ValueError(f"times must be whole numbers, not {t.dtype}")
         if t.device.type == "cpu" and t.numel() and not (CLEAN <= int(t.min()) and int(t.max()) < self.num_timesteps):
-            raise ValueError(f"times {t.tolist()} must lie between {CLEAN} (clean) and {self.num_timesteps - 1}")
+            raise ValueError(f"times {_listed(t)} must lie between {CLEAN} (clean) and {self.num_timesteps - 1}")
         return t.long()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A few pictures of a set in memory: chosen, encoded, observed by noise of their own, and what a model tells of them.
+"""A few pictures of a set in memory: chosen, encoded, observed by noise of their own, and what a model makes of them.
 
 Nothing here is written. The noise follows from a seed that is known, and is never that of a store."""
 
@@ -17,15 +17,16 @@ from tqdm import tqdm
 from sdxl_ambient.devices import Placement
 from sdxl_ambient.errors import ImagesMissing, ModelError, PreviewError
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.images.load import list_images, load_rgb, spread
+from sdxl_ambient.images.load import list_images, load_rgb
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.conditioning import encode_prompts, time_ids
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import decode_latents, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.posterior import Denoise, posterior_mean, rows_of, sample_posterior
-from sdxl_ambient.preview.options import PreviewOptions
 from sdxl_ambient.randomness import Randomness
+from sdxl_ambient.spread import spread
 from sdxl_ambient.store.scan import Scanned, content_hash, scan
 
 ROUNDING = 1 / 12  # variance of rounding to whole grey levels: no difference of two 8-bit pictures means less
@@ -52,42 +53,56 @@ def _centred_thumbnail(image: Image.Image) -> np.ndarray:
     return pixels - pixels.mean(axis=(0, 1))
 
 
-def choose(options: PreviewOptions, state: PartialState, log) -> tuple[list[Scanned], list[int]]:
+@dataclass(frozen=True)
+class ImageChoice:
+    """Which images of a folder are probed."""
+
+    folder: str
+    caption_column: str = "text"
+    instance_prompt: str | None = None  # caption for images that have none
+    caption: bool = True  # the model gets the captions; without, images need none
+    num_candidates: int = 256  # images that are encoded, at most
+    num_images: int = 1  # those of them that are shown, at most
+
+
+def choose(choice: ImageChoice, state: PartialState, log: Log) -> tuple[list[Scanned], list[int]]:
     """The candidates, distinct pictures evenly from the set, and the indices of those among them that are shown.
 
     Raises:
         ImagesMissing: no usable image.
     """
-    records = list_images(
-        options.train_data_dir,
-        options.caption_column,
-        captions_needed=options.caption and not options.instance_prompt,
-    )
-    some = spread(records, options.num_candidates)
-    # Where captions aren't told, images need none; the placeholder is never read.
-    prompt = options.instance_prompt if options.caption else options.instance_prompt or "-"
+    needed = choice.caption and not choice.instance_prompt
+    records = list_images(choice.folder, choice.caption_column, captions_needed=needed)
+    some = spread(records, choice.num_candidates)
+    # The placeholder is never read.
+    prompt = choice.instance_prompt if choice.caption else choice.instance_prompt or "-"
     pictures, skipped = scan(some, prompt, state)
     candidates = list({p.content: p for p in reversed(pictures)}.values())[::-1]
     if not candidates:
-        raise ImagesMissing(f"none of {len(some)} images in {options.train_data_dir!r} can be used: {skipped[0]['reason']}")
+        raise ImagesMissing(f"none of {len(some)} images in {choice.folder!r} can be used: {skipped[0]['reason']}")
     if skipped:
         first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
         log(f"note: {len(skipped)} of {len(some)} images are skipped, the first is {first}")
-    if len(candidates) < options.num_images:
+    if len(candidates) < choice.num_images:
         log(f"note: {len(candidates)} images are shown, since there are no more")
-    return candidates, spread(range(len(candidates)), options.num_images)
+    return candidates, spread(range(len(candidates)), choice.num_images)
 
 
 @dataclass
 class ProbedImage:
-    """An image that is shown: where it is among the candidates, its square, its latent (4, h, w), what the model is told."""
+    """An image that is shown."""
 
     picture: Scanned
-    index: int
+    index: int  # among the candidates
     square: Image.Image
-    x_0: torch.Tensor
+    x_0: torch.Tensor  # its clean latent (4, h, w)
     time_ids: list[int]
-    conditioning: Conditioning | None = None
+    conditioning: Conditioning | None = None  # once :func:`add_conditioning` has made it
+
+    def repeated(self, count: int, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """Its conditioning for ``count`` samples, at least for one."""
+        assert self.conditioning is not None, "add_conditioning comes first"
+        return self.conditioning.rows([0] * max(1, count)).to(device, dtype)
 
     def tile(self, name: str) -> str:
         """Path of one of its tiles, relative to the preview."""
@@ -98,7 +113,7 @@ def encode_candidates(
     candidates: Sequence[Scanned], shown: Sequence[int], vae, geometry: Geometry
 ) -> tuple[torch.Tensor, list[ProbedImage]]:
     """Clean latents (n, 4, h, w) of all candidates, float32 on the CPU, and what is needed of those that are shown."""
-    latents, found = [], []
+    latents, images = [], []
     for i, picture in enumerate(tqdm(candidates, desc="encoding images", unit="image", mininterval=1)):
         image = load_rgb(picture.record.path)
         if content_hash(image) != picture.content:
@@ -106,9 +121,9 @@ def encode_candidates(
         pixels, corner = geometry.apply(image, picture.content)
         latents.append(encode_image(vae, pixels))
         if i in shown:
-            ids = time_ids(picture.size, corner, (geometry.resolution,) * 2)
-            found.append(ProbedImage(picture, i, _to_image(pixels), latents[-1], ids))
-    return torch.stack(latents), found
+            ids = time_ids(picture.size, corner, (geometry.resolution, geometry.resolution))
+            images.append(ProbedImage(picture, i, _to_image(pixels), latents[-1], ids))
+    return torch.stack(latents), images
 
 
 def decode_latent(vae, latent: torch.Tensor) -> Image.Image:
@@ -122,7 +137,7 @@ def _to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(eight.permute(1, 2, 0).numpy())
 
 
-def compare(image: Image.Image, reference: Image.Image) -> dict:
+def compare(image: Image.Image, reference: Image.Image) -> dict[str, float]:
     """Similarities of two pictures of one size."""
     return {"psnr_db": psnr_db(np.asarray(image), np.asarray(reference)), "correlation": correlation(image, reference)}
 
@@ -164,7 +179,7 @@ def denoise(
     return mean, samples
 
 
-def tell(shown: Sequence[ProbedImage], encoders: Encoders, caption: bool, zeros: bool, place: Placement) -> None:
+def add_conditioning(shown: Sequence[ProbedImage], encoders: Encoders, caption: bool, zeros: bool, place: Placement) -> None:
     """Give every shown image its conditioning: its caption, or none, which is zeros where the pipeline has it so."""
     both = place.use(torch.nn.ModuleList(encoders.text_encoders))
     for image in shown:

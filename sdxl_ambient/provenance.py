@@ -9,8 +9,13 @@ import os
 import platform
 import subprocess
 import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
 
@@ -29,14 +34,14 @@ def hash_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def hash_json(value) -> str:
+def hash_json(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
     return hash_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
 
 
-def hash_tensors(state_dict: dict) -> str:
+def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors, whatever device, file layout or order they came in."""
-    import torch
+    import torch  # here for start-up time: JSON is read by commands that need no torch
 
     digest = hashlib.sha256()
     for name in sorted(state_dict):
@@ -47,7 +52,7 @@ def hash_tensors(state_dict: dict) -> str:
 
 
 @contextmanager
-def atomic(path: str | Path):
+def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; rename it to ``path`` on success, remove it on failure.
 
     A reader sees the old file or the whole new one, also after a crash or a full disk.
@@ -65,14 +70,14 @@ def atomic(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write standard JSON (NaN and infinity are refused with a ValueError), whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path):
+def read_json(path: str | Path) -> Any:
     """Read a JSON file. A damaged one is a ValueError that names the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -80,7 +85,7 @@ def read_json(path: str | Path):
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def differences(stored: dict, wanted: dict, prefix: str = "") -> list[str]:
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Name every leaf in which two manifests differ, as ``key: stored value, wanted value``."""
     found = []
     for key in sorted(stored.keys() | wanted.keys()):
@@ -106,12 +111,15 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The checkout's commit, with ``+`` when files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
-    run = dict(cwd=here, capture_output=True, text=True, timeout=10)
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **run)
+        head = git("rev-parse", "HEAD")
         if head.returncode:
             return None
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if dirty else "")
@@ -119,7 +127,7 @@ def commit() -> str | None:
 
 def processor() -> str:
     """The processor's model name, or the GPU's where there is one."""
-    import torch
+    import torch  # here for start-up time
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
@@ -132,9 +140,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """What a result was made with: versions, processor, threads, commit."""
-    import torch
+    import torch  # here for start-up time
 
     from sdxl_ambient import __version__
 

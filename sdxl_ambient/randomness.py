@@ -22,39 +22,47 @@ class Randomness:
     """
 
     def __init__(self, generator: Generators, count: int):
-        self.many = isinstance(generator, Sequence)
-        if self.many and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} samples")
-        self.generator, self.count = generator, count
+        # One stream for the whole batch, or one for each sample.
+        self._shared: torch.Generator | None = None
+        self._own: Sequence[torch.Generator] | None = None
+        if isinstance(generator, Sequence):
+            if len(generator) != count:
+                raise ValueError(f"{len(generator)} generators for {count} samples")
+            self._own = generator
+        else:
+            self._shared = generator
+        self.count = count
 
     def first(self, count: int) -> Randomness:
         """The same for the first ``count`` samples alone."""
-        return Randomness(self.generator[:count] if self.many else self.generator, count)
+        return Randomness(self._shared if self._own is None else self._own[:count], count)
 
     def uniform(self) -> torch.Tensor:
         """Uniform on [0, 1), float64, (count,)."""
-        if self.many:
-            return torch.stack([self._uniform((), g) for g in self.generator])
-        return self._uniform((self.count,), self.generator)
+        if self._own is not None:
+            return torch.stack([_uniform((), generator) for generator in self._own])
+        return _uniform((self.count,), self._shared)
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         """Standard normal of the shape and on the device of ``like`` (count, …); float64 for float64, float32 else."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        if self.many:
-            return torch.stack([self._normal(like.shape[1:], g, dtype) for g in self.generator]).to(like.device)
-        return self._normal(like.shape, self.generator, dtype).to(like.device)
-
-    @staticmethod
-    def _uniform(shape, generator: torch.Generator | None) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, device=_device(generator), dtype=torch.float64).cpu()
-
-    @staticmethod
-    def _normal(shape, generator: torch.Generator | None, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=_device(generator), dtype=dtype)
+        if self._own is not None:
+            drawn = torch.stack([_normal(like.shape[1:], generator, dtype) for generator in self._own])
+        else:
+            drawn = _normal(like.shape, self._shared, dtype)
+        return drawn.to(like.device)
 
 
-def _device(generator: torch.Generator | None):
-    return generator.device if generator is not None else "cpu"
+def _uniform(shape: Sequence[int], generator: torch.Generator | None) -> torch.Tensor:
+    return torch.rand(shape, generator=generator, device=_device(generator), dtype=torch.float64).cpu()
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device=_device(generator), dtype=dtype)
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
 
 
 def sample_generator(seed: int, purpose: str, index: int | str) -> torch.Generator:

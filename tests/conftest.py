@@ -14,6 +14,7 @@ from support.pictures import REPOSITORY, copy_emoji
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.models.load import load_encoders, load_schedule, load_unet
 from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.settings import StoreSettings
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -52,9 +53,12 @@ def emoji(tmp_path) -> Path:
 def build(encoders, schedule):
     """build_store with the miniature and small defaults."""
 
-    def run(images, output, *, resolution=64, center=True, encoders=encoders, schedule=schedule, **keywords):
-        keywords = {"t_n": 500, "log": lambda message: None, **keywords}
-        return build_store(images, output, encoders, schedule, Geometry(resolution, center), **keywords)
+    def run(
+        images, output, *, resolution=64, center=True, encoders=encoders, schedule=schedule, log=lambda message: None,
+        state=None, check=lambda: None, **settings,
+    ):  # fmt: skip
+        settings = StoreSettings(Geometry(resolution, center), **settings)
+        return build_store(images, output, encoders, schedule, settings, state=state, log=log, check=check)
 
     return run
 

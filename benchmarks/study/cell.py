@@ -105,13 +105,14 @@ def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[i
     from sdxl_ambient.images.geometry import Geometry
     from sdxl_ambient.models.load import load_encoders, load_schedule
     from sdxl_ambient.store.build import build_store
+    from sdxl_ambient.store.settings import StoreSettings
 
     base = ROOT / COMMON["pretrained_model_name_or_path"]
     # No batch is larger than the set.
     store, how = output / "latents", {**cell.flags, "batch_size": min(cell.size, cell.flags["batch_size"])}
     build_store(
-        folders.train(cell.size), store, load_encoders(str(base)), load_schedule(str(base)), Geometry(64), t_n=None,
-        log=lambda message: None,
+        folders.train(cell.size), store, load_encoders(str(base)), load_schedule(str(base)),
+        StoreSettings(Geometry(64), t_n=None), log=lambda message: None,
     )  # fmt: skip
     cost = train_dp_lora(base, store, output, seed=cell.seed, **how)
     return {cell.lengths[-1]: output}, cost

@@ -16,39 +16,45 @@ the noise that the classifier sees exist in memory only. docs/ANNOTATING.md says
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from sdxl_ambient.annotate.options import AnnotateOptions
 from sdxl_ambient.config import parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import run_command
 
+if TYPE_CHECKING:
+    from sdxl_ambient.annotate.settings import AnnotateSettings
 
-def summary_lines(options: AnnotateOptions, found: dict) -> list[str]:
+
+def summary_lines(settings: AnnotateSettings, annotations: dict) -> list[str]:
     """What is printed at the end."""
     from sdxl_ambient.annotate.run import training_command  # here for start-up time
 
     lines = ["    t  accuracy  interval     mean probability: trusted, untrusted"]
-    for t, level in found["levels"].items():
+    for t, level in annotations["levels"].items():
         low, high = level["interval"]
         means = level["mean_probability"]
         lines.append(
             f"{t:>5} {level['accuracy']:>8.2f}  {low:.2f} to {high:.2f}  {means['trusted']:>22.2f}, {means['untrusted']:.2f}"
         )
-    lines += [f"warning: {warning}" for warning in found["warnings"]]
-    counts = found["counts"]
-    used = [i["t_n"] for i in found["images"] if i["used"] and i["set"] == "untrusted"]
+    lines += [f"warning: {warning}" for warning in annotations["warnings"]]
+    counts = annotations["counts"]
+    used = [i["t_n"] for i in annotations["images"] if i["used"] and i["set"] == "untrusted"]
     spread = ""
     if used:
         low, middle, high = np.quantile(used, (0, 0.5, 1), method="inverted_cdf")
         spread = f" at t_n from {low} to {high}, median {middle}"
-    trusted = "clean" if options.trusted_t_n is None else f"at t_n = {options.trusted_t_n}"
+    trusted = "clean" if settings.trusted_t_n is None else f"at t_n = {settings.trusted_t_n}"
     lines += [
         f"{counts['trusted']} trusted images, {trusted}",
         f"{counts['untrusted']} untrusted images: {len(used)} usable{spread}; {counts['not_usable']} left out, usable at no "
-        f"level up to {min(options.max_t_n, options.levels[-1])}",
+        f"level up to {min(settings.max_t_n, settings.levels[-1])}",
         f"{counts['skipped']} files skipped",
-        f"{options.output_dir} leads to clean images: treat it like them. To train on it:",
-        training_command(options),
+        f"{settings.output_dir} leads to clean images: treat it like them. To train on it:",
+        training_command(settings),
     ]
     return lines
 
@@ -61,8 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 def _annotate(options: AnnotateOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from sdxl_ambient.annotate.run import annotate
+    from sdxl_ambient.annotate.settings import AnnotateSettings
 
-    print(*summary_lines(options, annotate(options)), sep="\n")
+    settings = settings_of(AnnotateSettings, options)
+    print(*summary_lines(settings, annotate(settings)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small classifier that is told the noise level: is a noisy latent of the trusted or of the untrusted set?
+"""A small classifier that knows the noise level: is a noisy latent of the trusted or of the untrusted set?
 
 Trained with equal parts of both sets, its best answer at a level t is p(x_t)/(p(x_t) + q(x_t)), where p and q are the
 densities of noisy trusted and untrusted latents: ½ where noise has made the two alike.
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sdxl_ambient.noise import NoiseSchedule
 
-WIDTH, EMBEDDING = 32, 64  # channels; numbers that a level is told in
+WIDTH, EMBEDDING = 32, 64  # channels; size of a level's embedding
 SMALLEST = 4  # the last layer's side: at high levels only what is large is left to see
 WEIGHT_DECAY = 0.05
 BATCH = 64  # noisy latents judged at once
@@ -41,6 +41,9 @@ class LevelClassifier(nn.Module):
     ``mean`` and ``variance`` (c,) are those of clean latents; with them, inputs have mean 0 and variance 1 at every level.
     The last layer starts at 0: an untrained classifier says ½.
     """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
 
     def __init__(self, schedule: NoiseSchedule, mean: torch.Tensor, variance: torch.Tensor, side: int):
         super().__init__()
@@ -80,8 +83,9 @@ def moments(trusted: torch.Tensor, untrusted: torch.Tensor) -> tuple[torch.Tenso
     A uniform channel counts as of variance 1.
     """
     sides = [torch.var_mean(x, (0, 2, 3), correction=0) for x in (trusted, untrusted)]
-    mean = sum(m for _, m in sides) / 2
-    variance = sum(v + (m - mean) ** 2 for v, m in sides) / 2
+    (variance_0, mean_0), (variance_1, mean_1) = sides
+    mean = (mean_0 + mean_1) / 2
+    variance = (variance_0 + (mean_0 - mean) ** 2 + (variance_1 + (mean_1 - mean) ** 2)) / 2
     return mean, torch.where(variance > 1e-8, variance, torch.ones_like(variance))
 
 
@@ -99,7 +103,7 @@ class Training:
     learning_rate: float
 
 
-def stream(*parts) -> torch.Generator:
+def stream(*parts: object) -> torch.Generator:
     """A generator on the CPU that follows from ``parts``, never that of a store, which has a key."""
     digest = hashlib.sha256("|".join(["sdxl_ambient annotate", *map(str, parts)]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -109,10 +113,10 @@ def train_classifier(
     trusted: torch.Tensor,
     untrusted: torch.Tensor,
     schedule: NoiseSchedule,
-    how: Training,
+    training: Training,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
-    after_step: Callable[[float], None] = lambda loss: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> LevelClassifier:
     """Train on clean latents (n, 4, h, w) of both sets, half a batch from each, with new levels and noise in every step.
 
@@ -121,21 +125,21 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**48, (), generator=generator)))
         network = LevelClassifier(schedule, *moments(trusted, untrusted), min(trusted.shape[2:])).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=how.learning_rate, weight_decay=WEIGHT_DECAY)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / how.steps)))
-    half = how.batch_size // 2
+    optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / training.steps)))
+    half = training.batch_size // 2
     labels = torch.cat([torch.ones(half), torch.zeros(half)]).to(device)
-    for _ in range(how.steps):
+    for _ in range(training.steps):
         rows = [x[torch.randint(len(x), (half,), generator=generator)] for x in (trusted, untrusted)]
         x_0 = _mirror_half(torch.cat(rows), generator)
-        t = torch.randint(how.lowest, how.highest + 1, (len(x_0),), generator=generator)
+        t = torch.randint(training.lowest, training.highest + 1, (len(x_0),), generator=generator)
         x_t = schedule.observe(x_0, t, torch.randn(x_0.shape, generator=generator))
         loss = F.binary_cross_entropy_with_logits(network(x_t.to(device), t.to(device)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-        after_step(loss)
+        after_step()
     return network.requires_grad_(False)
 
 
@@ -175,7 +179,7 @@ def calibrate(trusted: np.ndarray, untrusted: np.ndarray) -> tuple[float, float]
     sides = ((trusted, 1 - doubt), (untrusted, doubt))
     scale = max(1e-12, float(np.std(np.concatenate([trusted.ravel(), untrusted.ravel()]))))
 
-    def loss(ab):
+    def loss(ab: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = 0.0, np.zeros(2)
         for logits, target in sides:
             x = logits / scale

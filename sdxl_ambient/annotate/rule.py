@@ -12,8 +12,9 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from sdxl_ambient.annotate.classifier import Training, calibrate, judge, stream, train_classifier
-from sdxl_ambient.annotate.options import CONFIDENCE, SETS, AnnotateOptions
+from sdxl_ambient.annotate.options import CONFIDENCE, SETS
 from sdxl_ambient.annotate.sets import ImageSet
+from sdxl_ambient.annotate.settings import AnnotateSettings
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import NoiseSchedule
@@ -42,23 +43,28 @@ def fold_of(count: int, folds: int) -> np.ndarray:
 
 
 def cross_fit(
-    options: AnnotateOptions, schedule: NoiseSchedule, x_0: dict[str, torch.Tensor], contents: dict[str, list[str]]
+    settings: AnnotateSettings, schedule: NoiseSchedule, x_0: dict[str, torch.Tensor], contents: dict[str, list[str]]
 ) -> dict[str, np.ndarray]:
     """Logits of "trusted" (n, levels, noises) of both sets, every image's by a classifier that was not trained on it."""
-    networks, folds = [], {name: fold_of(len(x), options.folds) for name, x in x_0.items()}
-    how = Training(options.levels[0], options.levels[-1], options.train_steps, options.batch_size, options.learning_rate)
-    total = options.folds * options.train_steps
+    networks, folds = [], {name: fold_of(len(x), settings.folds) for name, x in x_0.items()}
+    levels, seed = settings.levels, settings.seed
+    training = Training(levels[0], levels[-1], settings.train_steps, settings.batch_size, settings.learning_rate)
+    total = settings.folds * settings.train_steps
     with tqdm(total=total, desc="training classifiers", unit="step", mininterval=1) as bar:
-        for fold in range(options.folds):
-            others = (x_0[name][torch.from_numpy(folds[name] != fold)] for name in SETS)
-            generator, device = stream(options.seed, "training", fold), resolve_device(options.device)
-            networks.append(train_classifier(*others, schedule, how, generator, device, lambda loss: bar.update()))
-    logits = {name: np.empty((len(x), len(options.levels), options.num_noises)) for name, x in x_0.items()}
+        for fold in range(settings.folds):
+            trusted, untrusted = (x_0[name][torch.from_numpy(folds[name] != fold)] for name in SETS)
+            generator, device = stream(seed, "training", fold), resolve_device(settings.device)
+
+            def advance(bar=bar) -> None:
+                bar.update()
+
+            networks.append(train_classifier(trusted, untrusted, schedule, training, generator, device, advance))
+    logits = {name: np.empty((len(x), len(levels), settings.num_noises)) for name, x in x_0.items()}
     for name in SETS:
         for i, content in enumerate(tqdm(contents[name], desc=f"judging {name} images", unit="img", mininterval=1)):
-            noises = [stream(options.seed, "judging", content, t) for t in options.levels]
+            noises = [stream(seed, "judging", content, t) for t in levels]
             network = networks[folds[name][i]]
-            logits[name][i] = judge(network, x_0[name][i], options.levels, noises, options.num_noises)
+            logits[name][i] = judge(network, x_0[name][i], levels, noises, settings.num_noises)
     return logits
 
 
@@ -75,33 +81,33 @@ def accuracy(logits: dict[str, np.ndarray], k: int) -> dict:
     Each set has its Clopper–Pearson interval (95 %). ``accuracy`` is the mean of both sets' shares, whatever their sizes,
     and its interval the mean of their 97.5 % intervals, which holds at 95 % by the union bound.
     """
-    found, both = {}, []
+    sides, both = {}, []
     for name in SETS:
         p = expit(logits[name][:, k]).mean(1)
         right, total = int(((p > 0.5) == (name == "trusted")).sum()), len(p)
         test = binomtest(right, total)
         interval = list(test.proportion_ci(CONFIDENCE, method="exact"))
-        found[name] = {"right": right, "of": total, "interval": interval}
+        sides[name] = {"right": right, "of": total, "interval": interval}
         both.append((right / total, *test.proportion_ci((1 + CONFIDENCE) / 2, method="exact")))
     mean, low, high = np.mean(both, axis=0).tolist()
-    return {"accuracy": mean, "interval": [low, high], **found}
+    return {"accuracy": mean, "interval": [low, high], **sides}
 
 
 def warnings_of(levels: Sequence[int], accuracies: Sequence[dict]) -> list[str]:
     """What speaks against using the result."""
-    found = []
+    warnings = []
     lowest, highest = ({"t": t, **a} for t, a in ((levels[0], accuracies[0]), (levels[-1], accuracies[-1])))
     if lowest["interval"][0] <= 0.5:
-        found.append(
+        warnings.append(
             f"the sets can't be told apart even at t = {lowest['t']} (accuracy {_percent(lowest)}): either untrusted "
             "images are as good as trusted ones, or these are too few to see the difference, or --train_steps are"
         )
     if highest["interval"][0] > 0.5:
-        found.append(
+        warnings.append(
             f"the sets can still be told apart at the highest level, t = {highest['t']} (accuracy {_percent(highest)}): "
             "they differ in more than noise hides, such as colour or subject"
         )
-    return found
+    return warnings
 
 
 def _percent(accuracy: dict) -> str:
@@ -110,20 +116,20 @@ def _percent(accuracy: dict) -> str:
 
 
 def describe(
-    options: AnnotateOptions, sets: Sequence[ImageSet], logits: dict[str, np.ndarray], inputs: dict[str, str]
+    settings: AnnotateSettings, sets: Sequence[ImageSet], logits: dict[str, np.ndarray], inputs: dict[str, str]
 ) -> dict:
     """annotations.json."""
     probabilities, scales = calibrated(logits)
-    accuracies = [accuracy(logits, k) for k in range(len(options.levels))]
+    accuracies = [accuracy(logits, k) for k in range(len(settings.levels))]
     levels = {}
-    for k, t in enumerate(options.levels):
+    for k, t in enumerate(settings.levels):
         means = {name: float(probabilities[name][:, k].mean()) for name in SETS}
         slope, shift = scales[k]
         levels[str(t)] = {**accuracies[k], "mean_probability": means, "calibration": {"slope": slope, "shift": shift}}
     images = [
         {
             "set": one.name,
-            **_judged(options, one.name, picture, probabilities[one.name][one.contents.index(picture.content)]),
+            **_judged(settings, one.name, picture, probabilities[one.name][one.contents.index(picture.content)]),
         }
         for one in sets
         for picture in one.pictures
@@ -132,7 +138,7 @@ def describe(
     return {
         "program": "sdxl_ambient.annotate",
         "note": "t_n is about quality, not about privacy: the links lead to clean images, and t_n -1 stores them clean.",
-        "settings": asdict(options),
+        "settings": asdict(settings),
         "inputs": inputs,
         "versions": versions(),
         "counts": {
@@ -141,21 +147,21 @@ def describe(
             "not_usable": len(left_out),
             "skipped": sum(len(one.skipped) for one in sets),
         },
-        "warnings": warnings_of(options.levels, accuracies),
+        "warnings": warnings_of(settings.levels, accuracies),
         "levels": levels,
         "images": images,
         "skipped": [{"set": one.name, **entry} for one in sets for entry in one.skipped],
     }
 
 
-def _judged(options: AnnotateOptions, name: str, picture: Scanned, probabilities: np.ndarray) -> dict:
+def _judged(settings: AnnotateSettings, name: str, picture: Scanned, probabilities: np.ndarray) -> dict:
     """An image's entry: its level, and whether it is used."""
     values = [round(float(p), 6) for p in probabilities]
     if name == "trusted":
-        t_n, used = CLEAN if options.trusted_t_n is None else options.trusted_t_n, True
+        t_n, used = CLEAN if settings.trusted_t_n is None else settings.trusted_t_n, True
     else:
-        t_n = usable_from(options.levels, values, options.margin)
-        used = t_n is not None and t_n <= options.max_t_n
+        t_n = usable_from(settings.levels, values, settings.margin)
+        used = t_n is not None and t_n <= settings.max_t_n
     captions = list(picture.record.captions)
     return {
         "file": f"{name}/{picture.record.name}",

@@ -7,29 +7,32 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sdxl_ambient.annotate.options import ANNOTATIONS, METADATA, SETS, AnnotateOptions
+from sdxl_ambient.annotate.options import ANNOTATIONS, METADATA, SETS
 from sdxl_ambient.annotate.rule import cross_fit, describe
 from sdxl_ambient.annotate.sets import ImageSet, check_sets, encode, read_set
-from sdxl_ambient.devices import one_process, resolve_device
+from sdxl_ambient.annotate.settings import AnnotateSettings
+from sdxl_ambient.devices import Placement, one_process, resolve_device
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.models.vae import check_resolution, load_vae
 from sdxl_ambient.provenance import atomic, hash_json, hash_tensors, write_json
 
 
-def write_result(output: Path, found: dict, sets: Sequence[ImageSet]) -> None:
+def write_result(output: Path, annotations: dict, sets: Sequence[ImageSet]) -> None:
     """Links, annotations.json, and metadata.jsonl last: without it the trainer refuses the folder."""
     (output / METADATA).unlink(missing_ok=True)
     # Before the links, so that a broken-off result is known for one.
-    write_json(output / ANNOTATIONS, found)
+    write_json(output / ANNOTATIONS, annotations)
     for name in SETS:
         for path in (output / name).rglob("*"):
             if path.is_symlink():
                 path.unlink()
     sources = {f"{one.name}/{p.record.name}": p.record.path for one in sets for p in one.pictures}
-    used = [image for image in found["images"] if image["used"]]
+    used = [image for image in annotations["images"] if image["used"]]
     for image in used:
         link = output / image["file"]
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -39,49 +42,51 @@ def write_result(output: Path, found: dict, sets: Sequence[ImageSet]) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def annotate(options: AnnotateOptions, log=print) -> dict:
+def annotate(settings: AnnotateSettings, log: Log = print) -> dict[str, Any]:
     """Judge every untrusted image and write the result. Returns annotations.json.
 
     Raises:
         ImagesMissing, ImageError, ModelError, AnnotateError, PreviewError: with one line that says what is wrong.
     """
-    base, device = options.pretrained_model_name_or_path, resolve_device(options.device)
-    check_sdxl(base, options.revision)
-    schedule = load_schedule(base, options.revision)
-    if options.levels[-1] >= schedule.num_timesteps - 1:
+    base, device = settings.pretrained_model_name_or_path, resolve_device(settings.device)
+    check_sdxl(base, settings.revision)
+    schedule = load_schedule(base, settings.revision)
+    if settings.levels[-1] >= schedule.num_timesteps - 1:
         raise ModelError(
-            f"--levels: {options.levels[-1]} leaves nothing above it to train on; this model's last is "
+            f"--levels: {settings.levels[-1]} leaves nothing above it to train on; this model's last is "
             f"{schedule.num_timesteps - 1}"
         )
-    vae = load_vae(base, options.pretrained_vae_model_name_or_path, revision=options.revision, variant=options.variant)
-    check_resolution(options.resolution, vae)
+    vae = load_vae(base, settings.pretrained_vae_model_name_or_path, revision=settings.revision, variant=settings.variant)
+    check_resolution(settings.resolution, vae)
     state = one_process(device)
-    sets = [read_set(options, name, state, log) for name in SETS]
-    check_sets(*sets, options.folds)
-    geometry = Geometry(options.resolution, options.center_crop)
+    trusted, untrusted = (read_set(settings, name, state, log) for name in SETS)
+    sets = [trusted, untrusted]
+    check_sets(trusted, untrusted, settings.folds)
+    geometry = Geometry(settings.resolution, settings.center_crop)
     inputs = {"vae": hash_tensors(vae.state_dict())[:16], "schedule": schedule.hash[:16]}
     inputs.update({f"{one.name}_images": hash_json(one.contents)[:16] for one in sets})
-    vae.to(device)
-    x_0 = {one.name: encode(one, vae, geometry) for one in sets}
+    place = Placement(device)
+    x_0 = {one.name: encode(one, place.use(vae), geometry) for one in sets}
+    place.clear()
     del vae
-    logits = cross_fit(options, schedule, x_0, {one.name: one.contents for one in sets})
-    found = describe(options, sets, logits, inputs)
-    write_result(Path(options.output_dir), found, sets)
-    return found
+    logits = cross_fit(settings, schedule, x_0, {one.name: one.contents for one in sets})
+    annotations = describe(settings, sets, logits, inputs)
+    write_result(Path(settings.output_dir), annotations, sets)
+    return annotations
 
 
-def training_command(options: AnnotateOptions) -> str:
+def training_command(settings: AnnotateSettings) -> str:
     """What trains on the result."""
-    told = {
-        "pretrained_model_name_or_path": options.pretrained_model_name_or_path,
-        "pretrained_vae_model_name_or_path": options.pretrained_vae_model_name_or_path,
-        "revision": options.revision,
-        "variant": options.variant,
-        "train_data_dir": options.output_dir,
+    flags = {
+        "pretrained_model_name_or_path": settings.pretrained_model_name_or_path,
+        "pretrained_vae_model_name_or_path": settings.pretrained_vae_model_name_or_path,
+        "revision": settings.revision,
+        "variant": settings.variant,
+        "train_data_dir": settings.output_dir,
         "t_n_column": "t_n",
-        "resolution": options.resolution,
-        "center_crop": None if options.center_crop else "false",
-        "output_dir": f"{options.output_dir.rstrip('/')}-trained",
+        "resolution": settings.resolution,
+        "center_crop": None if settings.center_crop else "false",
+        "output_dir": f"{settings.output_dir.rstrip('/')}-trained",
     }
-    words = [word for name, value in told.items() if value is not None for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["accelerate", "launch", "train_sdxl_ambient.py", *words])

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
-from sdxl_ambient.annotate.options import AnnotateOptions
+from sdxl_ambient.annotate.settings import AnnotateSettings
 from sdxl_ambient.errors import AnnotateError, ImagesMissing
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import list_images, load_rgb
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.vae import encode_image
+from sdxl_ambient.store.records import Skipped
 from sdxl_ambient.store.scan import Scanned, content_hash, scan
 
 
@@ -23,7 +26,7 @@ class ImageSet:
     name: str
     folder: Path
     pictures: list[Scanned]
-    skipped: list[dict]
+    skipped: list[Skipped]
     contents: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -35,11 +38,11 @@ class ImageSet:
         return [first[c] for c in self.contents]
 
 
-def read_set(options: AnnotateOptions, name: str, state, log) -> ImageSet:
+def read_set(settings: AnnotateSettings, name: str, state: PartialState, log: Log) -> ImageSet:
     """Open every image of a set once. Raises ImagesMissing for one without a usable image."""
-    folder = Path(getattr(options, f"{name}_data_dir"))
-    records = list_images(folder, options.caption_column, captions_needed=not options.instance_prompt)
-    pictures, skipped = scan(records, options.instance_prompt, state)
+    folder = Path(getattr(settings, f"{name}_data_dir"))
+    records = list_images(folder, settings.caption_column, captions_needed=not settings.instance_prompt)
+    pictures, skipped = scan(records, settings.instance_prompt, state)
     if not pictures:
         raise ImagesMissing(f"none of {len(records)} images in {str(folder)!r} can be used: {skipped[0]['reason']}")
     if skipped:

@@ -63,19 +63,6 @@ class DataOptions(ModelOptions):
     )
     shard_size: int = option(256, "images or captions per stored file", minimum=1)
 
-    def geometry(self):
-        """How pictures are resized and cropped."""
-        from sdxl_ambient.images.geometry import Geometry, parse_buckets
-
-        buckets = parse_buckets(self.aspect_ratio_buckets, self.resolution, self.bucket_reso_steps)
-        return Geometry(self.resolution, self.center_crop, buckets)
-
-    def of_a_store(self) -> dict:
-        """What :func:`sdxl_ambient.store.build.build_store` is told, by its names."""
-        where = ("dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column", "t_n_column")
-        how = ("t_n", "pre_noised", "instance_prompt", "near_duplicates", "noise_key_file")
-        return {name: getattr(self, name) for name in (*where, *how, "allow_second_observation", "shard_size")}
-
     @property
     def has_images(self) -> bool:
         """Whether there are pictures to make a store of."""

@@ -1,6 +1,6 @@
-"""What is said of the files of a folder, or of the rows of a data set: captions and noise levels.
+"""Captions and noise levels of the files of a folder, or of the rows of a data set.
 
-A folder says it in ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: one row per file, named by ``file_name``),
+A folder has them in ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: one row per file, named by ``file_name``),
 its own or, for the files below it, a subfolder's; captions also in ``.txt`` files beside the files.
 """
 
@@ -10,9 +10,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sdxl_ambient.errors import ImagesMissing
 from sdxl_ambient.levels import CLEAN, MAXIMUM_T_N
@@ -20,32 +21,36 @@ from sdxl_ambient.levels import CLEAN, MAXIMUM_T_N
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns say what. Without ``captions_needed`` the one of the captions may be missing."""
+    """Which columns hold the captions, the noise levels and, in a data set, the pictures.
+
+    Without ``captions_needed`` the one of the captions may be missing.
+    """
 
     caption: str = "text"
     t_n: str | None = None
     captions_needed: bool = True
+    image: str = "image"
 
 
 @dataclass(frozen=True)
-class Told:
-    """What is said of one entry: its captions, its own noise level (−1 clean, None: the set's), and the whole row."""
+class Description:
+    """What is known of one entry."""
 
     captions: tuple[str, ...] = ()
-    t_n: int | None = None
-    row: dict = field(default_factory=dict)
-    where: str = ""
+    t_n: int | None = None  # its own noise level: −1 for clean, None for the set's
+    row: dict = field(default_factory=dict)  # all of its metadata
+    location: str = ""  # file and line of that row
 
 
-def captions_of(value, column: str, where: str) -> tuple[str, ...]:
+def captions_of(value: Any, column: str, location: str) -> tuple[str, ...]:
     """A text, a list of texts or nothing → captions without empty ones. Raises ImagesMissing for anything else."""
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(t, str | None) for t in texts):
-        raise ImagesMissing(f"{where}: {column!r} is not a text or a list of texts: {value!r}")
+        raise ImagesMissing(f"{location}: {column!r} is not a text or a list of texts: {value!r}")
     return tuple(t for t in texts if t)
 
 
-def level_of(value, column: str, where: str) -> int | None:
+def level_of(value: Any, column: str, location: str) -> int | None:
     """A timestep, −1 (clean) or None (nothing said); also as a text or a float, as tables spell it.
 
     Raises:
@@ -60,19 +65,19 @@ def level_of(value, column: str, where: str) -> int | None:
         number = None
     if number is None or not CLEAN <= number <= MAXIMUM_T_N or number != int(number):
         raise ImagesMissing(
-            f"{where}: --t_n_column: {column!r} is {value!r}; allowed are 0 to {MAXIMUM_T_N}, {CLEAN} for clean, "
+            f"{location}: --t_n_column: {column!r} is {value!r}; allowed are 0 to {MAXIMUM_T_N}, {CLEAN} for clean, "
             "and nothing for --t_n"
         )
     return int(number)
 
 
-def not_one_of(option: str, value: str, known, where) -> ImagesMissing:
+def not_one_of(option: str, value: str, known: Iterable[str], location: object) -> ImagesMissing:
     """The error about a column that isn't there."""
-    return ImagesMissing(f"--{option}: {value!r} is not one of: {', '.join(map(str, known))} ({where})")
+    return ImagesMissing(f"--{option}: {value!r} is not one of: {', '.join(map(str, known))} ({location})")
 
 
-def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told]:
-    """What a folder's metadata and ``.txt`` files say of each of ``paths``.
+def read_descriptions(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Description]:
+    """The description of each of ``paths`` by a folder's metadata and ``.txt`` files.
 
     Raises:
         ImagesMissing: metadata that is damaged, names a file that isn't there, lacks a column, or has a wrong value.
@@ -83,18 +88,18 @@ def describe(folder: Path, paths: Sequence[Path], columns: Columns) -> list[Told
         if not rows:
             raise ImagesMissing(f"--t_n_column: {columns.t_n!r} needs a metadata.jsonl or metadata.csv in {str(folder)!r}")
         raise not_one_of("t_n_column", columns.t_n, known, folder)
-    told = {}
-    for name, (where, row) in rows.items():
-        captions = captions_of(row.get(columns.caption), columns.caption, where)
-        level = None if columns.t_n is None else level_of(row.get(columns.t_n), columns.t_n, where)
-        told[name] = Told(captions, level, row, where)
-    found = []
+    described: dict[str, Description] = {}
+    for name, (location, row) in rows.items():
+        captions = captions_of(row.get(columns.caption), columns.caption, location)
+        level = None if columns.t_n is None else level_of(row.get(columns.t_n), columns.t_n, location)
+        described[name] = Description(captions, level, row, location)
+    entries = []
     for path in paths:
-        one = told.get(path.relative_to(folder).as_posix(), Told())
-        found.append(one if one.captions else Told(_sidecar(path), one.t_n, one.row, one.where))
-    if rows and columns.captions_needed and columns.caption not in known and not any(t.captions for t in found):
+        entry = described.get(path.relative_to(folder).as_posix(), Description())
+        entries.append(entry if entry.captions else replace(entry, captions=_sidecar(path)))
+    if rows and columns.captions_needed and columns.caption not in known and not any(entry.captions for entry in entries):
         raise not_one_of("caption_column", columns.caption, known, folder)
-    return found
+    return entries
 
 
 def _metadata(root: Path, paths: Sequence[Path]) -> dict[str, tuple[str, dict]]:
@@ -117,29 +122,29 @@ def _rows_in(folder: Path) -> dict[str, tuple[str, dict]]:
         raise ImagesMissing(f"{str(folder)!r} holds metadata.jsonl and metadata.csv; keep one of them")
     rows = {}
     for path in files:
-        for where, row in _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path):
+        for location, row in _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path):
             name = Path(row["file_name"])
             if not (folder / name).is_file():
-                raise ImagesMissing(f"{where}: {str(name)!r} is not in the folder")
-            rows[name.as_posix()] = where, row
+                raise ImagesMissing(f"{location}: {str(name)!r} is not in the folder")
+            rows[name.as_posix()] = location, row
     return rows
 
 
-def _json_rows(path: Path):
+def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ImagesMissing(f"{where}: not a JSON object with a 'file_name'")
-        yield where, row
+            raise ImagesMissing(f"{location}: not a JSON object with a 'file_name'")
+        yield location, row
 
 
-def _csv_rows(path: Path):
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         # Spreadsheets mark the start of a file in UTF-8.
         text = path.read_text(encoding="utf-8-sig")
@@ -148,10 +153,10 @@ def _csv_rows(path: Path):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
+            location = f"{path}, line {reader.line_num}"
             if None in row or not row.get("file_name"):
-                raise ImagesMissing(f"{where}: not a row with a 'file_name' and one field for each column")
-            yield where, row
+                raise ImagesMissing(f"{location}: not a row with a 'file_name' and one field for each column")
+            yield location, row
     except csv.Error as error:
         raise ImagesMissing(f"{path}, line {reader.line_num}: {error}") from None
 

@@ -50,7 +50,9 @@ def matches(queries: Fingerprints, references: Fingerprints, pairs: int = 1 << 2
     Compares ``pairs`` of them at once, which bounds memory: 16 bytes for each.
     """
     return [
-        (i, int(j), bool(side)) for i, *found in matching(queries, references, pairs) for j, side in zip(*found, strict=True)
+        (i, int(j), bool(side))
+        for i, *arrays in matching(queries, references, pairs)
+        for j, side in zip(*arrays, strict=True)
     ]
 
 
@@ -64,7 +66,7 @@ def matching(
     chunk = max(1, pairs // max(1, len(references.hashes)))
     for start in range(0, len(queries.hashes), chunk):
         stop = min(start + chunk, len(queries.hashes))
-        found: dict[int, list[np.ndarray]] = {}
+        hits: dict[int, list[np.ndarray]] = {}
         for side in (0, 1):
             others = references.hashes[None, : stop if earlier else None, 0]
             rows, columns = np.nonzero(np.bitwise_count(queries.hashes[start:stop, side, None] ^ others) <= BITS)
@@ -77,9 +79,9 @@ def matching(
                 js = columns[edges[row] : edges[row + 1]]
                 gap = np.abs(queries.thumbnails[start + row, side] - references.thumbnails[js, 0]).mean(1)
                 # Twice the index, and one more where it is mirrored: sorts by both.
-                found.setdefault(start + int(row), []).append(2 * js[gap <= COLOUR] + side)
-        for i in sorted(found):
-            if len(both := np.sort(np.concatenate(found[i]))):
+                hits.setdefault(start + int(row), []).append(2 * js[gap <= COLOUR] + side)
+        for i in sorted(hits):
+            if len(both := np.sort(np.concatenate(hits[i]))):
                 yield i, both // 2, both % 2 == 1
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ class Geometry:
     resolution: int
     center_crop: bool = True
     buckets: tuple[Size, ...] = ()
+
+    @classmethod
+    def parse(cls, resolution: int, center_crop: bool, buckets: str | None, bucket_step: int) -> Geometry:
+        """With buckets as :func:`parse_buckets` reads them. Raises OptionError."""
+        return cls(resolution, center_crop, parse_buckets(buckets, resolution, bucket_step))
 
     @property
     def targets(self) -> tuple[Size, ...]:
@@ -90,18 +96,18 @@ class Geometry:
 
 def mirrored(time_ids: list[int]) -> list[int]:
     """Time ids of the mirrored picture: what was cut off on its right is now cut off on its left."""
-    height, width, top, left, *target = time_ids
-    free = resized((height, width), tuple(target))[1] - target[1]
+    height, width, top, left, target_height, target_width = time_ids
+    free = resized((height, width), (target_height, target_width))[1] - target_width
     # What another program cropped may not have covered its target closely.
-    return [height, width, top, max(0, free - left), *target]
+    return [height, width, top, max(0, free - left), target_height, target_width]
 
 
-def bucket_counts(images: Iterable[dict]) -> dict[Size, int]:
+def bucket_counts(images: Iterable[Mapping[str, Any]]) -> dict[Size, int]:
     """How many pictures of a store's manifest each size has, smallest height first."""
     return dict(sorted(Counter(size_of(i) for i in images).items()))
 
 
-def size_of(entry: dict) -> Size:
+def size_of(entry: Mapping[str, Any]) -> Size:
     """The size that a picture of a store's manifest was cropped to: the end of its time ids."""
     height, width = entry["time_ids"][4:6]
     return height, width

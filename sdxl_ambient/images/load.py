@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -13,12 +13,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdxl_ambient.errors import ImageError, ImagesMissing
-from sdxl_ambient.images.captions import Columns, describe
+from sdxl_ambient.images.captions import Columns, read_descriptions
 
-__all__ = ["ImageError", "ImagesMissing", "Record", "list_files", "list_images", "load_rgb"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MINIMUM_SIDE = 8  # pixels; below this the VAE has nothing to encode
-MAXIMUM_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow takes a picture for a decompression bomb
+MAXIMUM_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # where Pillow takes a picture for a decompression bomb
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -50,12 +49,6 @@ class Record:
     def captioned(self, instance_prompt: str | None) -> Record:
         """With ``instance_prompt`` for its caption where it has none."""
         return self if self.captions or not instance_prompt else replace(self, captions=(instance_prompt,))
-
-
-def spread(items: Sequence, count: int) -> list:
-    """``count`` of the items, at most all of them, evenly spaced."""
-    size = min(count, len(items))
-    return [items[i * len(items) // size] for i in range(size)]
 
 
 def load_rgb(source: str | Path | bytes | BinaryIO) -> Image.Image:
@@ -106,7 +99,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def list_files(folder: str | Path, suffixes) -> list[Path]:
+def list_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
     """Files below ``folder`` with one of these endings, hidden ones left out, in the order of their relative paths.
 
     Raises:
@@ -137,5 +130,5 @@ def list_images(
     paths = list_files(folder, SUFFIXES)
     if not paths:
         raise ImagesMissing(f"{str(folder)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-    told = describe(folder, paths, Columns(caption_column, t_n_column, captions_needed))
-    return [Record(p.relative_to(folder).as_posix(), p, t.captions, t.t_n) for p, t in zip(paths, told, strict=True)]
+    described = read_descriptions(folder, paths, Columns(caption_column, t_n_column, captions_needed))
+    return [Record(p.relative_to(folder).as_posix(), p, d.captions, d.t_n) for p, d in zip(paths, described, strict=True)]

@@ -11,10 +11,12 @@ import glob
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pyarrow.compute
+import pyarrow
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -22,52 +24,55 @@ from sdxl_ambient.errors import ImageError, ImagesMissing
 from sdxl_ambient.images.captions import Columns, captions_of, level_of, not_one_of
 from sdxl_ambient.images.load import SUFFIXES, Record, list_files, list_images
 
+Log = Callable[[str], None]
 # Kinds of files that hold many pictures: ending → the module of ``datasets`` that reads them.
 KINDS = {".parquet": "parquet", ".tar": "webdataset"}
 # Where webdataset's customary names stand for the defaults.
 _CUSTOMARY = {"text": ("txt", "json.text", "json.caption")}
 
 
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set that the ``datasets`` library loads: its name or path, its configuration, and the split that is read."""
+
+    name: str
+    config_name: str | None = None
+    split: str = "train"
+
+
 def open_records(
-    train_data_dir: str | Path | None = None,
+    source: str | Path | HubDataset,
+    columns: Columns | None = None,
     *,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    image_column: str = "image",
-    caption_column: str = "text",
-    t_n_column: str | None = None,
-    captions_needed: bool = True,
     state: PartialState | None = None,
-    log=print,
+    log: Log = print,
 ) -> list[Record]:
     """Every picture of a folder or of a data set, in an order that is the same in every process. All processes call it.
 
     Raises:
         ImagesMissing: nothing there, a package, data set, split or column that is missing, or wrong values in a column.
     """
-    state = state or PartialState()
-    columns = Columns(caption_column, t_n_column, captions_needed)
-    if dataset_name is not None:
-        where = f"{dataset_name}, split {dataset_split}"
-        load = partial(_load, "dataset_name", dataset_name, dataset_name, name=dataset_config_name, split=dataset_split)
+    state, columns = state or PartialState(), columns or Columns()
+    if isinstance(source, HubDataset):
+        location = f"{source.name}, split {source.split}"
+        load = partial(_load, "dataset_name", source.name, source.name, name=source.config_name, split=source.split)
     else:
-        files = _packed(train_data_dir)
+        files = _packed(source)
         if not files:
-            return list_images(train_data_dir, caption_column, t_n_column, captions_needed)
-        where = str(train_data_dir)
+            return list_images(source, columns.caption, columns.t_n, columns.captions_needed)
+        location = str(source)
         # Names are patterns to the library.
         names = [glob.escape(str(path.resolve())) for path in files]
         kind = KINDS[files[0].suffix.lower()]
-        load = partial(_load, "train_data_dir", where, kind, data_files=names, split="train")
-    return _records(_in_private(load, state), where, image_column, columns, log)
+        load = partial(_load, "train_data_dir", location, kind, data_files=names, split="train")
+    return _records(_in_private(load, state), location, columns, log)
 
 
 def _packed(folder: str | Path) -> list[Path]:
     """The parquet or webdataset files of a folder that holds no images; none for other folders."""
-    found = list_files(folder, {*KINDS, *SUFFIXES})
-    packed = [p for p in found if p.suffix.lower() in KINDS]
-    if len(packed) < len(found):
+    files = list_files(folder, {*KINDS, *SUFFIXES})
+    packed = [p for p in files if p.suffix.lower() in KINDS]
+    if len(packed) < len(files):
         return []
     kinds = sorted({p.suffix.lower() for p in packed})
     if len(kinds) > 1:
@@ -78,7 +83,7 @@ def _packed(folder: str | Path) -> list[Path]:
 # -- loading ----------------------------------------------------------------------
 
 
-def _load(option: str, value: str, path: str, *, cache_dir: str, **keywords):
+def _load(option: str, value: str, path: str, *, cache_dir: str, **keywords: Any):
     """``datasets.load_dataset`` with every failure turned into a one-line ImagesMissing that names the option."""
     try:
         from datasets import load_dataset
@@ -115,32 +120,30 @@ def _in_private(load: Callable, state: PartialState):
             shutil.rmtree(own)
 
 
-def _gather(value, state: PartialState) -> list:
+def _gather(value: Any, state: PartialState) -> list:
     return gather_object([value]) if state.num_processes > 1 else [value]
 
 
 # -- rows => records ----------------------------------------------------------------------
 
 
-def _records(data, where: str, image_column: str, columns: Columns, log) -> list[Record]:
+def _records(data, location: str, columns: Columns, log: Log) -> list[Record]:
     """One record per row of a :class:`datasets.Dataset`."""
     from datasets import Image
 
     if not len(data):
-        raise ImagesMissing(f"{where} holds no rows")
-    column = _image_column(data, image_column, where, log)
+        raise ImagesMissing(f"{location} holds no rows")
+    column = _image_column(data, columns.image, location, log)
     images = data.select_columns([column]).cast_column(column, Image(decode=False))
-    captions = _values(data, "caption_column", columns.caption, where, columns.captions_needed, log)
-    levels = _values(data, "t_n_column", columns.t_n, where, True, log) if columns.t_n is not None else [None] * len(data)
-    return [
-        Record(
-            name,
-            partial(_read, images, column, i),
-            captions_of(captions[i], columns.caption, f"{where}, row {i}"),
-            level_of(levels[i], columns.t_n, f"{where}, row {i}"),
-        )
-        for i, name in enumerate(_names(data, images, column))
-    ]
+    captions = _values(data, "caption_column", columns.caption, location, columns.captions_needed, log)
+    levels = None if columns.t_n is None else _values(data, "t_n_column", columns.t_n, location, True, log)
+    records = []
+    for i, name in enumerate(_names(data, images, column)):
+        row = f"{location}, row {i}"
+        texts = captions_of(captions[i], columns.caption, row)
+        level = None if levels is None or columns.t_n is None else level_of(levels[i], columns.t_n, row)
+        records.append(Record(name, partial(_read, images, column, i), texts, level))
+    return records
 
 
 def _read(images, column: str, index: int) -> Path | bytes:
@@ -159,7 +162,8 @@ def _names(data, images, column: str) -> list[str]:
         paths = data["__key__"][:]
     else:
         # Beside the bytes, which are not read here.
-        paths = pyarrow.compute.struct_field(images.data.column(column), "path").to_pylist()
+        pictures: pyarrow.ChunkedArray = images.data.column(column)
+        paths = pictures.flatten()[pictures.type.get_field_index("path")].to_pylist()
     return [f"row {i}" + (f" ({Path(path).name})" if path else "") for i, path in enumerate(paths)]
 
 
@@ -170,31 +174,33 @@ def _image_like(feature) -> bool:
     return isinstance(feature, Image) or holds_bytes or (isinstance(feature, Value) and "binary" in feature.dtype)
 
 
-def _image_column(data, name: str, where: str, log) -> str:
-    found = [column for column, feature in data.features.items() if _image_like(feature)]
-    if name in found:
+def _image_column(data, name: str, location: str, log: Log) -> str:
+    pictures = [column for column, feature in data.features.items() if _image_like(feature)]
+    if name in pictures:
         return name
     if name in data.features:
-        raise ImagesMissing(f"--image_column: {name!r} holds no pictures; allowed: {', '.join(found) or 'none'} ({where})")
-    if name == "image" and len(found) == 1:
-        log(f"note: the pictures are taken from the column {found[0]!r} (--image_column)")
-        return found[0]
-    raise not_one_of("image_column", name, data.column_names, where)
+        raise ImagesMissing(
+            f"--image_column: {name!r} holds no pictures; allowed: {', '.join(pictures) or 'none'} ({location})"
+        )
+    if name == "image" and len(pictures) == 1:
+        log(f"note: the pictures are taken from the column {pictures[0]!r} (--image_column)")
+        return pictures[0]
+    raise not_one_of("image_column", name, data.column_names, location)
 
 
-def _values(data, option: str, name: str, where: str, needed: bool, log) -> list:
+def _values(data, option: str, name: str, location: str, needed: bool, log: Log) -> list:
     """A column's values; one of ``json``, as webdataset has it, is called ``json.NAME``."""
     inner = data.features.get("json")
     known = [*data.column_names, *(f"json.{key}" for key in inner)] if isinstance(inner, dict) else data.column_names
-    found = next((n for n in (name, f"json.{name}", *_CUSTOMARY.get(name, ())) if n in known), None)
-    if found is None and needed:
-        raise not_one_of(option, name, known, where)
-    if found is None:
+    present = next((n for n in (name, f"json.{name}", *_CUSTOMARY.get(name, ())) if n in known), None)
+    if present is None and needed:
+        raise not_one_of(option, name, known, location)
+    if present is None:
         return [None] * len(data)
-    if found != name:
-        log(f"note: --{option}: {name!r} is not there, {found!r} is taken")
-    if found == "txt":
-        return [text.strip() if isinstance(text, str) else text for text in data[found][:]]  # as .txt files are read
-    if found in data.column_names:
-        return data[found][:]
-    return [(row or {}).get(found.removeprefix("json.")) for row in data["json"][:]]
+    if present != name:
+        log(f"note: --{option}: {name!r} is not there, {present!r} is taken")
+    if present == "txt":
+        return [text.strip() if isinstance(text, str) else text for text in data[present][:]]  # as .txt files are read
+    if present in data.column_names:
+        return data[present][:]
+    return [(row or {}).get(present.removeprefix("json.")) for row in data["json"][:]]

@@ -9,14 +9,15 @@ on from those at t_n = m, the next model draws the next store, and so on: expect
 a buffer.
 
 The new store has the layout of any (:mod:`sdxl_ambient.latents`), and plan.json and manifest.json say what it holds:
-``restored`` is a link for each round, the oldest first, and every image has the level it was observed at, ``observed_t_n``.
-Restored samples are no observations: what protects an image is its one observation behind them, as long as the models that
-drew them have seen nothing else of it. See docs/LOOP.md.
+``restored`` is its lineage, a round for each time that a model drew, the oldest first. Every image has the level that it was
+observed at, ``observed_t_n``. Restored samples are no observations: what protects an image is its one observation behind
+them, as long as the models that drew them have seen nothing else of it. See docs/LOOP.md.
 """
 
 from __future__ import annotations
 
 from sdxl_ambient.config import parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import run_command
 from sdxl_ambient.loop.options import LoopOptions
 
@@ -30,8 +31,9 @@ def _restore(options: LoopOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from sdxl_ambient.devices import processes
     from sdxl_ambient.loop.run import restore_store
+    from sdxl_ambient.loop.settings import LoopSettings
 
-    restore_store(options, processes())
+    restore_store(settings_of(LoopSettings, options), processes())
 
 
 if __name__ == "__main__":

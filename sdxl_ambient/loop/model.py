@@ -1,8 +1,9 @@
-"""The model that restores, and what is told of it."""
+"""The model that restores, and what its training recorded."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,33 +14,40 @@ from sdxl_ambient.formats.attach import attach
 from sdxl_ambient.formats.find import lora_file, unet_file
 from sdxl_ambient.formats.read import read_adapter
 from sdxl_ambient.formats.record import read_training_info
-from sdxl_ambient.loop.options import LoopOptions
+from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.load import load_unet, load_unet_file
 
 
-def load_model(options: LoopOptions, dtype: torch.dtype) -> UNet2DConditionModel:
+def load_model(settings: LoopSettings, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet to restore with, frozen, on the CPU.
 
     Raises:
         ModelError, InterchangeError: one that can't be loaded, or that is not for this base.
     """
-    base = options.pretrained_model_name_or_path
-    if options.unet is not None:
-        file = unet_file(options.unet)
-        how = dict(dtype=dtype)
-        unet = load_unet_file(file, base, revision=options.revision, **how) if file else load_unet(options.unet, **how)
-        wanted = UNet2DConditionModel.load_config(base, subfolder="unet", revision=options.revision)
+    base = settings.pretrained_model_name_or_path
+    if settings.unet is not None:
+        unet = _load_unet(settings.unet, base, settings.revision, dtype)
+        # diffusers annotates what it returns with other arguments.
+        wanted = cast("dict[str, Any]", UNet2DConditionModel.load_config(base, subfolder="unet", revision=settings.revision))
         names = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
         if wrong := [n for n in names if unet.config.get(n) != wanted.get(n)]:
-            raise ModelError(f"--unet: {options.unet!r} is of another architecture than {base}: its {wrong[0]} differs")
+            raise ModelError(f"--unet: {settings.unet!r} is of another architecture than {base}: its {wrong[0]} differs")
     else:
-        unet = load_unet(base, dtype=dtype, revision=options.revision, variant=options.variant)
-    if options.lora is not None:
+        unet = load_unet(base, dtype=dtype, revision=settings.revision, variant=settings.variant)
+    if settings.lora is not None:
         try:
-            attach(unet, read_lora(options.lora, dict(unet.config)))
+            attach(unet, read_lora(settings.lora, dict(unet.config)))
         except InterchangeError as error:
             raise InterchangeError(f"--lora: {error}") from None
     return unet.eval().requires_grad_(False)
+
+
+def _load_unet(path: str, base: str, revision: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet's folder or file, which has no configuration of its own."""
+    file = unet_file(path)
+    if file is None:
+        return load_unet(path, dtype=dtype)
+    return load_unet_file(file, base, dtype=dtype, revision=revision)
 
 
 def read_lora(lora: str, config: dict) -> Adapter:
@@ -54,9 +62,9 @@ def read_lora(lora: str, config: dict) -> Adapter:
     return adapter
 
 
-def told(options: LoopOptions) -> dict:
+def training_info(settings: LoopSettings) -> dict[str, Any]:
     """What training recorded of the model to restore with; {} for the base model, and where nothing is recorded."""
-    if options.model is None:
+    if settings.model is None:
         return {}
-    name, path = options.model
+    name, path = settings.model
     return read_training_info(lora_file(Path(path)) if name == "lora" else path)

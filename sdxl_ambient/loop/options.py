@@ -70,13 +70,3 @@ class LoopOptions(PrecisionOptions, SeedOptions, LoraOrUnetOptions, ModelOptions
                 f"--output_dir: {self.output_dir!r} holds a store of something else than restored samples; allowed is "
                 "another folder"
             )
-
-    @property
-    def model(self) -> tuple[str, str] | None:
-        """The option that names the model to restore with, and its value; None for the base model alone."""
-        return next(((name, getattr(self, name)) for name in ("lora", "unet") if getattr(self, name) is not None), None)
-
-
-def lowered(entry: dict, t_n: int) -> bool:
-    """Whether an image of a store is restored to ``t_n``: neither clean nor at or below it already."""
-    return entry["t_n"] is not None and entry["t_n"] > t_n

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from sdxl_ambient.devices import DTYPES
+from sdxl_ambient.devices import DTYPES, Placement
 from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, StoreError
-from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, share_texts, write_samples
-from sdxl_ambient.loop.model import load_model, told
-from sdxl_ambient.loop.options import LoopOptions, lowered
-from sdxl_ambient.loop.provenance import check_base, check_history, make_link, seen_besides
+from sdxl_ambient.images.sources import Log
+from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, prompts_of, share_texts, write_samples
+from sdxl_ambient.loop.model import load_model, training_info
+from sdxl_ambient.loop.provenance import check_base, check_history, next_round, seen_besides
+from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import differences, read_json, versions, write_json
 from sdxl_ambient.store.checks import format_store_levels
-from sdxl_ambient.store.lineage import rounds
+from sdxl_ambient.store.lineage import lineage_of, lowered
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.records import Entry, Manifest, Plan, Round
 from sdxl_ambient.store.second_observation import compare
 
 
-def make_plan(store: LatentStore, link: dict, shard_size: int) -> dict:
+def make_plan(store: LatentStore, new: Round, shard_size: int) -> Plan:
     """What the new store will hold, as :func:`sdxl_ambient.store.plan.make_plan`'s of a first one."""
-    marks, t_m = store.manifest["fingerprint"], link["t_n"]
-    images = [
+    marks, t_m = store.manifest["fingerprint"], new["t_n"]
+    images: list[Entry] = [
         {**i, "t_n": t_m if lowered(i, t_m) else i["t_n"], "observed_t_n": store.observed[i["content"]]}
         for i in store.images
     ]
@@ -33,11 +36,11 @@ def make_plan(store: LatentStore, link: dict, shard_size: int) -> dict:
         "fingerprint": {**marks, "latent": {**marks["latent"], "t_n": t_m}},
         "shard_size": shard_size,
         "images": images,
-        "restored": [*store.rounds, link],
+        "restored": [*store.lineage, new],
     }
 
 
-def reconcile_restored_plan(output: Path, wanted: dict) -> dict:
+def reconcile_restored_plan(output: Path, wanted: Plan) -> Plan:
     """The plan to follow: the stored one if it agrees, so that an interrupted round goes on, else the wanted one.
 
     Raises:
@@ -49,58 +52,63 @@ def reconcile_restored_plan(output: Path, wanted: dict) -> dict:
             raise StoreError(f"{output} holds latents but no plan.json, so what they are can't be told; use another folder")
         return wanted
     try:
-        stored = read_json(path)
-        found = compare(stored, wanted)
-        for number, (old, new) in enumerate(zip(rounds(stored), rounds(wanted), strict=True), 1):
-            # Another version of the software goes on, since what it is started with is recorded.
-            old, new = ({k: v for k, v in link.items() if k != "versions"} for link in (old, new))
-            found += differences(old, new, f"round {number}: ")
+        stored: Plan = read_json(path)
+        differing = compare(stored, wanted)
+        for number, pair in enumerate(zip(lineage_of(stored), lineage_of(wanted), strict=True), 1):
+            # Another version of the software goes on, since the version that began is recorded.
+            old, new = ({k: v for k, v in a_round.items() if k != "versions"} for a_round in pair)
+            differing += differences(old, new, f"round {number}: ")
+        lineage = lineage_of(stored)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged, or of another number of rounds ({error}); use another folder") from None
-    if found:
-        raise StoreError(f"the store {output} is of something else ({'; '.join(found)}); use another folder")
-    return {**wanted, "shard_size": stored["shard_size"], "restored": stored["restored"]}
+    if differing:
+        raise StoreError(f"the store {output} is of something else ({'; '.join(differing)}); use another folder")
+    return {**wanted, "shard_size": stored["shard_size"], "restored": lineage}
 
 
-def decide(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, processes: int, log) -> dict:
+def decide(settings: LoopSettings, store: LatentStore, schedule: NoiseSchedule, processes: int, log: Log) -> Plan:
     """Check everything, and give the plan to follow, which is then on disk. The main process calls it.
 
     Raises:
         StoreError, ModelError, InterchangeError, CheckpointError: with one line that says what is wrong.
     """
-    if not any(lowered(i, options.t_n) for i in store.images):
+    if not any(lowered(i, settings.t_n) for i in store.images):
         raise StoreError(
-            f"--t_n: {options.t_n} is not below the level of any image in {store.folder}, t_n = {format_store_levels(store)}"
+            f"--t_n: {settings.t_n} is not below the level of any image in {store.folder}, t_n = "
+            f"{format_store_levels(store)}"
         )
-    info = told(options)
-    foreign = check_history(options, store, info)
-    check_base(options, store, schedule, info)
-    if foreign:
-        log(f"warning: --{options.model[0]} {seen_besides(info, store)}, and --allow_foreign_model lets it restore")
-    link = make_link(options, store, info, foreign)
+    info = training_info(settings)
+    foreign = check_history(settings, store, info)
+    check_base(settings, store, schedule, info)
+    if foreign and settings.model is not None:
+        log(f"warning: --{settings.model[0]} {seen_besides(info, store)}, and --allow_foreign_model lets it restore")
+    new = next_round(settings, store, info, foreign)
     size = max(1, min(store.manifest["shard_size"], -(-len(store) // processes)))
-    plan = reconcile_restored_plan(Path(options.output_dir), make_plan(store, link, size))
-    write_json(Path(options.output_dir) / "plan.json", plan)
+    plan = reconcile_restored_plan(Path(settings.output_dir), make_plan(store, new, size))
+    write_json(Path(settings.output_dir) / "plan.json", plan)
     return plan
 
 
-def decide_on_main(options: LoopOptions, store: LatentStore, schedule: NoiseSchedule, state: PartialState, log) -> dict:
+def decide_on_main(
+    settings: LoopSettings, store: LatentStore, schedule: NoiseSchedule, state: PartialState, log: Log
+) -> Plan:
     """:func:`decide`'s plan on every process, or its error."""
-    decision: dict = {}
+    plan: Plan | None = None
+    failure: str | None = None
     if state.is_main_process:
         try:
-            decision = decide(options, store, schedule, state.num_processes, log)
+            plan = decide(settings, store, schedule, state.num_processes, log)
         except (StoreError, ModelError, InterchangeError, CheckpointError, OSError) as error:
-            decision = {"error": str(error)}
+            failure = str(error)
     if state.num_processes > 1:
-        decision = gather_object([decision])[0]
-    if "error" in decision:
-        raise StoreError(decision["error"])
-    return decision
+        plan, failure = gather_object([(plan, failure)])[0]
+    if plan is None:
+        raise StoreError(failure)
+    return plan
 
 
-def restore_store(options: LoopOptions, state: PartialState | None = None, log=print) -> dict:
-    """Restore a store, finish an interrupted round, or confirm that the store there is what is asked for. Returns its
+def restore_store(settings: LoopSettings, state: PartialState | None = None, log: Log = print) -> Manifest:
+    """Restore a store, finish an interrupted round, or confirm that the store there is what is wanted. Returns its
     manifest.
 
     Every process calls it; each restores its own share.
@@ -110,30 +118,38 @@ def restore_store(options: LoopOptions, state: PartialState | None = None, log=p
     """
     state = state or PartialState()
     log = log if state.is_main_process else (lambda message: None)
-    output, store = Path(options.output_dir), LatentStore(options.latents_dir)
-    check_sdxl(options.pretrained_model_name_or_path, options.revision)
-    schedule = load_schedule(options.pretrained_model_name_or_path, options.revision)
-    plan = decide_on_main(options, store, schedule, state, log)
+    output, store = Path(settings.output_dir), LatentStore(settings.latents_dir)
+    check_sdxl(settings.pretrained_model_name_or_path, settings.revision)
+    schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
+    plan = decide_on_main(settings, store, schedule, state, log)
     if todo := missing_shards(output, plan, state):
-        unet = load_model(options, DTYPES[options.dtype]).to(state.device)
-        write_samples(output, todo, RestoredLatentMaker(store, unet, schedule, options), quiet=not state.is_main_process)
+        device = state.device or torch.device("cpu")
+        unet = Placement(device).use(load_model(settings, DTYPES[settings.dtype]))
+        write_samples(output, todo, RestoredLatentMaker(store, unet, schedule, settings), quiet=not state.is_main_process)
     state.wait_for_everyone()
-    manifest = {**plan, **counted(store, plan)}
+    manifest = manifest_of(store, plan)
     if state.is_main_process:
-        manifest |= share_texts(store, output)
+        share_texts(store, output)
         write_json(output / "manifest.json", manifest)
         counts = manifest["counts"]
         log(
-            f"{output}: {counts['restored']} images restored to t_n = {options.t_n}; {counts['taken_over']} at or below it "
+            f"{output}: {counts['restored']} images restored to t_n = {settings.t_n}; {counts['taken_over']} at or below it "
             f"and {counts['clean']} clean ones taken over as they were"
         )
     state.wait_for_everyone()
     return manifest
 
 
-def counted(store: LatentStore, plan: dict) -> dict:
-    """What the manifest says beside the plan. Names of files that a first store skipped are in that one's alone."""
-    clean = sum(i["t_n"] is None for i in plan["images"])
-    restored = plan["restored"][-1]["images_restored"]
+def manifest_of(store: LatentStore, plan: Plan) -> Manifest:
+    """A restored store's manifest. Names of files that a first store skipped are in that one's alone."""
+    clean = sum(entry["t_n"] is None for entry in plan["images"])
+    restored = lineage_of(plan)[-1]["images_restored"]
     own = {"skipped": 0, "restored": restored, "taken_over": len(plan["images"]) - restored - clean, "clean": clean}
-    return {"counts": {**store.manifest["counts"], **own}, "skipped": [], "near_duplicates": None, "versions": versions()}
+    return {
+        **plan,
+        "counts": {**store.manifest["counts"], **own},
+        "skipped": [],
+        "near_duplicates": None,
+        "versions": versions(),
+        **prompts_of(store),
+    }

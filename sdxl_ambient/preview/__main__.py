@@ -19,6 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxl_ambient.config import parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import run_command
 from sdxl_ambient.preview.options import PreviewOptions
 
@@ -30,28 +31,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def _preview(options: PreviewOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
+    from sdxl_ambient.preview.files import draw_picture
     from sdxl_ambient.preview.picture import WARNING
-    from sdxl_ambient.preview.run import draw_picture, make_preview
+    from sdxl_ambient.preview.run import make_preview
+    from sdxl_ambient.preview.settings import PreviewSettings
 
     output = Path(options.output_dir)
     print(f"{output}: {WARNING[0].lower()}{WARNING[1:]}", flush=True)
     if not options.redraw:
-        print_levels(make_preview(options))
+        print_levels(make_preview(settings_of(PreviewSettings, options)))
     draw_picture(output)
     print(f"{output / 'preview.png'}, figures in {output / 'preview.json'}")
 
 
-def print_levels(found: dict) -> None:
+def print_levels(preview: dict) -> None:
     """A line per level."""
     print("  t_n  best linear   denoised  r noisy  r denoised  r samples  found by denoised, noisy")
-    for t, level in found["levels"].items():
+    for t, level in preview["levels"].items():
         rates, samples = level["identification_rate"], level["samples"].get("correlation")
         print(
             f"{t:>5} {level['linear_expected']['latent_psnr_db']:>9.1f} dB {level['denoised']['latent_psnr_db']:>7.1f} dB "
             f"{level['noisy']['correlation']:>8.2f} {level['denoised']['correlation']:>11.2f} "
             f"{'-' if samples is None else format(samples, '.2f'):>10}  "
-            f"{rates['denoised']['candidates']:.0%}, {rates['noisy']['candidates']:.0%} of {len(found['images'])} "
-            f"among {found['candidates']}"
+            f"{rates['denoised']['candidates']:.0%}, {rates['noisy']['candidates']:.0%} of {len(preview['images'])} "
+            f"among {preview['candidates']}"
         )
 
 

@@ -14,7 +14,9 @@ def latent_moments(x_0: torch.Tensor) -> tuple[torch.Tensor, float]:
     return mean, float((x_0 - mean).square().mean())
 
 
-def linear_reconstruction(x_n: torch.Tensor, alpha: float, sigma: float, variance: float, mean=0.0) -> torch.Tensor:
+def linear_reconstruction(
+    x_n: torch.Tensor, alpha: float, sigma: float, variance: float, mean: torch.Tensor | float = 0.0
+) -> torch.Tensor:
     """Best linear estimate of x_0 from x_n = α x_0 + σ z: μ + s²α (x_n − αμ)/(α²s² + σ²), for x_0 of mean μ, variance s².
 
     What anyone can do without a model, number by number. For Gaussian x_0 it is the posterior mean (the Wiener filter).

@@ -47,33 +47,33 @@ class _Canvas:
         """The picture at ``path``, ``side`` pixels wide: enlarged without blur, reduced without aliasing."""
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-        how = Image.Resampling.NEAREST if image.width <= side else Image.Resampling.LANCZOS
-        self.image.paste(image.resize((side, side), how), (x, y))
+        resampling = Image.Resampling.NEAREST if image.width <= side else Image.Resampling.LANCZOS
+        self.image.paste(image.resize((side, side), resampling), (x, y))
         self.draw.rectangle((x - 1, y - 1, x + side, y + side), outline="#c8ccd2")
 
 
-def draw(output: Path, found: dict) -> Image.Image:
-    """The picture of the preview ``found`` (preview.json), whose tiles lie in ``output``: a row per image, columns by level.
+def draw(output: Path, preview: dict) -> Image.Image:
+    """The picture of a preview (preview.json), whose tiles lie in ``output``: a row per image, columns by level.
 
     Raises:
         OSError, KeyError, TypeError, AttributeError: a tile or a figure is missing or damaged.
     """
-    side, columns = tile_side(found["settings"]["resolution"]), 2 + found["settings"]["posterior_samples"]
+    side, columns = tile_side(preview["settings"]["resolution"]), 2 + preview["settings"]["posterior_samples"]
     wide, left, row = max(columns * (side + GAP) - GAP, NARROWEST), PAD + 2 * side + GAP + GROUP_GAP, side + 52
-    width = left + len(found["levels"]) * (wide + GROUP_GAP) - GROUP_GAP + PAD
-    legend = wrap(_legend(found["settings"]), 13, min(width - 2 * PAD, 1250))
-    bottom = TOP + len(found["images"]) * row
+    width = left + len(preview["levels"]) * (wide + GROUP_GAP) - GROUP_GAP + PAD
+    legend = wrap(_legend(preview["settings"]), 13, min(width - 2 * PAD, 1250))
+    bottom = TOP + len(preview["images"]) * row
     canvas = _Canvas((width, bottom + 18 * len(legend) + PAD))
     canvas.text(PAD, PAD - 6, "Noisy latents, and what the base model makes of them", 22, width=width - 2 * PAD)
     canvas.text(PAD, PAD + 24, WARNING, 14, RED, width - 2 * PAD)
     for i, name in enumerate(("original", "through the VAE")):
         canvas.text(PAD + i * (side + GAP), TOP - 22, name, 13, FAINT, side)
-    for k, (t, level) in enumerate(found["levels"].items()):
+    for k, (t, level) in enumerate(preview["levels"].items()):
         x = left + k * (wide + GROUP_GAP)
-        _draw_level(canvas, x, t, level, found, wide)
+        _draw_level(canvas, x, t, level, preview, wide)
         for i, name in enumerate(["noisy", "denoised", *(f"sample {j + 1}" for j in range(columns - 2))]):
             canvas.text(x + i * (side + GAP), TOP - 22, name, 13, FAINT, side)
-    for i, image in enumerate(found["images"]):
+    for i, image in enumerate(preview["images"]):
         _draw_row(canvas, output, image, TOP + i * row, left, side, wide)
     for i, line in enumerate(legend):
         canvas.text(PAD, bottom + 18 * i, line, 13, FAINT)
@@ -81,29 +81,29 @@ def draw(output: Path, found: dict) -> Image.Image:
 
 
 def _legend(settings: dict) -> str:
-    told = "each image's caption" if settings["caption"] else "no caption"
+    text = "each image's caption" if settings["caption"] else "no caption"
     return (
-        f"The model is told {told}. noisy: the noisy latent as the VAE decodes it. denoised: the posterior mean, in one "
+        f"The model gets {text}. noisy: the noisy latent as the VAE decodes it. denoised: the posterior mean, in one "
         f"step. sample: a draw from the posterior, by {settings['steps']} reverse steps. Below each: PSNR in dB and "
         "correlation r at 16 x 16 pixels, to the image through the VAE. latent: squared error, in dB below the latents' "
         "variance. found: nearest to its own original. The noise is the preview's own, not that of a store."
     )
 
 
-def _draw_level(canvas: _Canvas, x: int, t: str, level: dict, found: dict, wide: int) -> None:
+def _draw_level(canvas: _Canvas, x: int, t: str, level: dict, preview: dict, wide: int) -> None:
     """The band above a level's columns: t_n, errors in the latent, and how many images could be told apart."""
     y = PAD + 50
     canvas.draw.rectangle((x - 1, y, x + wide, y + 80), fill=BAND)
     canvas.text(x + 8, y + 5, f"t_n = {t}", 18, width=wide - 16)
-    rates, shown = level["identification_rate"], len(found["images"])
+    rates, shown = level["identification_rate"], len(preview["images"])
     error = level["denoised"].get("latent_psnr_db")
     model = "" if error is None else f"model {error:.1f} dB, "
     canvas.text(
         x + 8, y + 31, f"latent: {model}best linear {level['linear_expected']['latent_psnr_db']:.1f} dB", 13, INK, wide - 16
     )
     if rates["noisy"]["candidates"] is not None:
-        told = (f"{rates[what]['candidates'] * shown:.0f} of {shown} {what}" for what in ("denoised", "noisy"))
-        text = f"found among {found['candidates']}: {', '.join(told)}"
+        counts = (f"{rates[what]['candidates'] * shown:.0f} of {shown} {what}" for what in ("denoised", "noisy"))
+        text = f"found among {preview['candidates']}: {', '.join(counts)}"
         canvas.text(x + 8, y + 53, text, 13, INK, wide - 16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,18 @@ from tqdm import tqdm
 from sdxl_ambient.devices import DTYPES, Placement, one_process, resolve_device
 from sdxl_ambient.errors import ModelError, PreviewError
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import Encoders, check_sdxl, load_encoders, load_schedule, load_unet
 from sdxl_ambient.models.vae import check_resolution
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.preview.figures import decibel, latent_moments, linear_error, linear_reconstruction, nearest
-from sdxl_ambient.preview.options import PreviewOptions
-from sdxl_ambient.preview.picture import WARNING, draw
+from sdxl_ambient.preview.files import TileWriter, read_preview, refuse_other, write_tile
+from sdxl_ambient.preview.picture import WARNING
+from sdxl_ambient.preview.settings import PreviewSettings
 from sdxl_ambient.probe import (
     ProbedImage,
+    add_conditioning,
     choose,
     compare,
     decode_latent,
@@ -29,65 +33,37 @@ from sdxl_ambient.probe import (
     encode_candidates,
     observe,
     preview_generator,
-    tell,
 )
-from sdxl_ambient.provenance import atomic, differences, hash_json, hash_tensors, read_json, versions, write_json
+from sdxl_ambient.provenance import hash_json, hash_tensors, versions, write_json
 from sdxl_ambient.store.plan import hash_tokenizer
 from sdxl_ambient.store.scan import Scanned
 
 
-def write_tile(output: Path, name: str, image: Image.Image) -> None:
-    """Write a picture whole or not at all."""
-    with atomic(output / name) as temporary:
-        image.save(temporary)
-
-
-def asked(options: PreviewOptions) -> dict:
-    """The options that shape a preview, as preview.json keeps them."""
+def recorded(settings: PreviewSettings) -> dict[str, Any]:
+    """The settings that shape a preview, as preview.json keeps them."""
     names = ("num_images", "num_candidates", "posterior_samples", "steps", "seed", "resolution", "center_crop", "caption")
-    kept = {name: getattr(options, name) for name in names}
-    return {"t_n": sorted(options.t_n), **kept, "dtype": options.dtype, "device": resolve_device(options.device).type}
-
-
-def read_preview(output: Path) -> dict | None:
-    """The preview.json that is there, or None.
-
-    Raises:
-        PreviewError: a damaged one, or another program's.
-    """
-    path = output / "preview.json"
-    if not path.exists():
-        return None
-    try:
-        stored = read_json(path)
-        if stored["holds_clean_images"] is True and isinstance(stored["settings"], dict):
-            return stored
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise PreviewError(f"{path} is damaged or not a preview's; use another --output_dir")
-
-
-def refuse_other(stored: dict | None, wanted: dict) -> None:
-    """Refuse to go on with a preview that was begun with other settings; ``wanted`` may be a part of them."""
-    if stored is None:
-        return
-    found = differences({name: stored["settings"].get(name) for name in wanted}, wanted)
-    if found:
-        raise PreviewError(f"the preview in --output_dir has other settings ({'; '.join(found)}); use another folder")
+    kept = {name: getattr(settings, name) for name in names}
+    device = resolve_device(settings.device).type
+    return {"t_n": sorted(settings.t_n), **kept, "dtype": settings.dtype, "device": device}
 
 
 class Preview:
     """A preview under way: what doesn't change over it, and the entries that are there, by content and level."""
 
     def __init__(
-        self, options: PreviewOptions, schedule: NoiseSchedule, x_0: torch.Tensor, shown: list[ProbedImage], settings: dict
+        self,
+        settings: PreviewSettings,
+        record: dict[str, Any],
+        schedule: NoiseSchedule,
+        x_0: torch.Tensor,
+        shown: list[ProbedImage],
     ):
-        self.options, self.schedule, self.x_0, self.shown, self.settings = options, schedule, x_0, shown, settings
-        self.output = Path(options.output_dir)
+        self.settings, self.record, self.schedule, self.x_0, self.shown = settings, record, schedule, x_0, shown
+        self.output = Path(settings.output_dir)
         self.mean, self.variance = latent_moments(x_0)
-        self.t_n = sorted(options.t_n)
-        self.round_trips: dict[str, dict] = {}
-        self.entries: dict[tuple[str, int], dict] = {}
+        self.t_n = sorted(settings.t_n)
+        self.round_trips: dict[str, dict[str, Any]] = {}
+        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
 
     def take(self, stored: dict | None) -> None:
         """Go on with the entries of an earlier run whose tiles are there. Raises PreviewError for damaged ones."""
@@ -126,13 +102,12 @@ class Preview:
 
     def reconstruct(self, image: ProbedImage, t: int, unet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x_n, x̂_0 and the samples of an image at a level."""
-        options, device, dtype = self.options, unet.device, DTYPES[self.options.dtype]
-        x_n = observe(self.schedule, image, t, options.seed)
-        names = [f"sample {k}" for k in range(options.posterior_samples)]
-        generators = [preview_generator(options.seed, image.picture.content, t, name) for name in names]
-        conditioning = image.conditioning.rows([0] * max(1, len(names))).to(device, dtype)
-        network = Denoiser(unet, conditioning, dtype)
-        return x_n, *denoise(network, self.schedule, x_n.to(device), t, options.steps, generators)
+        settings, device, dtype = self.settings, unet.device, DTYPES[self.settings.dtype]
+        x_n = observe(self.schedule, image, t, settings.seed)
+        names = [f"sample {k}" for k in range(settings.posterior_samples)]
+        generators = [preview_generator(settings.seed, image.picture.content, t, name) for name in names]
+        network = Denoiser(unet, image.repeated(len(names), device, dtype), dtype)
+        return x_n, *denoise(network, self.schedule, x_n.to(device), t, settings.steps, generators)
 
     def add_entry(self, image: ProbedImage, t: int, latents: tuple[torch.Tensor, torch.Tensor, torch.Tensor], vae) -> None:
         """Decode, compare and write what :meth:`reconstruct` gave. The entry is there once its tiles are."""
@@ -140,7 +115,7 @@ class Preview:
         alpha, sigma = self.coefficients(t)
         linear = linear_reconstruction(x_n.double(), alpha, sigma, self.variance, self.mean)
         reference = Image.open(self.output / image.tile("round_trip")).convert("RGB")
-        add = _Tiles(self.output, image, t, vae, reference)
+        add = TileWriter(self.output, image, t, vae, reference)
         self.entries[image.picture.content, t] = {
             "noisy": add("noisy", x_n),
             "linear": self.latent_error(linear, image.x_0),
@@ -205,7 +180,7 @@ class Preview:
                 {
                     "content": content,
                     "file": image.picture.record.name,
-                    "caption": image.picture.caption if self.options.caption else None,
+                    "caption": image.picture.caption if self.settings.caption else None,
                     "original": image.tile("original"),
                     "round_trip": self.round_trips[content],
                     "levels": there,
@@ -215,8 +190,8 @@ class Preview:
             "holds_clean_images": True,
             "note": f"{WARNING} Its noise is its own, not that of any store.",
             "complete": len(self.entries) == len(self.shown) * len(self.t_n),
-            "pretrained_model_name_or_path": str(self.options.pretrained_model_name_or_path),
-            "settings": self.settings,
+            "pretrained_model_name_or_path": str(self.settings.pretrained_model_name_or_path),
+            "settings": self.record,
             "candidates": len(self.x_0),
             "latent_mean": self.mean.flatten().tolist(),
             "latent_variance": self.variance,
@@ -229,18 +204,6 @@ class Preview:
         write_json(self.output / "preview.json", self.describe())
 
 
-class _Tiles:
-    """Decodes latents of one image and level into tiles, and compares them to the round trip."""
-
-    def __init__(self, output: Path, image: ProbedImage, t: int, vae, reference: Image.Image):
-        self.output, self.image, self.t, self.vae, self.reference = output, image, t, vae, reference
-
-    def __call__(self, name: str, latent: torch.Tensor) -> dict:
-        picture, path = decode_latent(self.vae, latent), self.image.tile(f"t{self.t:03d}-{name}")
-        write_tile(self.output, path, picture)
-        return {"tile": path, **compare(picture, self.reference)}
-
-
 def _mean(values: Sequence) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
@@ -250,35 +213,36 @@ def _means(rows: Sequence[dict]) -> dict:
     return {name: _mean([r[name] for r in rows]) for name in rows[0] if name != "tile"} if rows else {}
 
 
-def make_preview(options: PreviewOptions, log=print) -> dict:
-    """Make a preview, finish an interrupted one, or confirm that the one there is what is asked for. Returns preview.json.
+def make_preview(settings: PreviewSettings, log: Log = print) -> dict[str, Any]:
+    """Make a preview, finish an interrupted one, or confirm that the one there is what is wanted. Returns preview.json.
 
     Raises:
         ImagesMissing, ImageError, ModelError, PreviewError: with one line that says what is wrong.
     """
-    output, device = Path(options.output_dir), resolve_device(options.device)
-    stored, settings = read_preview(output), asked(options)
-    refuse_other(stored, settings)
-    base, place, dtype = options.pretrained_model_name_or_path, Placement(device), DTYPES[options.dtype]
-    weights = dict(revision=options.revision, variant=options.variant)
-    zeros = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
-    schedule = load_schedule(base, options.revision)
-    if max(options.t_n) >= schedule.num_timesteps:
-        raise ModelError(f"--t_n: {max(options.t_n)} is beyond this model's last level, {schedule.num_timesteps - 1}")
-    encoders = load_encoders(base, vae=options.pretrained_vae_model_name_or_path, text_dtype=dtype, **weights)
-    check_resolution(options.resolution, encoders.vae)
-    candidates, indices = choose(options, one_process(device), log)
-    settings.update(_inputs(candidates, encoders, schedule))
-    refuse_other(stored, settings)
-    geometry = Geometry(options.resolution, options.center_crop)
+    output, device = Path(settings.output_dir), resolve_device(settings.device)
+    stored, record = read_preview(output), recorded(settings)
+    refuse_other(stored, record)
+    base, place, dtype = settings.pretrained_model_name_or_path, Placement(device), DTYPES[settings.dtype]
+    revision, variant = settings.revision, settings.variant
+    zeros = check_sdxl(base, revision).get("force_zeros_for_empty_prompt", True)
+    schedule = load_schedule(base, revision)
+    if max(settings.t_n) >= schedule.num_timesteps:
+        raise ModelError(f"--t_n: {max(settings.t_n)} is beyond this model's last level, {schedule.num_timesteps - 1}")
+    vae_path = settings.pretrained_vae_model_name_or_path
+    encoders = load_encoders(base, vae=vae_path, text_dtype=dtype, revision=revision, variant=variant)
+    check_resolution(settings.resolution, encoders.vae)
+    candidates, indices = choose(settings.choice, one_process(device), log)
+    record.update(_inputs(candidates, encoders, schedule))
+    refuse_other(stored, record)
+    geometry = Geometry(settings.resolution, settings.center_crop)
     x_0, shown = encode_candidates(candidates, indices, place.use(encoders.vae), geometry)
-    tell(shown, encoders, options.caption, zeros, place)
+    add_conditioning(shown, encoders, settings.caption, zeros, place)
     vae = encoders.vae
     del encoders  # the text encoders are out of memory from here on
-    unet = load_unet(base, dtype=dtype, **weights).eval().requires_grad_(False)
-    settings["unet"] = hash_tensors(unet.state_dict())[:16]
-    refuse_other(stored, settings)
-    preview = Preview(options, schedule, x_0, shown, settings)
+    unet = load_unet(base, dtype=dtype, revision=revision, variant=variant).eval().requires_grad_(False)
+    record["unet"] = hash_tensors(unet.state_dict())[:16]
+    refuse_other(stored, record)
+    preview = Preview(settings, record, schedule, x_0, shown)
     preview.take(stored)
     preview.add_originals(place.use(vae))
     run_levels(preview, unet, vae, place)
@@ -286,7 +250,7 @@ def make_preview(options: PreviewOptions, log=print) -> dict:
     return preview.describe()
 
 
-def _inputs(candidates: Sequence[Scanned], encoders: Encoders, schedule: NoiseSchedule) -> dict:
+def _inputs(candidates: Sequence[Scanned], encoders: Encoders, schedule: NoiseSchedule) -> dict[str, str]:
     """What images and networks a preview is of, in hashes that are short enough to be read."""
     text = [*map(hash_tokenizer, encoders.tokenizers), *(hash_tensors(e.state_dict()) for e in encoders.text_encoders)]
     hashes = {
@@ -315,21 +279,3 @@ def run_levels(preview: Preview, unet, vae, place: Placement) -> None:
                 for image, made in zip(group, latents, strict=True):
                     preview.add_entry(image, t, made, place.use(vae))
                     bar.update()
-
-
-def draw_picture(output: Path) -> tuple[int, int]:
-    """preview.json and tiles → preview.png: a row per image, columns by level, the original first. Returns its size, pixels.
-
-    Raises:
-        PreviewError: no preview there, or one whose tiles are not.
-    """
-    found = read_preview(output)
-    if found is None:
-        raise PreviewError(f"{output} holds no preview.json")
-    try:
-        image = draw(output, found)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise PreviewError(f"{output} can't be drawn, a file is missing or damaged: {error}") from None
-    with atomic(output / "preview.png") as temporary:
-        image.save(temporary)
-    return image.size

@@ -3,13 +3,16 @@ r"""What noisy latents can give away, in closed form: repeated observations, tel
 x_n = α x_0 + σ z as in :mod:`sdxl_ambient.noise`; SNR = α²/σ² = ᾱ/(1 − ᾱ). All in float64.
 
 Sources: Bun and Steinke, "Concentrated Differential Privacy", arXiv 1605.02658: a Gaussian observation is zCDP (Proposition
-1.6), zCDP gives (ε, δ) (Proposition 1.3) and adds up over releases (Lemma 1.7).
+1.6), zCDP gives (ε, δ) (Proposition 1.3) and adds up over releases (Lemma 1.7). Balle and Wang, "Improving the Gaussian
+Mechanism for Differential Privacy", arXiv 1805.06530: the exact (ε, δ) of a Gaussian observation (Theorem 8), which the
+library dp-accounting solves for ε and for σ.
 """
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import overload
 
 import numpy as np
 import torch
@@ -34,7 +37,11 @@ def effective_level(schedule: NoiseSchedule, t: int, k: int) -> float | None:
     return None if wanted > known[0] else float(np.interp(-wanted, -known, np.arange(len(known))))
 
 
-def pair_error(distance, signal_to_noise: float):
+@overload
+def pair_error(distance: float, signal_to_noise: float) -> float: ...
+@overload
+def pair_error(distance: np.ndarray, signal_to_noise: float) -> np.ndarray: ...
+def pair_error(distance: float | np.ndarray, signal_to_noise: float) -> float | np.ndarray:
     """Error Φ(−α D/(2σ)) of the best test which of two latents at ``distance`` D, equally likely before, x_n was made of.
 
     ``distance`` is a number or an array of them; the result is of the same kind.
@@ -57,17 +64,36 @@ def rho(clip_norm: float, signal_to_noise: float, k: int = 1) -> float:
     return 2 * k * clip_norm**2 * signal_to_noise
 
 
-def epsilon(rho: float, delta: float) -> float:
-    """ε of (ε, δ)-differential privacy that ρ-zCDP implies: ρ + 2 √(ρ ln(1/δ))."""
+def gaussian_epsilon(rho: float, delta: float) -> float:
+    """The smallest ε for which Gaussian observations of ρ-zCDP in all are (ε, δ)-private.
+
+    It is exact. Several observations are one Gaussian observation with the sum of their ρ.
+    """
+    # Here since the package takes a second to import, and only this tool needs it.
+    from dp_accounting import get_epsilon_gaussian
+
+    # A sensitivity of 1 under noise of standard deviation σ has ρ = 1/(2σ²).
+    return float(get_epsilon_gaussian(math.inf if rho == 0 else 1 / math.sqrt(2 * rho), delta))
+
+
+def gaussian_snr(epsilon: float, delta: float, clip_norm: float) -> float:
+    """The largest SNR at which one observation of a latent of norm at most ``clip_norm`` is (ε, δ)-private; exact."""
+    from dp_accounting import get_sigma_gaussian  # here as above
+
+    return 1 / (2 * clip_norm * get_sigma_gaussian(epsilon, delta)) ** 2
+
+
+def zcdp_epsilon(rho: float, delta: float) -> float:
+    """ε of (ε, δ)-differential privacy that ρ-zCDP implies, whatever the mechanism: ρ + 2 √(ρ ln(1/δ))."""
     return rho + 2 * math.sqrt(rho * math.log(1 / delta))
 
 
-def rho_for_epsilon(epsilon: float, delta: float) -> float:
-    """The largest ρ whose :func:`epsilon` is at most that: (√(L + ε) − √L)² with L = ln(1/δ)."""
+def zcdp_rho(epsilon: float, delta: float) -> float:
+    """The largest ρ whose :func:`zcdp_epsilon` is at most that: (√(L + ε) − √L)² with L = ln(1/δ)."""
     log = math.log(1 / delta)
     return (epsilon / (math.sqrt(log + epsilon) + math.sqrt(log))) ** 2  # the same without a difference of near numbers
 
 
-def snr_for_epsilon(epsilon: float, delta: float, clip_norm: float) -> float:
+def zcdp_snr(epsilon: float, delta: float, clip_norm: float) -> float:
     """The largest SNR at which one observation of a latent of norm at most ``clip_norm`` is (ε, δ)-private by zCDP."""
-    return rho_for_epsilon(epsilon, delta) / (2 * clip_norm**2)
+    return zcdp_rho(epsilon, delta) / (2 * clip_norm**2)

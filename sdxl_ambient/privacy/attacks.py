@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from sdxl_ambient.devices import DTYPES, Placement, one_process, resolve_device
 from sdxl_ambient.errors import PrivacyError
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import check_sdxl, load_encoders, load_unet
 from sdxl_ambient.models.vae import check_resolution, load_vae
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.privacy import accounting
-from sdxl_ambient.privacy.options import PrivacyOptions
+from sdxl_ambient.privacy.settings import PrivacySettings
 from sdxl_ambient.privacy.wiener import LinearFilter, choose_weight
 from sdxl_ambient.probe import (
     ProbedImage,
+    add_conditioning,
     choose,
     compare,
     decode_latent,
     denoise,
     encode_candidates,
     preview_generator,
-    tell,
 )
 from sdxl_ambient.store.scan import Scanned
 
@@ -87,69 +89,62 @@ class Attacked:
         return schedule.observe(shown.x_0[None], levels(t, 1), self.noise(seed, shown.index, t, 1))[0]
 
 
-def collect(options: PrivacyOptions, vae, log) -> Attacked:
+def collect(settings: PrivacySettings, vae: AutoencoderKL, log: Log) -> Attacked:
     """Read and encode the images, and the references that are not among them.
 
     Raises:
         ImagesMissing, ImageError: no usable image.
         PrivacyError: fewer than four references.
     """
-    state = one_process(resolve_device(options.device))
-    pictures, indices = choose(options, state, log)
-    other = replace(
-        options,
-        train_data_dir=options.reference_data_dir,
-        caption=False,
-        num_candidates=options.num_references,
-        num_images=1,
-    )
+    state = one_process(resolve_device(settings.device))
+    pictures, indices = choose(settings.attacked, state, log)
     known = {p.content for p in pictures}
-    references = [p for p in choose(other, state, log)[0] if p.content not in known]
+    references = [p for p in choose(settings.references, state, log)[0] if p.content not in known]
     if len(references) < 4:
         raise PrivacyError(
-            f"--reference_data_dir: {options.reference_data_dir!r} holds {len(references)} usable images that are not in "
+            f"--reference_data_dir: {settings.reference_data_dir!r} holds {len(references)} usable images that are not in "
             "--train_data_dir; at least 4 are needed"
         )
-    geometry = Geometry(options.resolution, options.center_crop)
+    geometry = Geometry(settings.resolution, settings.center_crop)
     x_0, shown = encode_candidates(pictures, indices, vae, geometry)
     return Attacked(pictures, x_0, shown, encode_candidates(references, [], vae, geometry)[0])
 
 
-def reconstruct(options: PrivacyOptions, schedule: NoiseSchedule, found: Attacked, unet) -> list[tuple]:
+def reconstruct(settings: PrivacySettings, schedule: NoiseSchedule, attacked: Attacked, unet) -> list[tuple]:
     """(level, image, way, latent) of everything an attacker makes, of each image and level; ``unet`` may be None."""
     made = []
-    with tqdm(total=len(options.t_n) * len(found.shown), desc="reconstructing", unit="image", mininterval=1) as bar:
-        for t in options.t_n:
+    with tqdm(total=len(settings.t_n) * len(attacked.shown), desc="reconstructing", unit="image", mininterval=1) as bar:
+        for t in settings.t_n:
             bar.set_postfix(t_n=t)
             alpha, sigma = coefficients(schedule, t)
-            linear = LinearFilter(found.references, choose_weight(found.references, alpha, sigma, options.seed))
-            for image in found.shown:
-                x_n = found.observe(schedule, image, t, options.seed)
+            linear = LinearFilter(attacked.references, choose_weight(attacked.references, alpha, sigma, settings.seed))
+            for image in attacked.shown:
+                x_n = attacked.observe(schedule, image, t, settings.seed)
                 made.append((t, image, "noisy", x_n))
                 made.append((t, image, "linear", linear(x_n[None], alpha, sigma)[0]))
                 if unet is not None:
-                    mean, samples = by_model(options, schedule, unet, image, x_n, t)
+                    mean, samples = by_model(settings, schedule, unet, image, x_n, t)
                     made += [(t, image, "denoised", mean), *((t, image, "sample", x) for x in samples)]
                 bar.update()
     return made
 
 
 def by_model(
-    options: PrivacyOptions, schedule: NoiseSchedule, unet, image: ProbedImage, x_n: torch.Tensor, t: int
+    settings: PrivacySettings, schedule: NoiseSchedule, unet, image: ProbedImage, x_n: torch.Tensor, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E[x_0|x_n] and posterior samples by the base model, which is told the image's conditioning."""
-    names = [f"privacy sample {k}" for k in range(options.posterior_samples)]
-    generators = [preview_generator(options.seed, image.picture.content, t, name) for name in names]
-    dtype = DTYPES[options.dtype]
-    conditioning = image.conditioning.rows([0] * max(1, len(names))).to(unet.device, dtype)
-    return denoise(Denoiser(unet, conditioning, dtype), schedule, x_n.to(unet.device), t, options.steps, generators)
+    """E[x_0|x_n] and posterior samples by the base model, which gets the image's conditioning."""
+    names = [f"privacy sample {k}" for k in range(settings.posterior_samples)]
+    generators = [preview_generator(settings.seed, image.picture.content, t, name) for name in names]
+    dtype = DTYPES[settings.dtype]
+    network = Denoiser(unet, image.repeated(len(names), unet.device, dtype), dtype)
+    return denoise(network, schedule, x_n.to(unet.device), t, settings.steps, generators)
 
 
-def score(made: Sequence[tuple], found: Attacked, vae) -> tuple[dict, dict]:
+def score(made: Sequence[tuple], attacked: Attacked, vae) -> tuple[dict, dict]:
     """Mean similarity to the clean pictures: of the ceiling and of a constant guess; and by level and way."""
-    constant = found.references.mean(0)
+    constant = attacked.references.mean(0)
     fixed = {"vae_round_trip": [], "reference_mean": []}
-    for image in found.shown:
+    for image in attacked.shown:
         for name, latent in (("vae_round_trip", image.x_0), ("reference_mean", constant)):
             fixed[name].append(compare(decode_latent(vae, latent), image.square))
     ways: dict[int, dict[str, list]] = {}
@@ -168,46 +163,45 @@ def coefficients(schedule: NoiseSchedule, t: int) -> tuple[float, float]:
     return float(schedule.alpha(level)), float(schedule.sigma(level))
 
 
-def identify(options: PrivacyOptions, schedule: NoiseSchedule, found: Attacked) -> dict[int, dict]:
+def identify(settings: PrivacySettings, schedule: NoiseSchedule, attacked: Attacked) -> dict[int, dict]:
     """:func:`identification` of all images among themselves and the references, by level."""
-    candidates = torch.cat([found.x_0, found.references]).double().flatten(1)
+    candidates = torch.cat([attacked.x_0, attacked.references]).double().flatten(1)
     rates = {}
-    for t in tqdm(options.t_n, desc="identifying", unit="level"):
+    for t in tqdm(settings.t_n, desc="identifying", unit="level"):
 
         def draw(i: int, t=t) -> torch.Tensor:
-            return found.noise(options.seed, i, t, options.draws).flatten(1)
+            return attacked.noise(settings.seed, i, t, settings.draws).flatten(1)
 
-        rates[t] = identification(candidates, len(found.x_0), *coefficients(schedule, t), draw)
+        rates[t] = identification(candidates, len(attacked.x_0), *coefficients(schedule, t), draw)
     return rates
 
 
-def measure(options: PrivacyOptions, schedule: NoiseSchedule, log) -> tuple[dict, dict[int, dict], dict[str, float]]:
+def measure(settings: PrivacySettings, schedule: NoiseSchedule, log: Log) -> tuple[dict, dict[int, dict], dict[str, float]]:
     """What holds for the set; what holds for it at each level; and norms of its latents."""
-    base, device = options.pretrained_model_name_or_path, resolve_device(options.device)
-    place, dtype = Placement(device), DTYPES[options.dtype]
-    weights = dict(revision=options.revision, variant=options.variant)
-    if options.use_unet:
-        encoders = load_encoders(base, vae=options.pretrained_vae_model_name_or_path, text_dtype=dtype, **weights)
-        vae = encoders.vae
-    else:
-        vae = load_vae(base, options.pretrained_vae_model_name_or_path, **weights)
-    check_resolution(options.resolution, vae)
-    found, unet = collect(options, place.use(vae), log), None
-    if options.use_unet:
-        zeros = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
-        tell(found.shown, encoders, options.caption, zeros, place)
-        del encoders  # the text encoders are out of memory from here on
-        unet = load_unet(base, dtype=dtype, **weights).eval().requires_grad_(False)
-    rates = identify(options, schedule, found)
-    made = reconstruct(options, schedule, found, None if unet is None else place.use(unet))
-    fixed, ways = score(made, found, place.use(vae))
+    base, device = settings.pretrained_model_name_or_path, resolve_device(settings.device)
+    place, dtype = Placement(device), DTYPES[settings.dtype]
+    vae_path, revision, variant = settings.pretrained_vae_model_name_or_path, settings.revision, settings.variant
+    unet = encoders = None
+    if settings.use_unet:
+        encoders = load_encoders(base, vae=vae_path, text_dtype=dtype, revision=revision, variant=variant)
+    vae = load_vae(base, vae_path, revision=revision, variant=variant) if encoders is None else encoders.vae
+    check_resolution(settings.resolution, vae)
+    attacked = collect(settings, place.use(vae), log)
+    if encoders is not None:
+        zeros = check_sdxl(base, revision).get("force_zeros_for_empty_prompt", True)
+        add_conditioning(attacked.shown, encoders, settings.caption, zeros, place)
+        encoders = None  # the text encoders are out of memory from here on
+        unet = load_unet(base, dtype=dtype, revision=revision, variant=variant).eval().requires_grad_(False)
+    rates = identify(settings, schedule, attacked)
+    made = reconstruct(settings, schedule, attacked, None if unet is None else place.use(unet))
+    fixed, ways = score(made, attacked, place.use(vae))
     about = {
-        "images": len(found.x_0),
-        "reconstructed": len(found.shown),
-        "references": len(found.references),
-        "candidates": len(found.x_0) + len(found.references),
-        "dimension": found.x_0[0].numel(),
+        "images": len(attacked.x_0),
+        "reconstructed": len(attacked.shown),
+        "references": len(attacked.references),
+        "candidates": len(attacked.x_0) + len(attacked.references),
+        "dimension": attacked.x_0[0].numel(),
         "reconstruction": fixed,
     }
-    by_level = {t: {"reconstruction": ways[t], "identification": rates[t]} for t in options.t_n}
-    return about, by_level, norm_quantiles(found.x_0)
+    by_level = {t: {"reconstruction": ways[t], "identification": rates[t]} for t in settings.t_n}
+    return about, by_level, norm_quantiles(attacked.x_0)

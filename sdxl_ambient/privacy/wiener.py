@@ -36,13 +36,13 @@ class LinearFilter:
         def solve_b(x: torch.Tensor) -> torch.Tensor:
             return torch.fft.ifft2(torch.einsum("hwcd,ndhw->nchw", inverse, torch.fft.fft2(x))).real
 
-        found = solve_b(rest)
+        solution = solve_b(rest)
         if self.weight < 1:
             rows, solved = self.rows.flatten(1), solve_b(self.rows).flatten(1)
             scale = len(rows) / (alpha**2 * (1 - self.weight))
             inner = scale * torch.eye(len(rows), dtype=torch.float64) + solved @ rows.T
-            found = found - (torch.linalg.solve(inner, rows @ found.flatten(1).T).T @ solved).view_as(rest)
-        return found
+            solution = solution - (torch.linalg.solve(inner, rows @ solution.flatten(1).T).T @ solved).view_as(rest)
+        return solution
 
 
 def choose_weight(references: torch.Tensor, alpha: float, sigma: float, seed: int) -> float:

@@ -19,31 +19,23 @@ from torch.utils.data import DataLoader, Sampler
 from sdxl_ambient.images.geometry import Size
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.randomness import sample_generator
-from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.reader import Item, LatentStore
 
 _SMALL = ("t_n", "tokens", "dropped", "flipped")  # what of a batch travels as arrays
 
 
 @dataclass
 class Batch:
-    """``x_n`` (b, 4, h, w) noisy latents at levels ``t_n`` (b,), −1 for clean; what they show; ``positions`` (b,) in the
-    stream, which seed each sample's noise and time; ``contents`` (b,), the hashes that name the pictures; ``tokens``
-    (b, 2, 77) of the captions for both text encoders, where the store has them; which samples are ``dropped`` (b,), shown
-    without their caption, and which ``flipped`` (b,), mirrored."""
+    """Samples of a store, b of them."""
 
-    x_n: torch.Tensor
-    t_n: torch.Tensor
-    conditioning: Conditioning
-    positions: list[int]
-    contents: list[str]
-    tokens: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
-    flipped: torch.Tensor | None = None
-
-    def __post_init__(self):
-        for name in ("dropped", "flipped"):
-            if getattr(self, name) is None:
-                setattr(self, name, torch.zeros(len(self.positions), dtype=torch.bool))
+    x_n: torch.Tensor  # (b, 4, h, w) noisy latents
+    t_n: torch.Tensor  # (b,) their levels, −1 for clean
+    conditioning: Conditioning  # what they show
+    positions: list[int]  # in the stream; they seed each sample's noise and time
+    contents: list[str]  # hashes that name the pictures
+    dropped: torch.Tensor  # (b,) bool: shown without its caption
+    flipped: torch.Tensor  # (b,) bool: mirrored
+    tokens: torch.Tensor | None = None  # (b, 2, 77) of the captions for both text encoders, where the store has them
 
     def __getstate__(self) -> dict:
         # From a worker each tensor comes through a file of its own, arrays come all at once: the small ones are arrays.
@@ -54,8 +46,8 @@ class Batch:
     def __setstate__(self, state: dict) -> None:
         tensors = {name: torch.from_numpy(x) for name in _SMALL if (x := state[name]) is not None}
         embeds, pooled, time_ids = state["conditioning"]
-        tensors["conditioning"] = Conditioning(embeds, pooled, torch.from_numpy(time_ids))
-        self.__dict__.update(state, **tensors)
+        conditioning = Conditioning(embeds, pooled, torch.from_numpy(time_ids))
+        self.__dict__.update({**state, **tensors, "conditioning": conditioning})
 
     def first(self, count: int) -> Batch:
         """Its first samples."""
@@ -66,9 +58,9 @@ class Batch:
             self.conditioning.rows(rows),
             self.positions[rows],
             self.contents[rows],
-            None if self.tokens is None else self.tokens[rows],
             self.dropped[rows],
             self.flipped[rows],
+            None if self.tokens is None else self.tokens[rows],
         )
 
     def generators(self, seed: int) -> list[torch.Generator]:
@@ -87,8 +79,9 @@ def small_groups(groups: Mapping[Size, Sequence[int]], batch_size: int) -> list[
     ]
 
 
-def collate(items: Sequence[dict]) -> Batch:
+def collate(items: Sequence[Item]) -> Batch:
     """Items of a :class:`LatentStore` → :class:`Batch`."""
+    tokens = [i["tokens"] for i in items if i["tokens"] is not None]
     return Batch(
         x_n=torch.stack([i["x_n"] for i in items]),
         t_n=torch.tensor([i["t_n"] for i in items]),
@@ -99,7 +92,7 @@ def collate(items: Sequence[dict]) -> Batch:
         ),
         positions=[i["position"] for i in items],
         contents=[i["content"] for i in items],
-        tokens=None if items[0]["tokens"] is None else torch.stack([i["tokens"] for i in items]),
+        tokens=torch.stack(tokens) if tokens else None,
         dropped=torch.tensor([i["dropped"] for i in items]),
         flipped=torch.tensor([i["flipped"] for i in items]),
     )
@@ -124,15 +117,15 @@ class Stream(Sampler):
         *,
         start: int = 0,
         stop: int,
-        rank: int = 0,
-        processes: int = 1,
+        rank_and_size: tuple[int, int] = (0, 1),
         groups: Iterable[Sequence[int]] | None = None,
         purpose: str = "order",
     ):
         self.groups = [range(size)] if groups is None else list(groups)
         assert sum(map(len, self.groups)) == size and all(self.groups)
         self.size, self.batch_size, self.seed, self.purpose = size, batch_size, seed, purpose
-        self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
+        self.start, self.stop = start, stop
+        self.rank, self.processes = rank_and_size
         self._orders: dict[int, tuple[int, list[int]]] = {}
         self._epoch: tuple[int, int, list[tuple[int, int]]] = (-1, 0, [])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sdxl_ambient.errors import ImageError, ImagesMissing, StoreError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import Record, load_rgb
-from sdxl_ambient.images.sources import open_records
+from sdxl_ambient.images.sources import Log, open_records
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import check_geometry, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
@@ -32,25 +32,197 @@ from sdxl_ambient.store.prenoised import (
     scan_latent,
 )
 from sdxl_ambient.store.prompts import write_texts
-from sdxl_ambient.store.scan import content_hash, scan, scan_image, scan_image_with_hash
+from sdxl_ambient.store.records import Counts, Entry, LatentSettings, Manifest, Plan, Prompts, Skipped, Twin
+from sdxl_ambient.store.scan import Check, Scanned, content_hash, scan, scan_image, scan_image_with_hash
 from sdxl_ambient.store.second_observation import reconcile_plan
+from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.store.shards import readable, write_shard
 
 MAXIMUM_REPORTED = 20
-Make = Callable[[dict, Record], torch.Tensor]  # a plan's entry and its record => what the store holds of it
+LatentMaker = Callable[[Entry, Record], torch.Tensor]  # what the store holds of a planned picture
+
+
+def build_store(
+    train_data_dir: str | Path | None,
+    output_dir: str | Path,
+    encoders: Encoders,
+    schedule: NoiseSchedule,
+    settings: StoreSettings,
+    *,
+    state: PartialState | None = None,
+    log: Log = print,
+    check: Check = lambda: None,
+) -> Manifest:
+    """Make a store, finish an interrupted one, or confirm that the one there is what is wanted. Returns its manifest.
+
+    Every process calls it; each encodes its own share. Pictures come from the folder ``train_data_dir``, or from the data
+    set that ``settings`` name. ``check`` is called between pictures; what it raises ends the work, and the next call goes
+    on.
+
+    Raises:
+        ImagesMissing, StoreError, NoiseKeyError, ModelError: with one line that says what is wrong.
+    """
+    state = state or PartialState()
+    output_dir = Path(output_dir)
+    log = log if state.is_main_process else (lambda message: None)
+    collected = collect(train_data_dir, encoders, settings, state, log, check)
+    plan, key = plan_store(output_dir, collected.pictures, encoders, schedule, settings, state, log)
+    latents = plan["fingerprint"]["latent"]
+    make = take if settings.pre_noised else NoisyLatentMaker(latents, encoders, schedule, settings.geometry, key)
+    write_latents(output_dir, plan, collected.records, make, state, check)
+    prompts, counts = write_texts(
+        output_dir, collected.pictures, encoders, settings.shard_size, settings.keep_tokens, state, log, check
+    )
+    return write_manifest(output_dir, plan, collected, prompts, counts, state, log)
+
+
+# -- 1: records => scanned pictures ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The usable pictures of a source, what was left out of it, and its near-duplicates; None where none were looked for."""
+
+    files: int  # all of the source
+    pictures: list[Scanned]
+    skipped: list[Skipped]
+    twins: list[Twin] | None = None
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """The first record of each picture, by the hash of its pixels."""
+        return {p.content: p.record for p in reversed(self.pictures)}
+
+
+def collect(
+    train_data_dir: str | Path | None,
+    encoders: Encoders,
+    settings: StoreSettings,
+    state: PartialState,
+    log: Log,
+    check: Check,
+) -> Collected:
+    """Open every picture, or every latent that is noisy already, and sort out which can be used.
+
+    Raises:
+        ImagesMissing: nothing that can be used, or broken metadata.
+        StoreError: near-duplicates that are to be refused, or restored samples in place of observations.
+        ModelError: sizes that the model can't have.
+    """
+    if train_data_dir is not None:
+        refuse_restored("train_data_dir", train_data_dir)
+    if settings.pre_noised:
+        collected = _collect_latents(train_data_dir, settings, state, check)
+    else:
+        check_geometry(settings.geometry, encoders.vae)
+        collected = _collect_pictures(train_data_dir, settings, state, log, check)
+    report_skipped(collected.skipped, collected.files, log)
+    if not collected.pictures:
+        raise ImagesMissing(
+            f"none of the {collected.files} images in {str(train_data_dir or settings.dataset_name)!r} can be used: "
+            f"{collected.skipped[0]['reason']}"
+        )
+    return collected
+
+
+def _collect_latents(folder: str | Path | None, settings: StoreSettings, state: PartialState, check: Check) -> Collected:
+    if folder is None:
+        raise ImagesMissing("--pre_noised: needs a folder of noisy latents")
+    records = list_latents(folder, settings.t_n, settings.columns)
+    for parent in sorted({record.path.parent for record in records}):
+        refuse_restored("train_data_dir", parent)
+    return Collected(len(records), *scan(records, settings.instance_prompt, state, scan_latent, check))
+
+
+def _collect_pictures(
+    folder: str | Path | None, settings: StoreSettings, state: PartialState, log: Log, check: Check
+) -> Collected:
+    source = settings.dataset or folder
+    if source is None:
+        raise ImagesMissing("no folder of images and no data set is given")
+    records = open_records(source, settings.columns, state=state, log=log)
+    # Perceptual hashes cost a second look at each picture.
+    scan_one = scan_image if settings.near_duplicates == "ignore" else scan_image_with_hash
+    pictures, skipped = scan(records, settings.instance_prompt, state, scan_one, check)
+    pictures, dropped, twins = handle_near_duplicates(pictures, settings.near_duplicates, state, log)
+    return Collected(len(records), pictures, [*skipped, *dropped], twins)
+
+
+# -- 2: scanned pictures => a plan ------------------------------------------------------------------
+
+
+def plan_store(
+    output_dir: Path,
+    pictures: Sequence[Scanned],
+    encoders: Encoders,
+    schedule: NoiseSchedule,
+    settings: StoreSettings,
+    state: PartialState,
+    log: Log,
+) -> tuple[Plan, bytes]:
+    """The plan that all processes follow, which is then on disk, and the key that the noise is made from.
+
+    Raises:
+        StoreError: the store there is of something else, or the pictures were observed before and that isn't allowed.
+        NoiseKeyError: a key file that can't be used.
+    """
+    # Shards so small that every process has work.
+    distinct = len({p.content for p in pictures})
+    size = max(1, min(settings.shard_size, -(-distinct // state.num_processes)))
+    if settings.pre_noised:
+        wanted = plan_of(fingerprint_of_latents(encoders, schedule, settings.t_n), pictures, ids_of_latent, size)
+        key, key_file = b"", None
+    else:
+        marks = fingerprint(encoders, schedule, settings.geometry, settings.t_n)
+        wanted = make_plan(marks, pictures, settings.geometry, size)
+        key_file = settings.noise_key_file
+        key = make_key(key_file, state)
+    wanted["key_id"] = None if key_file is None else key_id(key)  # a random key is kept nowhere
+    plan = reconcile_on_main(output_dir, wanted, settings.allow_second_observation, log, state)
+    report_clean(plan["images"], output_dir, log)
+    return plan, key
+
+
+def reconcile_on_main(output_dir: Path, wanted: Plan, allowed: bool, log: Log, state: PartialState) -> Plan:
+    """The main process looks at the disk, decides and writes the plan; all get its decision, or its error."""
+    plan, error = wanted, None
+    if state.is_main_process:
+        try:
+            plan = reconcile_plan(output_dir, wanted, allowed, log)
+            write_json(output_dir / "plan.json", plan)
+        except (StoreError, OSError) as failure:
+            error = str(failure)
+    if state.num_processes > 1:
+        plan, error = gather_object([(plan, error)])[0]
+    if error is not None:
+        raise StoreError(error)
+    return plan
+
+
+def make_key(path: str | None, state: PartialState) -> bytes:
+    """A random key may differ between processes, as each picture is drawn by one; a key file is made by the main one."""
+    if path is not None and not state.is_main_process:
+        state.wait_for_everyone()
+    key = noise_key(path)
+    if path is not None and state.is_main_process:
+        state.wait_for_everyone()
+    return key
+
+
+# -- 3: a plan => latents ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class NoisyLatentMaker:
     """Makes noisy latents of pictures."""
 
-    settings: dict
+    latents: LatentSettings
     encoders: Encoders
     schedule: NoiseSchedule
     geometry: Geometry
     key: bytes
 
-    def __call__(self, entry: dict, record: Record) -> torch.Tensor:
+    def __call__(self, entry: Entry, record: Record) -> torch.Tensor:
         """One picture's only observation x_n, (4, h, w) float32 on the CPU."""
         image = load_rgb(record.read())
         if content_hash(image) != entry["content"]:
@@ -58,12 +230,12 @@ class NoisyLatentMaker:
         pixels, _ = self.geometry.apply(image, entry["content"])
         x_0 = encode_image(self.encoders.vae, pixels)
         # With the picture's own level: the same z at two levels could be solved for the picture.
-        what = hash_json({**self.settings, "t_n": entry["t_n"]})
+        what = hash_json({**self.latents, "t_n": entry["t_n"]})
         z = draw_z(self.key, what, entry["content"], x_0.shape).float()
         return self.schedule.observe(x_0[None], levels(entry["t_n"], 1), z[None])[0].contiguous()
 
 
-def take(entry: dict, record: Record) -> torch.Tensor:
+def take(entry: Entry, record: Record) -> torch.Tensor:
     """A latent that is noisy already, as its file has it."""
     latent = load_latent(record.path)
     if latent_hash(latent) != entry["content"]:
@@ -72,11 +244,16 @@ def take(entry: dict, record: Record) -> torch.Tensor:
 
 
 def write_latents(
-    output_dir: Path, plan: dict, records: dict[str, Record], make: Make, state: PartialState, check=lambda: None
+    output_dir: Path,
+    plan: Plan,
+    records: Mapping[str, Record],
+    make: LatentMaker,
+    state: PartialState,
+    check: Check = lambda: None,
 ) -> None:
     """Make this process's share of the shards that aren't there yet. ``records`` are by content."""
-    mine = shards(plan)[state.process_index :: state.num_processes]
-    todo = [(n, e) for n, e in mine if not readable(output_dir / n, [i["content"] for i in e])]
+    share = shards(plan)[state.process_index :: state.num_processes]
+    todo = [(n, e) for n, e in share if not readable(output_dir / n, [i["content"] for i in e])]
     total = sum(len(entries) for _, entries in todo)
     with tqdm(total=total, desc="encoding images", unit="img", disable=not state.is_main_process, mininterval=1) as bar:
         for name, entries in todo:
@@ -92,129 +269,48 @@ def write_latents(
             write_shard(output_dir / name, tensors)
 
 
-def build_store(
-    train_data_dir: str | Path | None,
-    output_dir: str | Path,
-    encoders: Encoders,
-    schedule: NoiseSchedule,
-    geometry: Geometry,
-    *,
-    t_n: int | None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    image_column: str = "image",
-    caption_column: str = "text",
-    t_n_column: str | None = None,
-    pre_noised: bool = False,
-    instance_prompt: str | None = None,
-    near_duplicates: str = "report",
-    noise_key_file: str | None = None,
-    allow_second_observation: bool = False,
-    shard_size: int = 256,
-    keep_tokens: bool = False,
-    state: PartialState | None = None,
-    log=print,
-    check: Callable[[], None] = lambda: None,
-) -> dict:
-    """Make a store, finish an interrupted one, or confirm that the one there is what is asked for. Returns its manifest.
+# -- 4: the manifest ------------------------------------------------------------------
 
-    Every process calls it; each encodes its own share. With ``keep_tokens`` the store holds the captions' tokens, too, which
-    training text encoders needs. Without pictures (``pre_noised``) the VAE is not used, nor are geometry, key and
-    near-duplicates. ``check`` is called between pictures; what it raises ends the work, and the next call goes on.
 
-    Raises:
-        ImagesMissing, StoreError, NoiseKeyError, ModelError: with one line that says what is wrong.
-    """
-    state = state or PartialState()
-    output_dir = Path(output_dir)
-    log = log if state.is_main_process else (lambda message: None)
-    told = dict(caption_column=caption_column, t_n_column=t_n_column, captions_needed=not instance_prompt)
-    twins = None
-    if train_data_dir is not None:
-        refuse_restored("train_data_dir", train_data_dir)
-    if pre_noised:
-        records = list_latents(train_data_dir, t_n, **told)
-        for folder in sorted({record.path.parent for record in records}):
-            refuse_restored("train_data_dir", folder)
-        pictures, skipped = scan(records, instance_prompt, state, scan_latent, check)
-    else:
-        check_geometry(geometry, encoders.vae)
-        where = dict(dataset_name=dataset_name, dataset_config_name=dataset_config_name, dataset_split=dataset_split)
-        records = open_records(train_data_dir, **where, image_column=image_column, **told, state=state, log=log)
-        pictures, skipped = scan(
-            records, instance_prompt, state, scan_image if near_duplicates == "ignore" else scan_image_with_hash, check
-        )
-        pictures, dropped, twins = handle_near_duplicates(pictures, near_duplicates, state, log)
-        skipped += dropped
-    report_skipped(skipped, len(records), log)
-    if not pictures:
-        raise ImagesMissing(
-            f"none of the {len(records)} images in {str(train_data_dir or dataset_name)!r} can be used: "
-            f"{skipped[0]['reason']}"
-        )
-    size = max(1, min(shard_size, -(-len({p.content for p in pictures}) // state.num_processes)))
-    if pre_noised:
-        wanted = plan_of(fingerprint_of_latents(encoders, schedule, t_n), pictures, ids_of_latent, size)
-    else:
-        wanted = make_plan(fingerprint(encoders, schedule, geometry, t_n), pictures, geometry, size)
-    key = b"" if pre_noised else make_key(noise_key_file, state)
-    wanted["key_id"] = key_id(key) if noise_key_file is not None and not pre_noised else None
-    plan = reconcile_on_main(output_dir, wanted, allow_second_observation, log, state)
-    report_clean(plan["images"], output_dir, log)
-    make = take if pre_noised else NoisyLatentMaker(plan["fingerprint"]["latent"], encoders, schedule, geometry, key)
-    write_latents(output_dir, plan, {p.content: p.record for p in reversed(pictures)}, make, state, check)
-
-    texts = write_texts(output_dir, pictures, encoders, shard_size, keep_tokens, state, log, check)
-    manifest = {
+def write_manifest(
+    output_dir: Path,
+    plan: Plan,
+    collected: Collected,
+    prompts: Prompts,
+    texts: Counts,
+    state: PartialState,
+    log: Log,
+) -> Manifest:
+    """Finish a store: what it holds, what was left out, and what it was made with."""
+    images = len(plan["images"])
+    counts = {
+        "files": collected.files,
+        "images": images,
+        "exact_duplicates": len(collected.pictures) - images,
+        "captions": texts["captions"],
+        "captions_cut": texts["captions_cut"],
+        "skipped": len(collected.skipped),
+    }
+    manifest: Manifest = {
         **plan,
-        **texts,
-        "counts": {
-            "files": len(records),
-            "images": len(plan["images"]),
-            "exact_duplicates": len(pictures) - len(plan["images"]),
-            **texts["counts"],
-            "skipped": len(skipped),
-        },
-        "skipped": skipped,
-        "near_duplicates": twins,
+        **prompts,
+        "counts": counts,
+        "skipped": collected.skipped,
+        "near_duplicates": collected.twins,
         "versions": versions(),
     }
     if state.is_main_process:
         write_json(output_dir / "manifest.json", manifest)
-        counts = manifest["counts"]
-        log(f"{output_dir}: {counts['images']} images, {counts['captions']} captions, {counts['skipped']} skipped")
+        log(f"{output_dir}: {images} images, {counts['captions']} captions, {counts['skipped']} skipped")
     state.wait_for_everyone()
     return manifest
 
 
-def reconcile_on_main(output_dir: Path, wanted: dict, allowed: bool, log, state: PartialState) -> dict:
-    """The main process looks at the disk, decides and writes the plan; all get its decision, or its error."""
-    decision = wanted
-    if state.is_main_process:
-        try:
-            decision = reconcile_plan(output_dir, wanted, allowed, log)
-            write_json(output_dir / "plan.json", decision)
-        except (StoreError, OSError) as error:
-            decision = {"error": str(error)}
-    if state.num_processes > 1:
-        decision = gather_object([decision])[0]
-    if "error" in decision:
-        raise StoreError(decision["error"])
-    return decision
+# -- reports ------------------------------------------------------------------
 
 
-def make_key(path: str | None, state: PartialState) -> bytes:
-    """A random key may differ between processes, as each picture is drawn by one; a key file is made by the main one."""
-    if path is not None and not state.is_main_process:
-        state.wait_for_everyone()
-    key = noise_key(path)
-    if path is not None and state.is_main_process:
-        state.wait_for_everyone()
-    return key
-
-
-def report_skipped(skipped: list[dict], total: int, log) -> None:
+def report_skipped(skipped: Sequence[Skipped], total: int, log: Log) -> None:
+    """Count the skipped files, and name the first ones."""
     if not skipped:
         return
     log(f"{len(skipped)} of {total} images are skipped:")
@@ -224,7 +320,8 @@ def report_skipped(skipped: list[dict], total: int, log) -> None:
         log(f"  … and {len(skipped) - MAXIMUM_REPORTED} more, all listed in manifest.json")
 
 
-def report_clean(entries: Sequence[dict], output_dir: Path, log) -> None:
+def report_clean(entries: Sequence[Entry], output_dir: Path, log: Log) -> None:
+    """Say so where a store holds clean latents."""
     clean = sum(entry["t_n"] is None for entry in entries)
     if clean == len(entries):
         log(f"note: t_n is none, so {output_dir} holds clean latents, which decode to the images")

@@ -10,27 +10,29 @@ from accelerate.utils import gather_object
 
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.images.duplicates import Fingerprints, earlier_twins
+from sdxl_ambient.images.sources import Log
+from sdxl_ambient.store.records import Skipped, Twin
 from sdxl_ambient.store.scan import Scanned
 
 MAXIMUM_REPORTED = 20
 
 
 def handle_near_duplicates(
-    pictures: Sequence[Scanned], policy: str, state: PartialState, log
-) -> tuple[list[Scanned], list[dict], list[dict] | None]:
-    """The pictures that stay, ``{"file", "reason"}`` for those that don't, and all that was found.
+    pictures: Sequence[Scanned], policy: str, state: PartialState, log: Log
+) -> tuple[list[Scanned], list[Skipped], list[Twin] | None]:
+    """The pictures that stay, those that don't, and all near-duplicates.
 
     Args:
         policy: "report", "drop" (of pictures that show the same, the first in the order of the files stays), "refuse", or
-            "ignore", for which nothing is looked for and None is found.
+            "ignore", for which they are not looked for, and are None.
 
     Raises:
         StoreError: any of them, or an exact copy, where they are to be refused.
     """
     if policy == "ignore":
         return list(pictures), [], None
-    found, copies = _find(pictures, policy == "drop", state), _copies(pictures)
-    if copies and policy == "refuse" and not found:
+    twins, copies = _find(pictures, policy == "drop", state), _copies(pictures)
+    if copies and policy == "refuse" and not twins:
         raise StoreError(
             f"--near_duplicates refuse: {len(copies)} files are exact copies, the first is {copies[0]}. Remove them, or use "
             "drop or report"
@@ -38,19 +40,20 @@ def handle_near_duplicates(
     if copies and policy != "refuse":
         log(f"note: {len(copies)} files are exact copies, the first is {copies[0]}; each picture is drawn once")
     if policy == "drop":
-        return *_without(pictures, found), found
-    if found and policy == "refuse":
+        return *_without(pictures, twins), twins
+    if twins and policy == "refuse":
         raise StoreError(
-            f"--near_duplicates refuse: {len(found)} images show another one again, the first is {found[0]['file']}: "
-            f"{_reason(found[0])}. Remove them, or use drop or report"
+            f"--near_duplicates refuse: {len(twins)} images show another one again, the first is {twins[0]['file']}: "
+            f"{_reason(twins[0])}. Remove them, or use drop or report"
         )
-    _report(found, log)
-    return list(pictures), [], found
+    _report(twins, log)
+    return list(pictures), [], twins
 
 
 def _copies(pictures: Sequence[Scanned]) -> list[str]:
     """Files with the pixels of an earlier one. They are one picture in every store, drawn once, with all their captions."""
-    first, copies = {}, []
+    first: dict[str, Scanned] = {}
+    copies = []
     for picture in pictures:
         one = first.setdefault(picture.content, picture)
         if one is not picture:
@@ -58,33 +61,34 @@ def _copies(pictures: Sequence[Scanned]) -> list[str]:
     return copies
 
 
-def _find(pictures: Sequence[Scanned], dropping: bool, state: PartialState) -> list[dict]:
-    """``{"file", "shows", "mirrored", "content"}`` of pictures that show an earlier one again, at most one for each.
-
-    The main process compares them, all get what it finds.
-    """
-    found = []
+def _find(pictures: Sequence[Scanned], dropping: bool, state: PartialState) -> list[Twin]:
+    """Pictures that show an earlier one again, each once. The main process compares them, all get its result."""
+    twins: list[Twin] = []
     if state.is_main_process and pictures:
         distinct = list({p.content: p for p in reversed(pictures)}.values())[::-1]
-        prints = np.frombuffer(b"".join(p.print for p in distinct), np.uint8).reshape(len(distinct), -1)
+        prints = np.frombuffer(b"".join(p.print or b"" for p in distinct), np.uint8).reshape(len(distinct), -1)
         for i, j, mirrored in earlier_twins(Fingerprints.of(prints), kept_only=dropping):
-            names = {"file": distinct[i].record.name, "shows": distinct[j].record.name}
-            found.append({**names, "mirrored": mirrored, "content": distinct[i].content})
-    return gather_object([found])[0] if state.num_processes > 1 else found
+            later, earlier = distinct[i], distinct[j]
+            twins.append(
+                {"file": later.record.name, "shows": earlier.record.name, "mirrored": mirrored, "content": later.content}
+            )
+    return gather_object([twins])[0] if state.num_processes > 1 else twins
 
 
-def _reason(twin: dict) -> str:
+def _reason(twin: Twin) -> str:
     return f"near-duplicate of {twin['shows']}{' (mirrored)' if twin['mirrored'] else ''}"
 
 
-def _without(pictures: Sequence[Scanned], twins: Sequence[dict]) -> tuple[list[Scanned], list[dict]]:
+def _without(pictures: Sequence[Scanned], twins: Sequence[Twin]) -> tuple[list[Scanned], list[Skipped]]:
     """Exact copies of a picture go with it."""
     reasons = {t["content"]: _reason(t) for t in twins}
-    dropped = [{"file": p.record.name, "reason": reasons[p.content]} for p in pictures if p.content in reasons]
+    dropped: list[Skipped] = [
+        {"file": p.record.name, "reason": reasons[p.content]} for p in pictures if p.content in reasons
+    ]
     return [p for p in pictures if p.content not in reasons], dropped
 
 
-def _report(twins: Sequence[dict], log) -> None:
+def _report(twins: Sequence[Twin], log: Log) -> None:
     if not twins:
         return
     log(

@@ -1,16 +1,22 @@
-"""What a folder or a plan says of its own origin: observations, or samples that a model restored from some.
+"""What a folder or a plan holds: observations, or samples that a model restored from some.
 
-A store that :mod:`sdxl_ambient.loop` made holds restored samples and says so: ``restored`` lists its rounds, and every entry
-has the level that its picture was observed at, ``observed_t_n``."""
+A store that :mod:`sdxl_ambient.loop` made holds restored samples and says so: ``restored`` is its lineage, a
+:class:`Round` for each time that a model drew, the oldest first; and every entry has the level that its picture was observed
+at, ``observed_t_n``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.provenance import read_json
+from sdxl_ambient.store.records import Entry, Plan, Round
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # not there, or not one of ours
 
 
 def is_store(folder: Path) -> bool:
@@ -21,50 +27,71 @@ def is_store(folder: Path) -> bool:
         try:
             if "latent" in read_json(folder / name)["fingerprint"]:
                 return True
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not there, or not one of ours
+        except _UNREADABLE:
+            continue
     return False
 
 
-# A store that sdxl_ambient.loop made holds samples that a model drew given noisy latents, and says so: ``restored`` is the
-# chain of its rounds, and every entry has the level that its picture was observed at, ``observed_t_n``.
+# -- a plan's lineage ------------------------------------------------------------------
 
 
-def rounds(plan: dict) -> list[dict]:
-    """How a store's latents were restored, a link for each round, the oldest first; [] for observations."""
+def lineage_of(plan: Plan) -> list[Round]:
+    """How a store's latents were restored, the oldest round first; [] for observations."""
     return plan.get("restored") or []
 
 
-def observed_levels(plan: dict) -> dict[str, int | None]:
+def public_lineage(lineage: Iterable[Round]) -> list[dict[str, Any]]:
+    """A lineage as artefacts that are shared have it: without the key's id."""
+    return [{name: value for name, value in a_round.items() if name != "key_id"} for a_round in lineage]
+
+
+def first_observations(lineage: Sequence[Mapping[str, Any]], data: str | None) -> str | None:
+    """The hash of the store of observations behind some data: the data itself, or the first parent of restored samples."""
+    return lineage[0]["parent"] if lineage else data
+
+
+def lowered(entry: Entry, t_n: int) -> bool:
+    """Whether an image of a store is restored to ``t_n``: neither clean nor at or below it already."""
+    return entry["t_n"] is not None and entry["t_n"] > t_n
+
+
+# -- levels ------------------------------------------------------------------
+
+
+def observed_levels(plan: Plan) -> dict[str, int | None]:
     """The noise level of each picture's one observation, by content; None for clean. Restoring lowers none of them."""
-    name = "observed_t_n" if rounds(plan) else "t_n"
-    return {i["content"]: i[name] for i in plan["images"]}
+    restored = bool(lineage_of(plan))
+    # Of a store of restored samples, an entry without its observed level is damaged: a KeyError.
+    return {
+        entry["content"]: entry["observed_t_n"] if restored else entry["t_n"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        for entry in plan["images"]
+    }
 
 
 def restored_levels(folder: Path) -> dict[str, int | None] | None:
     """:func:`observed_levels` of the store of restored samples that a folder is, finished or not; None for all others."""
     for name in ("plan.json", "manifest.json"):
         try:
-            plan = read_json(folder / name)
-            if rounds(plan):
+            plan: Plan = read_json(folder / name)
+            if lineage_of(plan):
                 return observed_levels(plan)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not there, or not one of ours
+        except _UNREADABLE:
+            continue
     return None
 
 
 def format_levels(levels: Iterable[int | None]) -> str:
     """Noise levels as a message names them, the lowest first."""
-    found = sorted({CLEAN if t is None else t for t in levels})
-    names = ["none" if t == CLEAN else str(t) for t in found]
+    distinct = sorted({CLEAN if t is None else t for t in levels})
+    names = ["none" if t == CLEAN else str(t) for t in distinct]
     return ", ".join(names) if len(names) < 5 else f"{names[0]} to {names[-1]} ({len(names)} levels)"
 
 
 def refuse_restored(option: str, folder: str | Path) -> None:
     """Raises StoreError where images or noisy latents are looked for in a store of restored samples."""
-    found = restored_levels(Path(folder))
-    if found is not None:
+    levels = restored_levels(Path(folder))
+    if levels is not None:
         raise StoreError(
             f"--{option}: {str(folder)!r} is a store of restored samples, drawn by a model from observations at t_n = "
-            f"{format_levels(found.values())}, and no source of observations; train on it with --latents_dir"
+            f"{format_levels(levels.values())}, and no source of observations; train on it with --latents_dir"
         )

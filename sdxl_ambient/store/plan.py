@@ -13,6 +13,7 @@ from sdxl_ambient.models.conditioning import time_ids
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import hash_bytes, hash_json, hash_tensors
+from sdxl_ambient.store.records import Entry, Fingerprint, LatentSettings, Plan, TextSettings
 from sdxl_ambient.store.scan import Scanned
 
 FORMAT_VERSION = 1
@@ -29,11 +30,11 @@ def hash_tokenizer(tokenizer) -> str:
     return hash_json([state, tokenizer.model_max_length])
 
 
-def fingerprint(encoders: Encoders, schedule: NoiseSchedule, geometry: Geometry, t_n: int | None) -> dict:
+def fingerprint(encoders: Encoders, schedule: NoiseSchedule, geometry: Geometry, t_n: int | None) -> Fingerprint:
     """Everything but the pictures that a store depends on. ``latent`` shapes the noisy latents, ``text`` the embeddings."""
-    latent = {
+    latent: LatentSettings = {
         "vae": hash_tensors(encoders.vae.state_dict()),
-        "scaling_factor": encoders.vae.config.scaling_factor,
+        "scaling_factor": encoders.vae.config["scaling_factor"],
         "schedule": schedule.hash,
         "resolution": geometry.resolution,
         "center_crop": geometry.center_crop,
@@ -45,7 +46,7 @@ def fingerprint(encoders: Encoders, schedule: NoiseSchedule, geometry: Geometry,
     return {"format_version": FORMAT_VERSION, "latent": latent, "text": fingerprint_of_text(encoders)}
 
 
-def fingerprint_of_text(encoders: Encoders) -> dict:
+def fingerprint_of_text(encoders: Encoders) -> TextSettings:
     """What the embeddings of captions depend on."""
     return {
         "tokenizers": [hash_tokenizer(t) for t in encoders.tokenizers],
@@ -53,7 +54,7 @@ def fingerprint_of_text(encoders: Encoders) -> dict:
     }
 
 
-def make_plan(marks: dict, pictures: Sequence[Scanned], geometry: Geometry, shard_size: int) -> dict:
+def make_plan(marks: Fingerprint, pictures: Sequence[Scanned], geometry: Geometry, shard_size: int) -> Plan:
     """What will be drawn: one entry per distinct picture, in the order of their hashes, with its files' captions."""
 
     def placed(p: Scanned) -> list[int]:
@@ -62,13 +63,13 @@ def make_plan(marks: dict, pictures: Sequence[Scanned], geometry: Geometry, shar
     return plan_of(marks, pictures, placed, shard_size)
 
 
-def plan_of(marks: dict, pictures: Sequence[Scanned], ids: Callable[[Scanned], list[int]], shard_size: int) -> dict:
+def plan_of(marks: Fingerprint, pictures: Sequence[Scanned], ids: Callable[[Scanned], list[int]], shard_size: int) -> Plan:
     """A plan with the time ids that ``ids`` gives.
 
     Raises:
         StoreError: copies of one picture at different noise levels.
     """
-    by_content: dict[str, dict] = {}
+    by_content: dict[str, Entry] = {}
     first: dict[str, Scanned] = {}
     for p in pictures:
         t_n = own_level(p.record, marks["latent"]["t_n"])
@@ -94,7 +95,7 @@ def own_level(record: Record, t_n: int | None) -> int | None:
     return None if level == CLEAN else level
 
 
-def shards(plan: dict) -> list[tuple[str, list[dict]]]:
+def shards(plan: Plan) -> list[tuple[str, list[Entry]]]:
     """File name and entries of every latent shard."""
     size, images = plan["shard_size"], plan["images"]
     return [(f"latents-{k // size:05d}.safetensors", images[k : k + size]) for k in range(0, len(images), size)]

@@ -1,7 +1,7 @@
 """Latents that are noisy already: .safetensors files with one tensor ``latent`` (4, h, w) each.
 
 They are x_n = α_n x_0 + σ_n z in the UNet's own units, with float16, bfloat16 or float32 values. Nothing is drawn and no
-picture is read: a store of them holds what the files hold, as float32. Captions and noise levels are told as for pictures
+picture is read: a store of them holds what the files hold, as float32. Captions and noise levels come as for pictures
 (metadata.jsonl, metadata.csv, .txt files); metadata may give ``original_size`` and ``crop_top_left`` as [height, width] and
 [top, left] in pixels, which otherwise are the latent's own size and [0, 0].
 """
@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_ambient.errors import ImageError, ImagesMissing, one_line
-from sdxl_ambient.images.captions import Columns, Told, describe
+from sdxl_ambient.images.captions import Columns, Description, read_descriptions
 from sdxl_ambient.images.load import Record, list_files
 from sdxl_ambient.models.conditioning import time_ids
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import hash_bytes
 from sdxl_ambient.store.plan import FORMAT_VERSION, fingerprint_of_text
+from sdxl_ambient.store.records import Fingerprint, LatentSettings
 from sdxl_ambient.store.scan import Scanned
 
 SUFFIX, TENSOR = ".safetensors", "latent"
@@ -33,15 +34,13 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class LatentRecord(Record):
-    """One file of a noisy latent. ``original_size`` (height, width) and ``crop_top_left`` in pixels where they are told."""
+    """One file of a noisy latent. ``original_size`` (height, width) and ``crop_top_left`` in pixels where they are known."""
 
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] | None = None
 
 
-def list_latents(
-    folder: str | Path, t_n: int | None, caption_column: str = "text", t_n_column: str | None = None, captions_needed=True
-) -> list[LatentRecord]:
+def list_latents(folder: str | Path, t_n: int | None, columns: Columns | None = None) -> list[LatentRecord]:
     """Every .safetensors file below ``folder``, in the order of their relative paths; ``t_n`` is of those without their own.
 
     Raises:
@@ -52,20 +51,20 @@ def list_latents(
     if not paths:
         raise ImagesMissing(f"--pre_noised: {str(folder)!r} holds no {SUFFIX} files")
     records = []
-    for path, told in zip(paths, describe(folder, paths, Columns(caption_column, t_n_column, captions_needed)), strict=True):
+    for path, described in zip(paths, read_descriptions(folder, paths, columns or Columns()), strict=True):
         name = path.relative_to(folder).as_posix()
-        if told.t_n is None and t_n is None:
+        if described.t_n is None and t_n is None:
             raise ImagesMissing(
                 f"--pre_noised: {name} has no noise level; allowed are --t_n, or -1 in --t_n_column for clean"
             )
-        size, corner = (_pair(told, column) for column in ("original_size", "crop_top_left"))
-        records.append(LatentRecord(name, path, told.captions, told.t_n, size, corner))
+        size, corner = (_pair(described, column) for column in ("original_size", "crop_top_left"))
+        records.append(LatentRecord(name, path, described.captions, described.t_n, size, corner))
     return records
 
 
-def _pair(told: Told, column: str) -> tuple[int, int] | None:
+def _pair(described: Description, column: str) -> tuple[int, int] | None:
     """Two whole numbers of a row, which a CSV file spells as JSON; None where there is nothing."""
-    value = told.row.get(column) or None
+    value = described.row.get(column) or None
     try:
         pair = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -73,8 +72,10 @@ def _pair(told: Told, column: str) -> tuple[int, int] | None:
     if pair is None:
         return None
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(v) is int and v >= 0 for v in pair):
-        raise ImagesMissing(f"{told.where}: {column!r} is {value!r}; allowed are two whole numbers of pixels, as [512, 768]")
-    return tuple(pair)
+        raise ImagesMissing(
+            f"{described.location}: {column!r} is {value!r}; allowed are two whole numbers of pixels, as [512, 768]"
+        )
+    return pair[0], pair[1]
 
 
 def load_latent(path: Path) -> torch.Tensor:
@@ -101,7 +102,7 @@ def latent_hash(latent: torch.Tensor) -> str:
     return hash_bytes(f"{tuple(latent.shape)}|".encode() + latent.numpy().tobytes())
 
 
-def scan_latent(record: LatentRecord) -> tuple[str, tuple[int, int], None]:
+def scan_latent(record: Record) -> tuple[str, tuple[int, int], None]:
     """Content hash and (height, width) in pixels of a latent. Raises ImageError."""
     latent = load_latent(record.path)
     return latent_hash(latent), (FACTOR * latent.shape[1], FACTOR * latent.shape[2]), None
@@ -109,10 +110,12 @@ def scan_latent(record: LatentRecord) -> tuple[str, tuple[int, int], None]:
 
 def ids_of_latent(p: Scanned) -> list[int]:
     """Time ids of a latent: what its row says, or its own size without a crop."""
-    return time_ids(p.record.original_size or p.size, p.record.crop_top_left or (0, 0), p.size)
+    record = p.record
+    assert isinstance(record, LatentRecord)
+    return time_ids(record.original_size or p.size, record.crop_top_left or (0, 0), p.size)
 
 
-def fingerprint_of_latents(encoders: Encoders, schedule: NoiseSchedule, t_n: int | None) -> dict:
+def fingerprint_of_latents(encoders: Encoders, schedule: NoiseSchedule, t_n: int | None) -> Fingerprint:
     """Everything but the latents that a store of them depends on; there is no VAE and no resolution in it."""
-    latent = {"pre_noised": True, "resolution": None, "schedule": schedule.hash, "t_n": t_n}
+    latent: LatentSettings = {"pre_noised": True, "resolution": None, "schedule": schedule.hash, "t_n": t_n}
     return {"format_version": FORMAT_VERSION, "latent": latent, "text": fingerprint_of_text(encoders)}

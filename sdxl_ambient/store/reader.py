@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,9 @@ from sdxl_ambient.images.geometry import Size, bucket_counts, mirrored, size_of
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.provenance import hash_bytes, hash_json, read_json
 from sdxl_ambient.randomness import sample_generator
-from sdxl_ambient.store.lineage import observed_levels, rounds
+from sdxl_ambient.store.lineage import lineage_of, observed_levels, public_lineage
 from sdxl_ambient.store.plan import shards
+from sdxl_ambient.store.records import Entry, Manifest
 
 EMPTY = hash_bytes(b"")  # the caption of a sample that is shown without one
 MAXIMUM_OPEN = 64  # shards that a process keeps open
@@ -25,21 +27,35 @@ MAXIMUM_OPEN = 64  # shards that a process keeps open
 
 @dataclass(frozen=True)
 class Presentation:
-    """How pictures are shown: half of them mirrored with ``random_flip``; a part ``empty_prompts`` of them without their
-    caption, which is zeros with ``zero_empty``, as SDXL's own pipeline has it, else the embedding of "". What is drawn
-    follows from ``seed`` and the position in the stream."""
+    """How pictures are shown. What is drawn follows from ``seed`` and the position in the stream."""
 
     seed: int = 0
-    random_flip: bool = False
-    empty_prompts: float = 0.0
-    zero_empty: bool = True
+    random_flip: bool = False  # half of them are mirrored
+    empty_prompts: float = 0.0  # the part that is shown without its caption
+    zero_empty: bool = True  # that is as zeros, as SDXL's own pipeline has it, else as the embedding of ""
 
 
-class LatentStore(Dataset):
-    """A finished store of noisy latents. An item is asked for as (position in the stream, index of the picture).
+class Item(TypedDict):
+    """A sample: its noisy latent (4, h, w) and level, −1 for clean, and how its picture is shown."""
 
-    ``rounds`` tells how its latents were restored (:mod:`sdxl_ambient.loop`), and is empty where they are observations;
-    ``observed`` has the level that each picture was observed at, by content, which then is not the latent's own.
+    x_n: torch.Tensor
+    t_n: int
+    embeds: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: list[int]
+    position: int
+    content: str
+    tokens: torch.Tensor | None
+    dropped: bool
+    flipped: bool
+
+
+class LatentStore(Dataset[Item]):
+    """A finished store of noisy latents. An item's index is (position in the stream, number of the picture).
+
+    ``lineage`` has a round for each time that its latents were restored (:mod:`sdxl_ambient.loop`), and is empty where they
+    are observations; ``observed`` has the level that each picture was observed at, by content, which after a round is not
+    the latent's own.
 
     Raises:
         StoreError: unfinished, damaged, of another format, or without what ``presentation`` needs.
@@ -50,19 +66,19 @@ class LatentStore(Dataset):
         if not (self.folder / "manifest.json").is_file():
             raise StoreError(f"{self.folder} is not a finished store of latents: it has no manifest.json")
         try:
-            self.manifest = read_json(self.folder / "manifest.json")
-            self.images = self.manifest["images"][:limit]
+            self.manifest: Manifest = read_json(self.folder / "manifest.json")
+            self.images: list[Entry] = self.manifest["images"][:limit]
             self._file_of = {i["content"]: name for name, entries in shards(self.manifest) for i in entries}
             self._prompts, self._tokens = self.manifest["prompts"], self.manifest.get("tokens")
             self.observed = observed_levels(self.manifest)
-            self.rounds = rounds(self.manifest)
+            self.lineage = lineage_of(self.manifest)
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.folder / 'manifest.json'} is damaged: {error}") from None
         if self.presentation.empty_prompts and not self.presentation.zero_empty and EMPTY not in self._prompts:
             raise StoreError(
                 f"{self.folder} was made by an earlier version, without the empty prompt; run again with the images"
             )
-        self._open: OrderedDict[str, object] = OrderedDict()
+        self._open: OrderedDict[str, Any] = OrderedDict()  # safetensors' own handles
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,13 +93,13 @@ class LatentStore(Dataset):
         own = [i["t_n"] for i in self.manifest["images"]]
         uniform = set(own) == {self.manifest["fingerprint"]["latent"]["t_n"]}
         contents = [i["content"] for i in self.manifest["images"]]
-        restored = [self.chain, [self.observed[c] for c in contents]] if self.rounds else []
+        restored = [self.public_lineage, [self.observed[c] for c in contents]] if self.lineage else []
         return hash_json([self.manifest["fingerprint"], contents, *([] if uniform else [own]), *restored])
 
     @property
-    def chain(self) -> list[dict]:
-        """``rounds`` as artefacts that are shared tell them: without the key's id."""
-        return [{name: value for name, value in link.items() if name != "key_id"} for link in self.rounds]
+    def public_lineage(self) -> list[dict[str, Any]]:
+        """``lineage`` as artefacts that are shared have it: without the key's id."""
+        return public_lineage(self.lineage)
 
     @property
     def schedule_hash(self) -> str:
@@ -93,12 +109,12 @@ class LatentStore(Dataset):
     @cached_property
     def groups(self) -> dict[Size, list[int]]:
         """Indices of the pictures of each size in pixels, since a batch holds one size."""
-        found: dict[Size, list[int]] = {size: [] for size in bucket_counts(self.images)}
+        groups: dict[Size, list[int]] = {size: [] for size in bucket_counts(self.images)}
         for index, entry in enumerate(self.images):
-            found[size_of(entry)].append(index)
-        return found
+            groups[size_of(entry)].append(index)
+        return groups
 
-    def _file(self, name: str):
+    def _file(self, name: str) -> Any:
         """A shard, kept open; of many the least recently used one is closed."""
         if name not in self._open:
             self._open[name] = safe_open(str(self.folder / name), "pt")
@@ -113,16 +129,16 @@ class LatentStore(Dataset):
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{self.folder / file} is damaged: {error}") from None
 
-    def __getitem__(self, item: tuple[int, int]) -> dict:
-        position, index = item
-        entry = self.images[index]
+    def __getitem__(self, index: tuple[int, int]) -> Item:
+        position, number = index
+        entry = self.images[number]
         caption, dropped, flipped = self._drawn(entry["captions"], position)
         file = self._prompts[caption]
         x_n = self._tensor(self._file_of[entry["content"]], entry["content"])
         embeds, pooled = self._tensor(file, f"{caption}.embeds"), self._tensor(file, f"{caption}.pooled")
         if dropped and self.presentation.zero_empty:
             embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
-        tokens = self._tokens and self._tensor(self._tokens, f"{EMPTY if dropped else caption}.tokens")
+        tokens = self._tensor(self._tokens, f"{EMPTY if dropped else caption}.tokens") if self._tokens else None
         return {
             # The stored latent is mirrored: a mirrored picture that is observed anew would be a second observation.
             "x_n": x_n.flip(-1) if flipped else x_n,
@@ -139,13 +155,13 @@ class LatentStore(Dataset):
 
     def _drawn(self, captions: list[str], position: int) -> tuple[str, bool, bool]:
         """How the sample at a position is shown: the caption whose embedding is read, whether it is shown without one, and
-        whether it is mirrored. Only what is asked for is drawn."""
-        how = self.presentation
-        if len(captions) == 1 and not how.empty_prompts and not how.random_flip:
+        whether it is mirrored. Nothing is drawn that isn't needed."""
+        settings = self.presentation
+        if len(captions) == 1 and not settings.empty_prompts and not settings.random_flip:
             return captions[0], False, False
-        generator = sample_generator(how.seed, "shown", position)
+        generator = sample_generator(settings.seed, "shown", position)
         several = len(captions) > 1
         caption = captions[int(torch.randint(len(captions), (), generator=generator))] if several else captions[0]
-        dropped = bool(how.empty_prompts) and float(torch.rand((), generator=generator)) < how.empty_prompts
-        flipped = how.random_flip and float(torch.rand((), generator=generator)) < 0.5
-        return EMPTY if dropped and not how.zero_empty else caption, dropped, flipped
+        dropped = bool(settings.empty_prompts) and float(torch.rand((), generator=generator)) < settings.empty_prompts
+        flipped = settings.random_flip and float(torch.rand((), generator=generator)) < 0.5
+        return EMPTY if dropped and not settings.zero_empty else caption, dropped, flipped

@@ -1,4 +1,4 @@
-"""Opens every picture once and tells which can be used: its content hash, its size, its perceptual fingerprint."""
+"""Opens every picture once and sorts out which can be used: its content hash, its size, its perceptual fingerprint."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sdxl_ambient.errors import ImageError
 from sdxl_ambient.images.duplicates import fingerprint as perceptual
 from sdxl_ambient.images.load import Record, load_rgb
 from sdxl_ambient.provenance import hash_bytes
+from sdxl_ambient.store.records import Skipped
 
 
 def content_hash(image: Image.Image) -> str:
@@ -24,13 +25,12 @@ def content_hash(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class Scanned:
-    """One usable picture: content hash, (height, width) in pixels, its record with the captions that it is shown with, and
-    its perceptual fingerprint (400 bytes) where that was asked for."""
+    """One usable picture."""
 
-    content: str
-    size: tuple[int, int]
-    record: Record
-    print: bytes | None = None
+    content: str  # hash of its pixels
+    size: tuple[int, int]  # (height, width) in pixels
+    record: Record  # with the captions that it is shown with
+    print: bytes | None = None  # its perceptual fingerprint, 400 bytes, where the scan makes it
 
     @property
     def caption(self) -> str:
@@ -38,6 +38,7 @@ class Scanned:
         return self.record.captions[0]
 
 
+Check = Callable[[], None]
 Scan = Callable[[Record], tuple[str, tuple[int, int], bytes | None]]
 
 
@@ -58,26 +59,27 @@ def scan(
     instance_prompt: str | None,
     state: PartialState,
     scan_image: Scan = scan_image,
-    check: Callable[[], None] = lambda: None,
-) -> tuple[list[Scanned], list[dict]]:
-    """Open every picture once, each process its share. Returns the usable ones and ``{"file", "reason"}`` for the others.
+    check: Check = lambda: None,
+) -> tuple[list[Scanned], list[Skipped]]:
+    """Open every picture once, each process its share. Returns the usable ones, and the others with the reason.
 
     Records stay where they are: all processes have the same ones. ``check`` is called before each, and may raise.
     """
-    found, skipped = [], []
-    mine = range(state.process_index, len(records), state.num_processes)
-    for i in tqdm(mine, desc="reading images", unit="img", disable=not state.is_main_process, mininterval=1):
+    scanned: list[tuple[int, tuple[str, tuple[int, int], bytes | None]]] = []
+    skipped: list[tuple[int, Skipped]] = []
+    share = range(state.process_index, len(records), state.num_processes)
+    for i in tqdm(share, desc="reading images", unit="img", disable=not state.is_main_process, mininterval=1):
         check()
         try:
             if not records[i].captioned(instance_prompt).captions:
                 raise ImageError("no caption (a metadata file, a .txt file beside it, a column, or --instance_prompt)")
-            found.append((i, scan_image(records[i])))
+            scanned.append((i, scan_image(records[i])))
         except ImageError as error:
             skipped.append((i, {"file": records[i].name, "reason": str(error)}))
     if state.num_processes > 1:
-        found, skipped = gather_object(found), gather_object(skipped)
+        scanned, skipped = gather_object(scanned), gather_object(skipped)
     usable = [
         Scanned(content, size, records[i].captioned(instance_prompt), mark)
-        for i, (content, size, mark) in sorted(found, key=lambda p: p[0])
+        for i, (content, size, mark) in sorted(scanned, key=lambda p: p[0])
     ]
     return usable, [s for _, s in sorted(skipped, key=lambda p: p[0])]

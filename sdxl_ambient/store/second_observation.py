@@ -5,26 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxl_ambient.errors import StoreError
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.provenance import differences, read_json
-from sdxl_ambient.store.lineage import observed_levels, restored_levels, rounds
+from sdxl_ambient.store.lineage import lineage_of, observed_levels, restored_levels
 from sdxl_ambient.store.plan import TOKENS
+from sdxl_ambient.store.records import Plan
 
 
-def compare(stored: dict, wanted: dict) -> list[str]:
+def compare(stored: Plan, wanted: Plan) -> list[str]:
     """In what a stored plan differs from a wanted one, captions aside (they can change without a new draw)."""
-    found = differences(stored["fingerprint"], wanted["fingerprint"])
+    differing = differences(stored["fingerprint"], wanted["fingerprint"])
     have, want = ({i["content"]: i["t_n"] for i in plan["images"]} for plan in (stored, wanted))
     if have.keys() != want.keys():
         more, less = want.keys() - have.keys(), have.keys() - want.keys()
-        found.append(f"images: {len(more)} are not in the store, {len(less)} are in the store only")
+        differing.append(f"images: {len(more)} are not in the store, {len(less)} are in the store only")
     moved = [c for c in sorted(have.keys() & want.keys()) if have[c] != want[c]]
     if moved:
         levels = f"stored {have[moved[0]]}, wanted {want[moved[0]]}"
-        found.append(f"noise levels: {len(moved)} images have another t_n, the first: {levels}")
-    return found
+        differing.append(f"noise levels: {len(moved)} images have another t_n, the first: {levels}")
+    return differing
 
 
-def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
+def observed_elsewhere(output_dir: Path, plan: Plan) -> tuple[Path, int] | None:
     """Another noisy store beside ``output_dir`` with other noise for pictures of this plan: its folder, and how many.
 
     The same settings and noise levels under the same key file are the same noise, and no second observation. A store of
@@ -35,10 +37,10 @@ def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
         if path.parent == output_dir.resolve():
             continue
         try:
-            other = read_json(path)
+            other: Plan = read_json(path)
             theirs = _noisy(other)
             shared = wanted.keys() & theirs.keys()
-            first = (rounds(other) or [other])[0]  # who knows the key of the observations
+            first = (lineage_of(other) or [other])[0]  # who knows the key of the observations
             same_key = key_id is not None and first.get("key_id") == key_id
             rebuild = same_key and _settings(other) == _settings(plan) and all(theirs[c] == wanted[c] for c in shared)
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
@@ -48,12 +50,12 @@ def observed_elsewhere(output_dir: Path, plan: dict) -> tuple[Path, int] | None:
     return None
 
 
-def _noisy(plan: dict) -> dict[str, int]:
+def _noisy(plan: Plan) -> dict[str, int]:
     """Noise levels that a plan's pictures are observed at, those that are stored clean left out."""
     return {content: t_n for content, t_n in observed_levels(plan).items() if t_n is not None}
 
 
-def _settings(plan: dict) -> dict:
+def _settings(plan: Plan) -> dict[str, object]:
     """What shapes the latents beside the noise level, which each picture has for itself."""
     return {name: value for name, value in plan["fingerprint"]["latent"].items() if name != "t_n"}
 
@@ -64,7 +66,7 @@ SECOND = (
 )
 
 
-def check_first_observation(output_dir: Path, plan: dict, allowed: bool, warn) -> None:
+def check_first_observation(output_dir: Path, plan: Plan, allowed: bool, warn: Log) -> None:
     """Refuse to draw noise for pictures of which a neighbouring store already holds another draw."""
     if plan["fingerprint"]["latent"].get("pre_noised"):
         return  # nothing is drawn, and the same content is the same noise
@@ -89,7 +91,7 @@ def remove_store(folder: Path) -> None:
             path.unlink()
 
 
-def reconcile_plan(output_dir: Path, wanted: dict, allowed: bool, warn) -> dict:
+def reconcile_plan(output_dir: Path, wanted: Plan, allowed: bool, warn: Log) -> Plan:
     """The plan to follow: the stored one if it agrees, else the wanted one; a store that differs is refused.
 
     Raises:
@@ -98,24 +100,24 @@ def reconcile_plan(output_dir: Path, wanted: dict, allowed: bool, warn) -> dict:
     path = output_dir / "plan.json"
     if path.exists():
         try:
-            stored = read_json(path)
-            restored = bool(rounds(stored))
-            found = compare(stored, wanted)
+            stored: Plan = read_json(path)
+            restored = bool(lineage_of(stored))
+            differing = compare(stored, wanted)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error}); what the store holds can't be told. Restore the file") from None
         if restored:
-            # Whatever is allowed: a draw of noise would replace what the chain tells of.
+            # Whatever is allowed: a draw of noise would replace the samples that the lineage describes.
             raise StoreError(f"{output_dir} holds restored samples, and no noise is drawn into it; use another folder")
-        if not found:
-            # The shards keep their layout; captions follow what is asked for. A store of several keys has no id.
-            key_id = wanted["key_id"] if stored.get("key_id") == wanted["key_id"] else None
+        if not differing:
+            # The shards keep their layout; captions are the wanted ones. A store of several keys has no id.
+            key_id = wanted.get("key_id") if stored.get("key_id") == wanted.get("key_id") else None
             return {**wanted, "shard_size": stored["shard_size"], "key_id": key_id}
         if not allowed:
             raise StoreError(
-                f"the store {output_dir} is of something else ({'; '.join(found)}). Use another folder, or give "
+                f"the store {output_dir} is of something else ({'; '.join(differing)}). Use another folder, or give "
                 "--allow_second_observation to draw it anew"
             )
-        warn(f"warning: the store {output_dir} differs ({'; '.join(found)}) and is drawn anew. {SECOND}")
+        warn(f"warning: the store {output_dir} differs ({'; '.join(differing)}) and is drawn anew. {SECOND}")
         remove_store(output_dir)
     elif any(output_dir.glob("latents-*.safetensors")):
         raise StoreError(f"{output_dir} holds latents but no plan.json, so what they are can't be told; use another folder")

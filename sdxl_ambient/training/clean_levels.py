@@ -69,8 +69,7 @@ class CleanLevels:
             self.seed,
             start=start,
             stop=stop,
-            rank=self.rank,
-            processes=self.processes,
+            rank_and_size=(self.rank, self.processes),
             groups=[self.protected],
             purpose=PURPOSE,
         )
@@ -107,7 +106,7 @@ def check_clean(store: LatentStore, noisy: LatentStore) -> None:
     clean = {i["content"]: i["time_ids"] for i in store.images}
     if any(i["t_n"] is not None for i in store.images):
         raise StoreError(f"{said} holds noisy ones; give another --clean_latents_dir")
-    if store.rounds:
+    if store.lineage:
         raise StoreError(f"{said} holds restored samples; give another --clean_latents_dir")
     missing, more = protected.keys() - clean.keys(), clean.keys() - {i["content"] for i in noisy.images}
     if missing or more:

@@ -91,8 +91,7 @@ class Run:
             options.seed,
             start=first * accumulation,
             stop=max(first, self.max_train_steps) * accumulation,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
+            rank_and_size=(accelerator.process_index, accelerator.num_processes),
             groups=list(store.groups.values()),
         )
 

@@ -12,13 +12,14 @@ from diffusers import EulerDiscreteScheduler
 
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
-from sdxl_ambient.images.load import list_images, spread
+from sdxl_ambient.images.load import list_images
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.parts import load_part
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import euler_like, timestep_grid
 from sdxl_ambient.provenance import write_json
+from sdxl_ambient.spread import spread
 from sdxl_ambient.store.batches import Batch
 from sdxl_ambient.store.checks import common_t_n, levels_of
 from sdxl_ambient.store.reader import LatentStore, Presentation

@@ -30,6 +30,7 @@ from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.store.batches import collate
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.settings import StoreSettings
 
 SETTINGS = dict(rank=2, learning_rate=1e-3, max_train_steps=3, batch_size=2, epsilon=8.0, accountant="rdp")
 
@@ -39,7 +40,8 @@ def clean(tmp_path_factory, encoders, schedule):
     """A store of six clean latents."""
     folder = tmp_path_factory.mktemp("private")
     images = copy_emoji(folder / "images", 6)
-    build_store(images, folder / "clean", encoders, schedule, Geometry(64), t_n=None, log=lambda message: None)
+    settings = StoreSettings(Geometry(64), t_n=None)
+    build_store(images, folder / "clean", encoders, schedule, settings, log=lambda message: None)
     return folder / "clean"
 
 

@@ -110,6 +110,21 @@ def test_the_mirror_of_a_crop_that_covered_nothing_starts_at_zero():
     assert mirrored([64, 64, 0, 90, 64, 64]) == [64, 64, 0, 0, 64, 64]
 
 
+@pytest.mark.parametrize("size", [(64, 64), (63, 64), (1000, 8), (65, 64), (333, 777)])
+def test_the_crop_always_fits(size):
+    for center in (True, False):
+        (height, width), (top, left) = Geometry(64, center).place(size, "ab" * 32)
+        assert min(height, width) == 64 and 0 <= top <= height - 64 and 0 <= left <= width - 64
+
+
+def test_pixels_are_in_range_and_upright():
+    image = Image.new("RGB", (16, 16), (0, 127, 255))
+    image.putpixel((15, 0), (255, 255, 255))
+    pixels, _ = Geometry(16).apply(image, "00" * 32)
+    assert pixels[:, 5, 5].tolist() == pytest.approx([-1, 127 / 127.5 - 1, 1])
+    assert pixels[:, 0, 15].tolist() == [1, 1, 1] and pixels.dtype == torch.float32
+
+
 # -- the list of sizes ------------------------------------------------------------------------------------------
 
 

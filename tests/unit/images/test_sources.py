@@ -20,8 +20,9 @@ from sdxl_ambient.config.parser import build_options
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import ImageError, ImagesMissing
 from sdxl_ambient.images import sources
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import load_rgb
-from sdxl_ambient.images.sources import open_records
+from sdxl_ambient.images.sources import HubDataset, open_records
 from sdxl_ambient.store.reader import Presentation
 from sdxl_ambient.store.scan import content_hash
 from sdxl_ambient.training.stores import open_stores
@@ -34,8 +35,14 @@ def said():
 
 @pytest.fixture
 def read(said):
-    """open_records that remembers what it says."""
-    return lambda *where, **keywords: open_records(*where, log=said.append, **keywords)
+    """open_records, by the names of the options, that remembers what it says."""
+
+    def run(folder=None, *, dataset_name=None, dataset_config_name=None, dataset_split="train", **columns):
+        source = folder if dataset_name is None else HubDataset(dataset_name, dataset_config_name, dataset_split)
+        columns = Columns(**{name.removesuffix("_column"): value for name, value in columns.items()})
+        return open_records(source, columns, log=said.append)
+
+    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The store of noisy latents: one observation per image, ever (invariant 3), and nothing clean in it (invariant 4)."""
 
 import base64
-import inspect
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,20 @@ from PIL import Image
 from scipy import stats
 from support.stores import equal, latents_in, load_file, snapshot
 
-from sdxl_ambient.config.data import LatentsOptions
+from sdxl_ambient.config.data import DataOptions
+from sdxl_ambient.config.settings import settings_of
+from sdxl_ambient.config.shared import ModelOptions
 from sdxl_ambient.errors import ImagesMissing, ModelError, NoiseKeyError, StoreError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.latents import main
-from sdxl_ambient.models.conditioning import encode_prompts
 from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.models.vae import encode_image
 from sdxl_ambient.provenance import hash_bytes, hash_json
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.observation import draw_z, noise_key
 from sdxl_ambient.store.scan import content_hash
+from sdxl_ambient.store.settings import StoreSettings
 
 
 def clean_latents(images: Path, encoders, resolution=64) -> dict[str, torch.Tensor]:
@@ -141,16 +143,6 @@ def test_a_damaged_shard_is_not_drawn_anew(build, emoji, tmp_path):
     with pytest.raises(StoreError, match="latents-00001.safetensors is damaged; .* second observation"):
         build(emoji, store, shard_size=2)
     assert snapshot(store) == before
-
-
-def test_damaged_prompts_are_embedded_again(build, emoji, tmp_path):
-    store = tmp_path / "s"
-    build(emoji, store)
-    (shard,) = store.glob("prompts-*.safetensors")
-    want = load_file(shard)
-    shard.write_bytes(b"damaged")
-    build(emoji, store)
-    assert equal(load_file(shard), want)
 
 
 def test_exact_duplicates_share_one_draw(build, emoji, tmp_path):
@@ -347,18 +339,6 @@ def test_no_usable_picture_at_all_is_one_line(build, tmp_path):
         build(tmp_path / "images", tmp_path / "s", instance_prompt="a picture")
 
 
-def test_long_captions_are_counted(build, emoji, tmp_path):
-    path = sorted(emoji.glob("*.png"))[0]
-    rows = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        if row["file_name"] == path.name:
-            row["text"] = "a very long caption " * 40
-    (emoji / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    said = []
-    assert build(emoji, tmp_path / "s", log=said.append)["counts"]["captions_cut"] == 1
-    assert any("1 of 6 captions are longer" in s for s in said)
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -503,49 +483,9 @@ def test_copies_of_a_picture_must_have_one_level(build, emoji, tmp_path):
 # -- captions ---------------------------------------------------------------------------------------------------
 
 
-def test_all_captions_of_a_list_are_embedded(build, emoji, tmp_path):
-    rows = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text().splitlines()]
-    rows[0]["text"] = ["one", "two", "one"]
-    (emoji / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    manifest = build(emoji, tmp_path / "s")
-    assert sorted(len(i["captions"]) for i in manifest["images"]) == [1, 1, 1, 1, 1, 2]
-    assert manifest["counts"]["captions"] == 7 and len(manifest["prompts"]) == 8
-    want = [hash_bytes(caption.encode()) for caption in ("one", "two")]
-    assert want in [i["captions"] for i in manifest["images"]] and set(want) <= manifest["prompts"].keys()
-
-
 def test_the_instance_prompt_stands_in_for_a_missing_column(build, emoji, tmp_path):
     manifest = build(emoji, tmp_path / "s", caption_column="caption", instance_prompt="a picture")
     assert {c for i in manifest["images"] for c in i["captions"]} == {hash_bytes(b"a picture")}
-
-
-def test_the_empty_caption_is_embedded_as_the_pipeline_does(build, emoji, tmp_path, encoders):
-    manifest = build(emoji, tmp_path / "s")
-    empty = hash_bytes(b"")
-    embeds, pooled = encode_prompts([""], encoders.tokenizers, encoders.text_encoders)
-    stored = load_file(tmp_path / "s" / manifest["prompts"][empty])
-    torch.testing.assert_close(stored[f"{empty}.embeds"], embeds[0])
-    torch.testing.assert_close(stored[f"{empty}.pooled"], pooled[0])
-
-
-def test_tokens_are_kept_where_they_are_asked_for(build, emoji, tmp_path, encoders):
-    store = tmp_path / "s"
-    assert "tokens" not in build(emoji, store) and not (store / "tokens.safetensors").exists()
-    manifest = build(emoji, store, keep_tokens=True)
-    assert manifest["tokens"] == "tokens.safetensors"
-    tokens = load_file(store / "tokens.safetensors")
-    assert tokens.keys() == {f"{caption}.tokens" for caption in manifest["prompts"]}
-    text = json.loads((emoji / "metadata.jsonl").read_text().splitlines()[0])["text"]
-    for caption in (text, ""):
-        found = tokens[f"{hash_bytes(caption.encode())}.tokens"]
-        assert found.shape == (2, 77) and found.dtype == torch.int64
-        want = [t(caption, padding="max_length", max_length=77, truncation=True).input_ids for t in encoders.tokenizers]
-        assert found.tolist() == want
-    # A store that has them keeps them, with the captions that it has now.
-    (emoji / "metadata.jsonl").write_text((emoji / "metadata.jsonl").read_text().replace(text, "another"))
-    manifest = build(emoji, store)
-    assert manifest["tokens"] == "tokens.safetensors"
-    assert load_file(store / "tokens.safetensors").keys() == {f"{caption}.tokens" for caption in manifest["prompts"]}
 
 
 # -- aspect ratios ----------------------------------------------------------------------------------------------
@@ -553,7 +493,8 @@ def test_tokens_are_kept_where_they_are_asked_for(build, emoji, tmp_path, encode
 
 def test_latents_have_the_sizes_of_their_buckets(encoders, schedule, photographs, tmp_path):
     geometry = Geometry(64, True, ((48, 64), (64, 48)))
-    manifest = build_store(photographs, tmp_path / "s", encoders, schedule, geometry, t_n=500, log=lambda message: None)
+    settings = StoreSettings(geometry)
+    manifest = build_store(photographs, tmp_path / "s", encoders, schedule, settings, log=lambda message: None)
     assert manifest["fingerprint"]["latent"]["buckets"] == [[48, 64], [64, 48]]
     stored = latents_in(tmp_path / "s")
     for entry in manifest["images"]:
@@ -561,12 +502,16 @@ def test_latents_have_the_sizes_of_their_buckets(encoders, schedule, photographs
         want = (64, 48) if height > width else (48, 64)
         assert tuple(entry["time_ids"][4:]) == want and stored[entry["content"]].shape == (4, want[0] // 4, want[1] // 4)
     with pytest.raises(StoreError, match=r"latent\.buckets: stored \[\[48, 64\], \[64, 48\]\], wanted None"):
-        build_store(photographs, tmp_path / "s", encoders, schedule, Geometry(64), t_n=500, log=lambda message: None)
+        build_store(photographs, tmp_path / "s", encoders, schedule, StoreSettings(Geometry(64)), log=lambda message: None)
     with pytest.raises(ModelError, match="--aspect_ratio_buckets: 40 is not a multiple of 16"):
-        build_store(photographs, tmp_path / "t", encoders, schedule, Geometry(64, True, ((40, 64),)), t_n=500)
+        build_store(photographs, tmp_path / "t", encoders, schedule, StoreSettings(Geometry(64, True, ((40, 64),))))
 
 
 def test_a_store_is_told_every_option_of_it():
-    parameters = {n for n, p in inspect.signature(build_store).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    options = LatentsOptions(train_data_dir="a", output_dir="b")
-    assert parameters - {"keep_tokens", "state", "say", "check"} == options.of_a_store().keys()
+    own = {field.name for field in fields(DataOptions)} - {field.name for field in fields(ModelOptions)}
+    geometry = {"resolution", "center_crop", "aspect_ratio_buckets", "bucket_reso_steps"}
+    settings = {field.name: field for field in fields(StoreSettings)}
+    assert settings.keys() - {"geometry", "keep_tokens"} == own - geometry - {"train_data_dir"}
+    # With the defaults of the options.
+    made = settings_of(StoreSettings, DataOptions(), geometry=Geometry(64), keep_tokens=False)
+    assert made == StoreSettings(Geometry(64))

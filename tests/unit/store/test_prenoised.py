@@ -15,6 +15,7 @@ from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.prenoised import latent_hash, list_latents, load_latent
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.settings import StoreSettings
 
 
 def latents(count=5, height=8, width=12):
@@ -37,10 +38,9 @@ def noisy(tmp_path):
 def store(encoders, schedule, tmp_path):
     """build_store for such a folder, with encoders that have no VAE."""
 
-    def run(folder, output=None, **keywords):
-        keywords = {"t_n": 400, "log": lambda message: None, **keywords}
-        without = replace(encoders, vae=None)
-        return build_store(folder, output or tmp_path / "s", without, schedule, Geometry(1024), pre_noised=True, **keywords)
+    def run(folder, output=None, *, log=lambda message: None, **settings):
+        settings = StoreSettings(Geometry(1024), pre_noised=True, **{"t_n": 400, **settings})
+        return build_store(folder, output or tmp_path / "s", replace(encoders, vae=None), schedule, settings, log=log)
 
     return run
 

@@ -1,4 +1,4 @@
-"""The loop: samples of the posterior at the level asked for, the chain that says what they are, and what is refused."""
+"""The loop: samples of the posterior at the level asked for, the lineage that says what they are, and what is refused."""
 
 import copy
 import json
@@ -17,6 +17,7 @@ from support.running import ENV, arguments, train_here
 from support.stores import equal, latents_in, snapshot
 
 from sdxl_ambient.config.parser import build_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import InterchangeError, ModelError, OptionError, StoreError
 from sdxl_ambient.formats.peft import save_lora, save_unet
 from sdxl_ambient.formats.record import LORA_FILE, read_training_info
@@ -40,6 +41,7 @@ from sdxl_ambient.loop import (
 from sdxl_ambient.loop import (
     run as loop_run,
 )
+from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.models.lora import add_lora, add_text_lora
 from sdxl_ambient.privacy.options import PrivacyOptions
@@ -48,6 +50,7 @@ from sdxl_ambient.randomness import Randomness
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.checks import check_stores, observed_t_n
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.settings import StoreSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,8 +65,9 @@ def draw_store(folder, encoders, schedule, **changes):
         twice = sorted(images.glob("*.png"))[0]
         (images / "copy.png").write_bytes(twice.read_bytes())
         (images / "copy.txt").write_text("another caption of the same picture")
-    how = dict(t_n=500, shard_size=2, noise_key_file=str(folder / "key"), keep_tokens=True, log=lambda message: None)
-    build_store(images, folder / "first", encoders, schedule, Geometry(64), **{**how, **changes})
+    usual = dict(shard_size=2, noise_key_file=str(folder / "key"), keep_tokens=True)
+    settings = StoreSettings(Geometry(64), **{**usual, **changes})
+    build_store(images, folder / "first", encoders, schedule, settings, log=lambda message: None)
     return folder / "first"
 
 
@@ -85,20 +89,21 @@ def first(tmp_path_factory, encoders, schedule):
 
 
 @pytest.fixture(scope="module")
-def asked(miniature):
-    """Options of the loop, by what differs from the usual."""
+def settings(miniature):
+    """Settings of the loop, by what differs from the usual options."""
 
     def make(store, output, **changes):
         usual = dict(pretrained_model_name_or_path=str(miniature), latents_dir=str(store), output_dir=str(output))
-        return build_options(loop_options.LoopOptions, {**usual, "t_n": 300, "steps": 3, "batch_size": 2, **changes})
+        values = {**usual, "t_n": 300, "steps": 3, "batch_size": 2, **changes}
+        return settings_of(LoopSettings, build_options(loop_options.LoopOptions, values))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def second(first, asked):
+def second(first, settings):
     """The first store restored to t = 300 by the base model, beside it."""
-    loop_run.restore_store(asked(first, first.parent / "second"), log=lambda message: None)
+    loop_run.restore_store(settings(first, first.parent / "second"), log=lambda message: None)
     return first.parent / "second"
 
 
@@ -166,7 +171,7 @@ def test_samples_have_the_posterior_law_at_the_level_asked_for(schedule, t_m):
     assert network.seen[0][0].tolist() == t_n.tolist() and bool((last >= t_m).all())
 
 
-def test_a_stores_samples_have_that_law(first, asked, schedule, tmp_path):
+def test_a_stores_samples_have_that_law(first, settings, schedule, tmp_path):
     """Through what reads and writes stores: 6,144 numbers, each given its own x_n."""
     store, network = LatentStore(first), Exact(schedule)
     captions = [i["captions"][0] for i in store.images]
@@ -175,7 +180,7 @@ def test_a_stores_samples_have_that_law(first, asked, schedule, tmp_path):
     shown = LatentStore(first)
     shown.images = store.images
     assert shown[0, 0]["embeds"].ne(_load(first / store._prompts[captions[0]])[f"{captions[0]}.embeds"]).any()
-    draw = loop_draw.RestoredLatentMaker(store, network, schedule, asked(first, tmp_path / "out", steps=100))
+    draw = loop_draw.RestoredLatentMaker(store, network, schedule, settings(first, tmp_path / "out", steps=100))
     x_m = {}
     for indices in draw.batches(store.images):
         x_m |= draw.restored(indices)
@@ -215,32 +220,32 @@ def draw_shards(first, output, options, unet, schedule, processes=1):
     return latents_in(output)
 
 
-def test_batch_and_processes_change_nothing(first, second, asked, unet, schedule, tmp_path):
+def test_batch_and_processes_change_nothing(first, second, settings, unet, schedule, tmp_path):
     want = latents_in(second)
     assert want.keys() == latents_in(first).keys() and len(want) == 6
-    two = draw_shards(first, tmp_path / "two", asked(first, tmp_path / "o"), unet, schedule, processes=2)
+    two = draw_shards(first, tmp_path / "two", settings(first, tmp_path / "o"), unet, schedule, processes=2)
     assert equal(want, two)
     files = [p.name for p in sorted(second.glob("latents-*"))]
     assert all((tmp_path / "two" / name).read_bytes() == (second / name).read_bytes() for name in files)
-    alone = draw_shards(first, tmp_path / "one", asked(first, tmp_path / "o", batch_size=1), unet, schedule)
+    alone = draw_shards(first, tmp_path / "one", settings(first, tmp_path / "o", batch_size=1), unet, schedule)
     for content, x in alone.items():
         torch.testing.assert_close(x, want[content], atol=1e-4, rtol=1e-4)  # a batch's size changes the last bits
-    other = draw_shards(first, tmp_path / "seed", asked(first, tmp_path / "o", seed=1), unet, schedule)
+    other = draw_shards(first, tmp_path / "seed", settings(first, tmp_path / "o", seed=1), unet, schedule)
     # Independent noise at t = 300 differs by about a unit; only the seed does that.
     assert all(float((x - want[content]).square().mean()) > 0.01 for content, x in other.items())
 
 
-def test_a_round_draws_no_random_numbers_of_another(first, asked, schedule, tmp_path):
+def test_a_round_draws_no_random_numbers_of_another(first, settings, schedule, tmp_path):
     drawn = []
-    for links in ([], [{}]):
+    for lineage in ([], [{}]):
         store = LatentStore(first)
-        store.rounds = links
-        draw = loop_draw.RestoredLatentMaker(store, Exact(schedule), schedule, asked(first, tmp_path / "o"))
+        store.lineage = lineage
+        draw = loop_draw.RestoredLatentMaker(store, Exact(schedule), schedule, settings(first, tmp_path / "o"))
         drawn.append(draw.restored([1])[store.images[1]["content"]])
     assert float((drawn[0] - drawn[1]).square().mean()) > 0.01
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(first, second, asked, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted(first, second, settings, tmp_path):
     """A shard that is missing, and one that is damaged, are drawn again; what is there stays."""
     part = shutil.copytree(second, tmp_path / "part")
     before = snapshot(part)
@@ -251,9 +256,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(first, second, asked, tmp_
     files[1].unlink()  # the copy may be a link
     files[1].write_bytes(damaged)
     stood = files[2].stat().st_mtime_ns
-    quietly(asked(first, part))
+    quietly(settings(first, part))
     assert snapshot(part) == before and files[2].stat().st_mtime_ns == stood
-    quietly(asked(first, part))  # confirms
+    quietly(settings(first, part))  # confirms
     assert snapshot(part) == before
 
 
@@ -280,33 +285,38 @@ def test_two_real_processes_draw_what_one_draws(first, second, miniature, tmp_pa
     assert run.returncode != 0 and run.stderr.count("is of something else (round 1: seed: stored 0, wanted 1)") == 2
 
 
-# -- the chain ----------------------------------------------------------------------------------------------------------
+# -- the lineage ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_chain_tells_how_the_samples_came_about(first, second, asked, unet, tmp_path):
+def test_the_lineage_tells_how_the_samples_came_about(first, second, settings, unet, tmp_path):
     one, two = LatentStore(first), LatentStore(second)
-    (link,) = two.rounds
-    assert link["parent"] == one.hash and link["parent_levels"] == {"500": 6} and link["t_n"] == 300
-    assert link["key_id"] == one.manifest["key_id"] is not None and "key_id" not in two.manifest
+    (one_round,) = two.lineage
+    assert one_round["parent"] == one.hash and one_round["parent_levels"] == {"500": 6} and one_round["t_n"] == 300
+    assert one_round["key_id"] == one.manifest["key_id"] is not None and "key_id" not in two.manifest
     own = hash_tensors(unet.state_dict())
-    assert link["model"] == {"kind": "base", "weights": own} and link["base_model"] == own
-    assert (link["steps"], link["seed"], link["foreign_model"], link["images_restored"]) == (3, 0, False, 6)
-    assert link["versions"]["torch"] == torch.__version__ and one.rounds == []
+    assert one_round["model"] == {"kind": "base", "weights": own} and one_round["base_model"] == own
+    assert (one_round["steps"], one_round["seed"], one_round["foreign_model"], one_round["images_restored"]) == (
+        3,
+        0,
+        False,
+        6,
+    )
+    assert one_round["versions"]["torch"] == torch.__version__ and one.lineage == []
     assert all(i["t_n"] == 300 and i["observed_t_n"] == 500 for i in two.images)
-    assert read_json(second / "plan.json")["restored"] == two.rounds
+    assert read_json(second / "plan.json")["restored"] == two.lineage
     assert two.manifest["tokens"] and two[0, 0]["tokens"].shape == (2, 77)
     assert [i["captions"] for i in two.images] == [i["captions"] for i in one.images]  # training draws from all of them
     # The second round, by a model that was trained on the first one's samples.
-    with_lora(unet, tmp_path / "run", two.hash, t_n=300, restored=two.chain)
-    quietly(asked(second, tmp_path / "third", lora=str(tmp_path / "run"), t_n=100))
+    with_lora(unet, tmp_path / "run", two.hash, t_n=300, restored=two.public_lineage)
+    quietly(settings(second, tmp_path / "third", lora=str(tmp_path / "run"), t_n=100))
     three = LatentStore(tmp_path / "third")
-    assert three.rounds[0] == link and len(three.rounds) == 2
-    last = three.rounds[1]
+    assert three.lineage[0] == one_round and len(three.lineage) == 2
+    last = three.lineage[1]
     assert last["parent"] == two.hash and last["parent_levels"] == {"300": 6} and "key_id" not in last
     assert last["model"].items() >= {"kind": "lora", "t_n": 300, "data": two.hash, "step": 7}.items()
     assert all(i["t_n"] == 100 and i["observed_t_n"] == 500 for i in three.images)
     assert len({one.hash, two.hash, three.hash}) == 3
-    two.rounds = [{**link, "key_id": None}]
+    two.lineage = [{**one_round, "key_id": None}]
     assert two.hash == last["parent"]  # as of any store, it says nothing of the noise
     drawn = latents_in(tmp_path / "third")
     assert drawn.keys() == latents_in(first).keys() and not equal(drawn, latents_in(second))
@@ -326,14 +336,14 @@ def test_a_restored_store_is_another_than_one_observed_at_its_level(first, secon
     assert observed_t_n(LatentStore(second)) == 500 and observed_t_n(LatentStore(observed)) == 300
 
 
-def test_images_at_or_below_the_level_and_clean_ones_are_taken_over(encoders, schedule, asked, tmp_path):
+def test_images_at_or_below_the_level_and_clean_ones_are_taken_over(encoders, schedule, settings, tmp_path):
     copy_emoji(tmp_path / "emoji", 6)
     rows = [json.loads(line) for line in (tmp_path / "emoji/metadata.jsonl").read_text().splitlines()]
     for row, level in zip(rows, (-1, 100, 300, 301, 700, None), strict=True):
         row["level"] = level
     (tmp_path / "emoji/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     store, said = draw_store(tmp_path, encoders, schedule, t_n_column="level"), []
-    manifest = quietly(asked(store, tmp_path / "out"), said.append)
+    manifest = quietly(settings(store, tmp_path / "out"), said.append)
     want = {None: None, 100: 100, 300: 300, 301: 300, 700: 300, 500: 300}
     before, after = latents_in(store), latents_in(tmp_path / "out")
     for old, new in zip(LatentStore(store).images, LatentStore(tmp_path / "out").images, strict=True):
@@ -347,7 +357,7 @@ def test_images_at_or_below_the_level_and_clean_ones_are_taken_over(encoders, sc
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_is_the_one_that_was_trained(first, asked, unet, tmp_path):
+def test_the_model_is_the_one_that_was_trained(first, settings, unet, tmp_path):
     """A LoRA and a whole UNet restore with the weights that were saved."""
     tuned = with_lora(unet, tmp_path / "run", LatentStore(first).hash)
     whole = copy.deepcopy(unet)
@@ -360,13 +370,13 @@ def test_the_model_is_the_one_that_was_trained(first, asked, unet, tmp_path):
     told["added_cond_kwargs"] = {"text_embeds": item["pooled"][None], "time_ids": torch.tensor([item["time_ids"]])}
     x, t = item["x_n"][None], torch.tensor([400])
     for kind, path, model in (("lora", "run", tuned), ("unet", "full", whole)):
-        options = asked(first, tmp_path / "o", **{kind: str(tmp_path / path)})
+        options = settings(first, tmp_path / "o", **{kind: str(tmp_path / path)})
         loaded = loop_model.load_model(options, torch.float32)
         assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
         with torch.no_grad():
             torch.testing.assert_close(loaded(x, t, **told)[0], model(x, t, **told)[0], atol=1e-5, rtol=1e-5)
-        assert not loop_provenance.check_history(options, store, loop_model.told(options))
-    half = loop_model.load_model(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.bfloat16)
+        assert not loop_provenance.check_history(options, store, loop_model.training_info(options))
+    half = loop_model.load_model(settings(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.bfloat16)
     halves = {k: v.bfloat16() if torch.is_tensor(v) else v for k, v in told.items()}
     halves["added_cond_kwargs"]["text_embeds"] = halves["added_cond_kwargs"]["text_embeds"].bfloat16()
     with torch.no_grad():
@@ -389,12 +399,12 @@ def histories(store):
     ]
 
 
-def test_models_that_may_have_seen_more_are_refused(first, second, asked, unet, tmp_path):
+def test_models_that_may_have_seen_more_are_refused(first, second, settings, unet, tmp_path):
     store = LatentStore(first)
     for info, message in histories(store):
         assert message in loop_provenance.seen_besides(info, store)
     with_lora(unet, tmp_path / "clean", "0" * 64, t_n=None)
-    options = asked(first, tmp_path / "o", lora=str(tmp_path / "clean"))
+    options = settings(first, tmp_path / "o", lora=str(tmp_path / "clean"))
     with pytest.raises(
         StoreError, match="--lora: .* was trained on other data, at t_n = none; .* t_n = 500 do.*--allow_for"
     ) as e:
@@ -403,43 +413,48 @@ def test_models_that_may_have_seen_more_are_refused(first, second, asked, unet, 
     # A model of the store, of what it was restored from, and of samples restored from either has seen nothing else.
     two = LatentStore(second)
     for seen in (store, two):
-        for asked_of in (store, two):
-            assert loop_provenance.seen_besides({"data": seen.hash, "t_n": 1, "restored": seen.chain}, asked_of) is None
+        for store_to_restore in (store, two):
+            assert (
+                loop_provenance.seen_besides(
+                    {"data": seen.hash, "t_n": 1, "restored": seen.public_lineage}, store_to_restore
+                )
+                is None
+            )
 
 
-def test_what_a_foreign_model_drew_says_so(first, asked, unet, tmp_path, schedule):
+def test_what_a_foreign_model_drew_says_so(first, settings, unet, tmp_path, schedule):
     with_lora(unet, tmp_path / "clean", "0" * 64, t_n=None)
     said = []
-    quietly(asked(first, tmp_path / "o", lora=str(tmp_path / "clean"), allow_foreign_model=True), said.append)
+    quietly(settings(first, tmp_path / "o", lora=str(tmp_path / "clean"), allow_foreign_model=True), said.append)
     assert any(s.startswith("warning: --lora was trained on other data, at t_n = none") for s in said)
     store = LatentStore(tmp_path / "o")
-    assert store.rounds[0]["foreign_model"] is True
+    assert store.lineage[0]["foreign_model"] is True
     (line,) = check_stores(store, None, schedule)
     assert "a model that may have seen more of the images drew them, so no t_n says what protects those" in line
-    info = {"data": store.hash, "t_n": 300, "restored": store.chain, "observed_t_n": 500}
+    info = {"data": store.hash, "t_n": 300, "restored": store.public_lineage, "observed_t_n": 500}
     assert "a model of other data drew" in loop_provenance.seen_besides(info, LatentStore(first))
     card = model_card(tmp_path / "o", info, repo_id="me/x", license="openrail++")
     assert "A model that may have seen more of the images drew some of them" in card
 
 
-def test_a_unet_of_another_architecture_can_not_restore(first, asked, unet, tmp_path):
+def test_a_unet_of_another_architecture_can_not_restore(first, settings, unet, tmp_path):
     other = UNet2DConditionModel.from_config({**unet.config, "cross_attention_dim": 24})
     save_unet(other, tmp_path / "full", {"t_n": 500, "data": LatentStore(first).hash})
-    options = asked(first, tmp_path / "o", unet=str(tmp_path / "full"))
+    options = settings(first, tmp_path / "o", unet=str(tmp_path / "full"))
     with pytest.raises(ModelError, match="--unet: .* is of another architecture than .*: its cross_attention_dim differs"):
         loop_model.load_model(options, torch.float32)
 
 
-def test_a_lora_of_the_text_encoders_can_not_restore(first, asked, unet, encoders, tmp_path):
+def test_a_lora_of_the_text_encoders_can_not_restore(first, settings, unet, encoders, tmp_path):
     tuned, text = copy.deepcopy(unet), copy.deepcopy(encoders.text_encoders)
     add_lora(tuned, rank=2, alpha=1, targets=["attention"])
     add_text_lora(text, rank=2, alpha=1)
     save_lora(tuned, tmp_path / "run", {"t_n": 500, "data": LatentStore(first).hash}, text)
     with pytest.raises(StoreError, match="--lora: .* changes text_encoder and text_encoder_2 too; only a LoRA of the UNet"):
-        quietly(asked(first, tmp_path / "o", lora=str(tmp_path / "run")))
+        quietly(settings(first, tmp_path / "o", lora=str(tmp_path / "run")))
     assert not (tmp_path / "o").exists()
     with pytest.raises(InterchangeError, match="--lora: "):
-        loop_model.load_model(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.float32)
+        loop_model.load_model(settings(first, tmp_path / "o", lora=str(tmp_path / "run")), torch.float32)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------
@@ -451,38 +466,42 @@ def refused(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_another_base_model_is_refused(first, asked, miniature, encoders, unet, tmp_path):
+def test_another_base_model_is_refused(first, settings, miniature, encoders, unet, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(miniature, base)
     scheduler = DDPMScheduler.from_pretrained(miniature, subfolder="scheduler")
     DDPMScheduler.from_config(scheduler.config, beta_end=0.013).save_pretrained(base / "scheduler")
-    other = asked(first, tmp_path / "o", pretrained_model_name_or_path=str(base))
+    other = settings(first, tmp_path / "o", pretrained_model_name_or_path=str(base))
     refused(other, r"was made with another base model than .* \(schedule differ\)")
     vae = copy.deepcopy(encoders.vae)
     vae.decoder.conv_out.bias.data += 1
     vae.save_pretrained(tmp_path / "vae")
-    refused(asked(first, tmp_path / "o", pretrained_vae_model_name_or_path=str(tmp_path / "vae")), r"\(vae differ\)")
+    refused(settings(first, tmp_path / "o", pretrained_vae_model_name_or_path=str(tmp_path / "vae")), r"\(vae differ\)")
     shutil.copytree(miniature / "scheduler", base / "scheduler", dirs_exist_ok=True)
     text = copy.deepcopy(encoders.text_encoders[1])
     text.text_projection.weight.data += 1e-3
     text.save_pretrained(base / "text_encoder_2")
     refused(other, r"\(text_encoders differ\)")
     with_lora(unet, tmp_path / "run", LatentStore(first).hash, prediction_type="v_prediction")
-    refused(asked(first, tmp_path / "o", lora=str(tmp_path / "run")), "was trained to predict v_prediction, but .* epsilon")
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_level_that_is_not_lower_is_refused(first, second, asked, tmp_path):
-    refused(asked(first, tmp_path / "o", t_n=500), "--t_n: 500 is not below the level of any image in .*first, t_n = 500")
-    refused(asked(second, tmp_path / "o", t_n=300), "--t_n: 300 is not below the level of any image in .*second, t_n = 300")
-    assert not (tmp_path / "o").exists()
-
-
-def test_another_round_is_refused_by_name(first, second, asked):
-    before, store, (link,) = snapshot(second), LatentStore(first), LatentStore(second).rounds
-    assert loop_run.reconcile_restored_plan(second, loop_run.make_plan(store, {**link, "versions": {}}, 1)) == read_json(
-        second / "plan.json"
+    refused(
+        settings(first, tmp_path / "o", lora=str(tmp_path / "run")), "was trained to predict v_prediction, but .* epsilon"
     )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_level_that_is_not_lower_is_refused(first, second, settings, tmp_path):
+    refused(settings(first, tmp_path / "o", t_n=500), "--t_n: 500 is not below the level of any image in .*first, t_n = 500")
+    refused(
+        settings(second, tmp_path / "o", t_n=300), "--t_n: 300 is not below the level of any image in .*second, t_n = 300"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_another_round_is_refused_by_name(first, second, settings):
+    before, store, (one_round,) = snapshot(second), LatentStore(first), LatentStore(second).lineage
+    assert loop_run.reconcile_restored_plan(
+        second, loop_run.make_plan(store, {**one_round, "versions": {}}, 1)
+    ) == read_json(second / "plan.json")
     for change, message in (
         (dict(t_n=200), r"latent\.t_n: stored 300, wanted 200"),
         (dict(seed=1), "round 1: seed: stored 0, wanted 1"),
@@ -491,8 +510,8 @@ def test_another_round_is_refused_by_name(first, second, asked):
         (dict(captions="0" * 64), "round 1: captions: stored "),
     ):
         with pytest.raises(StoreError, match=f"the store .*second is of something else .*{message}.*use another folder"):
-            loop_run.reconcile_restored_plan(second, loop_run.make_plan(store, {**link, **change}, 2))
-    refused(asked(first, second, seed=1), "round 1: seed: stored 0, wanted 1")
+            loop_run.reconcile_restored_plan(second, loop_run.make_plan(store, {**one_round, **change}, 2))
+    refused(settings(first, second, seed=1), "round 1: seed: stored 0, wanted 1")
     assert snapshot(second) == before
 
 
@@ -526,19 +545,19 @@ def test_damaged_plans_and_lost_ones_are_refused(second, tmp_path):
         (dict(dtype="int8"), "--dtype: 'int8' is not one of float32, float16, bfloat16"),
     ],
 )
-def test_wrong_options_are_one_line(first, asked, tmp_path, changes, message):
+def test_wrong_options_are_one_line(first, settings, tmp_path, changes, message):
     with pytest.raises(OptionError) as error:
-        asked(first, tmp_path / "o", **changes)
+        settings(first, tmp_path / "o", **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_observations_are_never_written_over(first, asked, tmp_path):
+def test_observations_are_never_written_over(first, settings, tmp_path):
     for output, message in ((first, "lies in --latents_dir"), (first / "x", "lies in --latents_dir")):
         with pytest.raises(OptionError, match=message):
-            asked(first, output)
+            settings(first, output)
     other = shutil.copytree(first, tmp_path / "other")
     with pytest.raises(OptionError, match="holds a store of something else than restored samples"):
-        asked(first, other)
+        settings(first, other)
 
 
 def test_the_command_line(first, miniature, tmp_path, capsys):
@@ -567,20 +586,20 @@ def test_no_noise_is_drawn_into_a_restored_store(first, second, encoders, schedu
     restored = shutil.copytree(second, tmp_path / "restored")
     before = snapshot(restored)
     for t_n, allowed in ((300, False), (500, True)):
-        how = dict(t_n=t_n, allow_second_observation=allowed, shard_size=2, log=lambda message: None)
+        settings = StoreSettings(Geometry(64), t_n, allow_second_observation=allowed, shard_size=2)
         with pytest.raises(StoreError, match="holds restored samples, and no noise is drawn into it; use another folder"):
-            build_store(first.parent / "emoji", restored, encoders, schedule, Geometry(64), **how)
+            build_store(first.parent / "emoji", restored, encoders, schedule, settings, log=lambda message: None)
     assert snapshot(restored) == before
 
 
 def test_restored_samples_are_no_noisy_latents_to_start_from(second, encoders, schedule, tmp_path):
     nested = shutil.copytree(second, tmp_path / "folder" / "restored")
     for folder, pre_noised in ((second, True), (second, False), (nested.parent, True)):
-        how = dict(t_n=300, pre_noised=pre_noised, instance_prompt="x")
+        settings = StoreSettings(Geometry(64), 300, pre_noised=pre_noised, instance_prompt="x")
         with pytest.raises(
             StoreError, match="--train_data_dir: .* is a store of restored samples.* t_n = 500.*--latents_dir"
         ):
-            build_store(folder, tmp_path / "s", encoders, schedule, Geometry(64), **how)
+            build_store(folder, tmp_path / "s", encoders, schedule, settings)
     assert not (tmp_path / "s").exists()
 
 
@@ -617,13 +636,13 @@ def test_training_goes_on_from_them_and_says_what_they_are(second, tmp_path, cap
     (line,) = [s for s in capsys.readouterr().out.splitlines() if "restored samples" in s]
     assert line.startswith("note: 6 of 6 images of ") and "restored samples at t_n = 300" in line
     assert "observations at t_n = 500: not observations, and what protects the images stays what t_n = 500 promises" in line
-    chain = LatentStore(second).chain
+    lineage = LatentStore(second).public_lineage
     with safe_open(str(tmp_path / "run" / LORA_FILE), "pt") as file:
         info = json.loads(file.metadata()["sdxl_ambient"])
     assert info == read_training_info(tmp_path / "run")
-    assert info["t_n"] == 300 and info["observed_t_n"] == 500 and info["restored"] == chain
+    assert info["t_n"] == 300 and info["observed_t_n"] == 500 and info["restored"] == lineage
     assert "key" not in json.dumps(info)
-    assert read_json(tmp_path / "run/checkpoint-3/checkpoint.json")["progress"]["run"]["restored"] == chain
+    assert read_json(tmp_path / "run/checkpoint-3/checkpoint.json")["progress"]["run"]["restored"] == lineage
     card = model_card(tmp_path / "run", info, repo_id="me/x", license="openrail++")
     assert "only as a sample at timestep t_n = 300 (σ = 0.640) that a model drew given its one **noisy** latent" in card
     assert "| restored samples | observed at t_n = 500; restored to t_n = 300 by the base model |" in card

@@ -13,7 +13,7 @@ from support.stores import snapshot
 
 from sdxl_ambient import probe as preview_probe
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.images.load import load_rgb, spread
+from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.models.vae import encode_image
 from sdxl_ambient.noise import levels
 from sdxl_ambient.preview import (
@@ -28,6 +28,7 @@ from sdxl_ambient.preview import (
 from sdxl_ambient.preview import (
     run as preview_run,
 )
+from sdxl_ambient.spread import spread
 from sdxl_ambient.store.scan import content_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")

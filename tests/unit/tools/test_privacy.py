@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from support.pictures import copy_emoji
 
 from sdxl_ambient.noise import levels
@@ -108,7 +109,7 @@ def test_rho_by_hand():
     # C = 3, α² = 0.2, σ² = 0.8: the sensitivity is 2·√0.2·3, its square 7.2, over 2σ² = 1.6.
     assert accounting.rho(3.0, 0.2 / 0.8) == pytest.approx(4.5, rel=1e-15)
     assert accounting.rho(3.0, 0.2 / 0.8, 10) == pytest.approx(45, rel=1e-15)
-    assert accounting.epsilon(4.5, math.exp(-2)) == pytest.approx(4.5 + 2 * 3, rel=1e-12)
+    assert accounting.zcdp_epsilon(4.5, math.exp(-2)) == pytest.approx(4.5 + 2 * 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("order", [1.5, 2.0, 8.0])
@@ -125,25 +126,51 @@ def test_rho_bounds_the_renyi_divergence_of_the_worst_pair(order):
 def test_epsilon_holds_for_a_gaussian(rho):
     """The exact δ of a Gaussian observation (Balle and Wang 2018, Theorem 8) is at most the one that was asked for."""
     delta, shift = 1e-5, math.sqrt(2 * rho)
-    epsilon = accounting.epsilon(rho, delta)
+    epsilon = accounting.zcdp_epsilon(rho, delta)
 
     def phi(x):
         return math.erfc(-x / math.sqrt(2)) / 2
 
     exact = phi(shift / 2 - epsilon / shift) - math.exp(epsilon) * phi(-shift / 2 - epsilon / shift)
     assert 0 <= exact < delta
-    assert accounting.rho_for_epsilon(epsilon, delta) == pytest.approx(rho, rel=1e-9)
-    signal = accounting.snr_for_epsilon(epsilon, delta, 12.0)
-    assert accounting.epsilon(accounting.rho(12.0, signal), delta) == pytest.approx(epsilon, rel=1e-9)
+    assert accounting.gaussian_epsilon(rho, delta) < epsilon
+    assert accounting.zcdp_rho(epsilon, delta) == pytest.approx(rho, rel=1e-9)
+    signal = accounting.zcdp_snr(epsilon, delta, 12.0)
+    assert accounting.zcdp_epsilon(accounting.rho(12.0, signal), delta) == pytest.approx(epsilon, rel=1e-9)
+
+
+@pytest.mark.parametrize("delta", [1e-5, 1e-2])
+@pytest.mark.parametrize("rho", [1e-3, 0.01, 0.1, 1.049, 2.0, 50.0])
+def test_the_exact_epsilon_is_that_of_balle_and_wang(rho, delta):
+    """δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ) with μ = √(2ρ), in closed form (Balle and Wang 2018, Theorem 8)."""
+    epsilon, mu = accounting.gaussian_epsilon(rho, delta), math.sqrt(2 * rho)
+    exact = stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * stats.norm.cdf(-mu / 2 - epsilon / mu)
+    assert epsilon == 0 or exact == pytest.approx(delta, rel=1e-6)
+    assert epsilon < accounting.zcdp_epsilon(rho, delta)
+    if epsilon > 0:
+        signal = accounting.gaussian_snr(epsilon, delta, 12.0)
+        assert accounting.rho(12.0, signal) == pytest.approx(rho, rel=1e-6)
+
+
+def test_the_exact_epsilon_and_the_bound_in_figures():
+    assert accounting.gaussian_epsilon(1.049, 1e-5) == pytest.approx(6.76, abs=0.005)
+    assert accounting.zcdp_epsilon(1.049, 1e-5) == pytest.approx(8.00, abs=0.005)
+    assert accounting.gaussian_epsilon(0.01, 1e-5) == pytest.approx(0.50, abs=0.005)
+    assert accounting.zcdp_epsilon(0.01, 1e-5) == pytest.approx(0.69, abs=0.005)
+    assert accounting.gaussian_epsilon(0.0, 1e-5) == 0  # no signal
 
 
 def test_no_level_gives_a_meaningful_guarantee_at_the_size_of_sdxl(schedule):
     options = privacy_options.PrivacyOptions()
     norms = {"unit_variance": math.sqrt(options.dimension)}
-    whole = privacy_run.accounted(options, schedule, norms)
+    whole = privacy_run.accounted(schedule, norms, options.delta)
     assert options.dimension == 65_536 and norms["unit_variance"] == 256
     assert whole["last_level"] == 999 and whole["clip_norms"]["unit_variance"]["last_epsilon"] > 500
     assert whole["clip_norms"]["unit_variance"]["snr_needed"] < whole["last_snr"] / 500
+    # The exact figures are better, and no more meaningful.
+    exact = whole["clip_norms"]["unit_variance"]
+    assert 500 < exact["last_epsilon_exact"] < exact["last_epsilon"]
+    assert exact["snr_needed"] < exact["snr_needed_exact"] < whole["last_snr"] / 400
 
 
 # -- the best linear reconstruction ------------------------------------------------------------------------------------

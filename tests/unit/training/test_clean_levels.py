@@ -21,6 +21,7 @@ from sdxl_ambient.objective import ExtraRows, ObjectiveOptions, ambient_objectiv
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.prenoised import fingerprint_of_latents
 from sdxl_ambient.store.reader import LatentStore, Presentation
+from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.clean_levels import CleanLevels
 
 FOLDER = "latents_clean_unprotected"
@@ -108,8 +109,9 @@ def emoji(tmp_path_factory):
 def folder(tmp_path_factory, emoji, encoders, schedule):
     """Two stores: noisy latents at levels of their own, and clean ones."""
     folder = tmp_path_factory.mktemp("stores")
-    for name, how in ("noisy", dict(t_n=500, t_n_column="level")), ("clean", dict(t_n=None)):
-        build_store(emoji, folder / name, encoders, schedule, Geometry(64), **how, log=lambda message: None)
+    noisy, clean = StoreSettings(Geometry(64), t_n_column="level"), StoreSettings(Geometry(64), t_n=None)
+    for name, settings in ("noisy", noisy), ("clean", clean):
+        build_store(emoji, folder / name, encoders, schedule, settings, log=lambda message: None)
     return folder
 
 
@@ -179,7 +181,7 @@ def test_stores_of_other_pictures_or_settings_are_refused(folder, encoders, sche
             entry["time_ids"] = [64, 64, 4, 0, 64, 64]
 
     def restored(clean, noisy):
-        clean.rounds = [{"foreign_model": False}]
+        clean.lineage = [{"foreign_model": False}]
 
     def two_sizes(clean, noisy):
         clean.images[0]["time_ids"] = noisy.images[0]["time_ids"] = [64, 64, 0, 0, 64, 32]

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from support.pictures import copy_emoji
 
-from sdxl_ambient.images.load import spread
 from sdxl_ambient.models.denoiser import Denoiser
+from sdxl_ambient.spread import spread
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.heldout_loss import (
     BandSettings,
@@ -31,10 +31,16 @@ def accelerator():
 def store(tmp_path_factory, encoders, schedule):
     from sdxl_ambient.images.geometry import Geometry
     from sdxl_ambient.store.build import build_store
+    from sdxl_ambient.store.settings import StoreSettings
 
     folder = tmp_path_factory.mktemp("heldout")
     build_store(
-        copy_emoji(folder / "emoji", 6), folder / "store", encoders, schedule, Geometry(64), t_n=500, log=lambda m: None
+        copy_emoji(folder / "emoji", 6),
+        folder / "store",
+        encoders,
+        schedule,
+        StoreSettings(Geometry(64)),
+        log=lambda m: None,
     )
     return LatentStore(folder / "store")
 

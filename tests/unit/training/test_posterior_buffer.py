@@ -16,6 +16,7 @@ from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.checks import check_stores
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.scan import content_hash
+from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.ema import EMA
 from sdxl_ambient.training.posterior_buffer import PosteriorBuffer
 from sdxl_ambient.training.settings import RestoreOptions
@@ -24,8 +25,8 @@ from sdxl_ambient.training.settings import RestoreOptions
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, encoders, schedule):
     folder = tmp_path_factory.mktemp("data")
-    build_store(copy_emoji(folder / "emoji", 6), folder / "store", encoders, schedule, Geometry(64), t_n=500,
-                noise_key_file=str(folder / "key"))  # fmt: skip
+    build_store(copy_emoji(folder / "emoji", 6), folder / "store", encoders, schedule,
+                StoreSettings(Geometry(64), noise_key_file=str(folder / "key")))  # fmt: skip
     return folder
 
 

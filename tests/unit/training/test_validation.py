@@ -13,6 +13,7 @@ from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.model import load_trainable
 from sdxl_ambient.training.validation import Validation, _spread
 
@@ -55,7 +56,7 @@ def stores(tmp_path_factory, encoders, schedule):
     folder = tmp_path_factory.mktemp("stores")
     for split, count in (("finetune", 6), ("heldout", 4)):
         images = copy_emoji(folder / "emoji" / split, count, split)
-        build_store(images, folder / split, encoders, schedule, Geometry(64), t_n=500, log=lambda message: None)
+        build_store(images, folder / split, encoders, schedule, StoreSettings(Geometry(64)), log=lambda message: None)
     return folder
 
 

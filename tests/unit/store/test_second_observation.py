@@ -10,6 +10,20 @@ from support.stores import equal, latents_in, snapshot
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.store.second_observation import compare
+
+MARKS = {"latent": {"t_n": 500}, "text": {}}
+
+
+def test_differences_are_named_but_captions_are_none():
+    images = [{"content": c, "captions": ["x"], "t_n": 500} for c in "ab"]
+    stored = {"fingerprint": MARKS, "images": images}
+    assert compare(stored, {"fingerprint": MARKS, "images": [{**i, "captions": ["y"]} for i in images]}) == []
+    wanted = {"fingerprint": {"latent": {"t_n": 300}, "text": {}}, "images": images[:1] + [{"content": "c", "t_n": 300}]}
+    assert compare(stored, wanted) == [
+        "latent.t_n: stored 500, wanted 300",
+        "images: 1 are not in the store, 1 are in the store only",
+    ]
 
 
 def test_a_damaged_plan_or_a_missing_one_is_refused(build, emoji, tmp_path):
