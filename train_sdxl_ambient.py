@@ -163,8 +163,9 @@ def quick_look(options: TrainOptions, accelerator: Accelerator, stack: ExitStack
     from eval.quick import QuickLook
 
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    sets = options.train_data_dir, options.heldout_data_dir
-    look = QuickLook(*sets, folder, options.memorization_embedder, caption_column=options.caption_column)
+    train, heldout = options.train_data_dir, options.heldout_data_dir
+    assert train is not None and heldout is not None  # validated with --memorization_every
+    look = QuickLook(train, heldout, folder, options.memorization_embedder, caption_column=options.caption_column)
     look.prepare()
     return look
 

@@ -57,7 +57,7 @@ def _build(options: LatentsOptions) -> None:
     geometry = Geometry.parse(options.resolution, options.center_crop, *buckets)
     settings = settings_of(StoreSettings, options, geometry=geometry, keep_tokens=False)
     vae = options.pretrained_vae_model_name_or_path
-    encoders = load_encoders(base, vae=vae, revision=revision, variant=options.variant).to(state.device)
+    encoders = load_encoders(base, vae=vae, revision=revision, variant=options.variant).to(state.device or "cpu")
     schedule = load_schedule(base, revision)
     build_store(options.train_data_dir, options.output_dir, encoders, schedule, settings, state=state)
 

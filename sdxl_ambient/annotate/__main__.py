@@ -16,17 +16,13 @@ the noise that the classifier sees exist in memory only. docs/ANNOTATING.md says
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from sdxl_ambient.annotate.options import AnnotateOptions
+from sdxl_ambient.annotate.settings import AnnotateSettings
 from sdxl_ambient.config import parse_options
 from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.errors import run_command
-
-if TYPE_CHECKING:
-    from sdxl_ambient.annotate.settings import AnnotateSettings
 
 
 def summary_lines(settings: AnnotateSettings, annotations: dict) -> list[str]:
@@ -67,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
 def _annotate(options: AnnotateOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from sdxl_ambient.annotate.run import annotate
-    from sdxl_ambient.annotate.settings import AnnotateSettings
 
     settings = settings_of(AnnotateSettings, options)
     print(*summary_lines(settings, annotate(settings)), sep="\n")

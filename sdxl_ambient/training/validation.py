@@ -185,7 +185,7 @@ class Validation:
     def _edges(self) -> list[tuple[int, int]] | None:
         assert self.heldout is not None
         level = common_t_n(self.heldout)
-        if level == "mixed" or level != common_t_n(self.store):
+        if isinstance(level, str) or level != common_t_n(self.store):  # "mixed"
             return None
         return band_edges(self.schedule, CLEAN if level is None else level, self.options.heldout_bands)
 
@@ -201,6 +201,7 @@ class Validation:
     def _memorization(self, step: int) -> None:
         """Draw with training captions, and compare: the share of copies and its excess over held-out images."""
         options = self.options
+        assert options.train_data_dir is not None, "validated with --memorization_every"
         records = list_images(options.train_data_dir, options.caption_column)
         captions = [r.captions[0] if r.captions else options.instance_prompt or "" for r in records]
         prompts = _spread(captions, options.memorization_images)
