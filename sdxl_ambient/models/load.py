@@ -151,11 +151,15 @@ class Encoders:
     tokenizers: tuple[Any, ...]
     text_encoders: tuple[torch.nn.Module, ...]
 
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """The VAE and both text encoders."""
+        return [self.vae, *self.text_encoders]
+
     def to(self, device: torch.device | str) -> Encoders:
         """Move all networks to a device. Returns self."""
-        networks: tuple[torch.nn.Module, ...] = (self.vae, *self.text_encoders)
-        for module in networks:
-            module.to(device)
+        for network in self.networks:
+            network.to(device)
         return self
 
 
