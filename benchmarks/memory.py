@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.marks import put_between
 from benchmarks.record import ROOT, target, write_record
 from benchmarks.sdxl import sdxl
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
@@ -163,15 +164,8 @@ def table(record: dict) -> str:
 
 
 def written(text: str, record: dict) -> str:
-    """``text`` with the table between the marks put anew.
-
-    Raises:
-        ValueError: the marks are not there, once each.
-    """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{START} and {END} must each be there once")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{table(record)}\n{END}{rest.split(END)[1]}"
+    """``text`` with the table between the marks put anew; a ValueError where the marks are not there, once each."""
+    return put_between(text, START, END, table(record))
 
 
 def main(argv=None) -> int:

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, peak_of, target, write_record
+from benchmarks.measuring import peak_of
+from benchmarks.record import ROOT, target, write_record
 from benchmarks.sdxl import sdxl, sdxl_schedule
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet

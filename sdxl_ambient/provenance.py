@@ -121,8 +121,11 @@ def processor() -> str:
     """The processor's model name, or the GPU's where there is one."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's model name, also where there is a GPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

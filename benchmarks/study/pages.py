@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
+from benchmarks.marks import put_between
 from benchmarks.record import ROOT
 from benchmarks.study.grid import METHODS
 from benchmarks.study.summary import label, markdown, noisy_rows, number, pick
@@ -25,16 +26,8 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def put(text: str, name: str, body: str) -> str:
-    """``text`` with ``body`` between the marks of ``name``.
-
-    Raises:
-        ValueError: the marks are not there, once each.
-    """
-    start, end = marks(name)
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{start} and {end} must each be there once")
-    before, rest = text.split(start)
-    return f"{before}{start}\n{body}\n{end}{rest.split(end)[1]}"
+    """``text`` with ``body`` between the marks of ``name``; a ValueError where the marks are not there, once each."""
+    return put_between(text, *marks(name), body)
 
 
 def short_table(table: Sequence[dict]) -> str:
