@@ -101,7 +101,7 @@ def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
 
 
 def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[int, Path], dict]:
-    from benchmarks.dp_lora import train_dp_lora
+    from benchmarks.private_training import train_dp_lora
     from sdxl_ambient.images.geometry import Geometry
     from sdxl_ambient.models.load import load_encoders, load_schedule
     from sdxl_ambient.store.build import build_store
