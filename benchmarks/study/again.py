@@ -20,7 +20,8 @@ from scipy import stats
 
 from benchmarks.record import ROOT, target, write_record
 from benchmarks.study.cells import CELLS, read_cells
-from benchmarks.study.summary import CONFIDENCE, plain, rows
+from benchmarks.study.intervals import CONFIDENCE, plain
+from benchmarks.study.rows import rows
 from eval.statistics.calibrate import Estimate
 
 RECORD = ROOT / "benchmarks/results/study_again.json"

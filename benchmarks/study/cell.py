@@ -60,7 +60,7 @@ class Folders:
 
 def flags(cell: Cell, folders: Folders, output: Path) -> list[str]:
     """The training script's arguments."""
-    told = {
+    arguments = {
         **cell.flags,
         **({"t_n": cell.t_n} if cell.how.noisy else {}),
         **({"heldout_data_dir": folders.tuning} if cell.how.tuned else {}),
@@ -71,8 +71,8 @@ def flags(cell: Cell, folders: Folders, output: Path) -> list[str]:
         "output_dir": output,
         "resume_from_checkpoint": "latest",
     }
-    told["pretrained_model_name_or_path"] = ROOT / told["pretrained_model_name_or_path"]
-    return [part for name, value in told.items() for part in (f"--{name}", str(value))]
+    arguments["pretrained_model_name_or_path"] = ROOT / arguments["pretrained_model_name_or_path"]
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
 
 
 def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
@@ -177,11 +177,10 @@ def samplers(adapter: Path | None, t_n: int) -> list[Sampler]:
     """The ways a model is sampled; the base model has no adapter to scale or to take off."""
     if adapter is None:
         return [Sampler("full", guidance_scale=GUIDANCE), Sampler("guidance_1", guidance_scale=1.0)]
-    own = dict(lora_scale=1.0, guidance_scale=GUIDANCE)
     return [
-        Sampler("full", **own),
-        Sampler("early_stop", "early_stop", t_n, **own),
-        Sampler("hybrid", "hybrid", t_n, **own),
+        Sampler("full", lora_scale=1.0, guidance_scale=GUIDANCE),
+        Sampler("early_stop", "early_stop", t_n, lora_scale=1.0, guidance_scale=GUIDANCE),
+        Sampler("hybrid", "hybrid", t_n, lora_scale=1.0, guidance_scale=GUIDANCE),
         Sampler("scale_1.5", lora_scale=1.5, guidance_scale=GUIDANCE),
     ]
 

@@ -10,7 +10,8 @@ import matplotlib
 from benchmarks.marks import put_between
 from benchmarks.record import ROOT
 from benchmarks.study.grid import METHODS
-from benchmarks.study.summary import label, markdown, noisy_rows, number, pick
+from benchmarks.study.markdown import label, markdown, number
+from benchmarks.study.rows import noisy_rows, pick
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -65,7 +66,7 @@ PAPER_SIMILARITY = {None: 0.698, 500: 0.626}
 
 def paper_tables(table: Sequence[dict], size: int = MAIN_SIZE) -> str:
     """The paper's figures beside ours: quality by t_n, errors relative to those at t_n = 100, and the noise attack."""
-    found = {
+    found: dict[str, dict[int | None, dict | None]] = {
         "skip": {t: pick(table, "skip", size, t, sampler="early_stop") for t in (100, 500, 800)},
         "consistency": {t: pick(table, "consistency", size, t, sampler="full") for t in (100, 500, 800)},
     }
