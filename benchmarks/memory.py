@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -82,7 +84,7 @@ def to_fake(module: torch.nn.Module) -> None:
                 part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
-def networks(options: dict) -> tuple[list[torch.nn.Module], int, tuple]:
+def networks(options: dict) -> tuple[list[torch.nn.Module], int, Sequence[int]]:
     """UNet and, where they are trained, text encoders, on the meta device; what a quantised base saves, in bytes; the
     latent's side, the embeddings' width and the pooled one's."""
     lora = options["finetune"] == "lora"
@@ -113,6 +115,7 @@ def setting(options: dict, batch: int) -> dict[str, int]:
         for module in modules:
             to_fake(module)
         if options.get("gradient_checkpointing"):
+            assert isinstance(unet, UNet2DConditionModel)
             unet.enable_gradient_checkpointing()
         x_t, t = torch.randn(batch, 4, side, side), torch.zeros(batch, dtype=torch.long)
         shown = (torch.randn(batch, 77, width, dtype=dtype), torch.randn(batch, pooled, dtype=dtype), torch.zeros(batch, 6))

@@ -31,11 +31,18 @@ def where() -> dict:
     return {**environment(), "processor": cpu_name(), "gpu": gpu, "threads": torch.get_num_threads(), "commit": commit}
 
 
-def write_record(path: Path, benchmark: str, figures: dict, targets: list[dict], started: float) -> dict:
-    """Write and return the record; ``started`` is time.perf_counter() at the start."""
+def write_record(
+    path: Path, benchmark: str, figures: dict, targets: list[dict], started: float, module: str | None = None
+) -> dict:
+    """Write and return the record.
+
+    Args:
+        started: time.perf_counter() at the start.
+        module: the command, where it is another than benchmarks.BENCHMARK.
+    """
     record = {
         "benchmark": benchmark,
-        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module or f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "environment": where(),
         "seconds": time.perf_counter() - started,
         "figures": figures,

@@ -26,7 +26,9 @@ from benchmarks.study.run import prepare, run_cells, summarise
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--archive", type=Path, help="the npm archive of emoji-datasource-twitter 16.0.0")
     parser.add_argument("--grid", choices=tuple(GRIDS), default="reduced", help="which cells")
     parser.add_argument("--only", default="", help="a regular expression that a cell's name must contain")

@@ -92,7 +92,8 @@ def main(argv=None) -> int:
         parser.error(f"cells: {str(args.cells)!r} has no row of two seeds that the committed cells have too")
     found = totals(table)
     share = found["others_agree"] / found["others"] if found["others"] else 1.0
-    write_record(RECORD, "study_again", {**found, "rows": table}, [target("study_again", share, ">=", 0.9)], started)
+    targets = [target("study_again", share, ">=", 0.9)]
+    write_record(RECORD, "study_again", {**found, "rows": table}, targets, started, module="benchmarks.study.again")
     return 0
 
 
