@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -98,8 +99,6 @@ def networks(options: dict) -> tuple[list[torch.nn.Module], int, Sequence[int]]:
         if lora:
             add_lora(unet, rank=16, alpha=16, targets=["attention"])
         if options.get("train_text_encoder"):
-            from peft import LoraConfig
-
             for encoder in encoders.text_encoders:
                 encoder.add_adapter(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]))
                 trained.append(encoder)

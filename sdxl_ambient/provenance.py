@@ -12,6 +12,8 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+from sdxl_ambient import __version__
+
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
 
 
@@ -138,8 +140,6 @@ def cpu_name() -> str:
 def environment() -> dict:
     """What a result was made with: versions, processor, threads, commit."""
     import torch
-
-    from sdxl_ambient import __version__
 
     return {
         "sdxl_ambient": __version__,
