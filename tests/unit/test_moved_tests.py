@@ -1,6 +1,6 @@
 """The list of tests that moved: by name, by likeness where a name stands twice, and by body where it changed."""
 
-from support.moved_tests import match, cases_in
+from support.moved_tests import cases_in, match
 
 ONE = "def test_a():\n    assert f(1) == 2\n"
 OTHER = "def test_a():\n    with open('x') as file:\n        assert file.read() == 'y'\n"
