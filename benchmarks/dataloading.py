@@ -18,9 +18,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.measuring import resident
 from benchmarks.record import ROOT, target, write_record
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.models.denoiser import Denoiser
@@ -51,12 +53,6 @@ def batches(store: LatentStore, count: int) -> Iterator[Batch]:
 # -- memory ----------------------------------------------------------------------
 
 
-def resident(pid: int | str) -> int:
-    """Bytes of a process that are resident; Linux."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
 def memory(store: LatentStore, epochs: tuple[int, ...]) -> dict[str, int]:
     """Resident bytes of this process and its worker after so many epochs."""
     ends = {-(-epoch * len(store) // BATCH): epoch for epoch in epochs}
@@ -64,8 +60,8 @@ def memory(store: LatentStore, epochs: tuple[int, ...]) -> dict[str, int]:
     # Some batches more than are looked at, so that the worker is still there at the end.
     for number, _ in enumerate(batches(store, max(ends) + 8), start=1):
         if number in ends:
-            workers = [child.pid for child in multiprocessing.active_children()]
-            found[f"resident_bytes_after_{ends[number]}"] = sum(map(resident, ["self", *workers]))
+            workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+            found[f"resident_bytes_after_{ends[number]}"] = sum(resident("VmRSS", who) for who in ("self", *workers))
     return found
 
 
@@ -121,7 +117,7 @@ def main(argv=None) -> int:
         store = LatentStore(
             Path(folder) / "store", presentation=Presentation(random_flip=True, empty_prompts=0.1, zero_empty=False)
         )
-        figures = {"images": len(store), "batch_size": BATCH, **memory(store, epochs)}
+        figures: dict[str, Any] = {"images": len(store), "batch_size": BATCH, **memory(store, epochs)}
         training = Training(next(batches(store, 1)))
         training.rate(2)  # warms up
         rates = [(loading_rate(store, count), training.rate(steps)) for _ in range(rounds)]

@@ -16,7 +16,6 @@ of the whole process with its libraries.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -26,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.record import ROOT, peak_of, target, write_record
+from benchmarks.measuring import in_a_process, peak_of
+from benchmarks.record import ROOT, target, write_record
 from eval.embedders.registry import load_embedder
 from eval.embedding import FeatureCache, embed_images
 from eval.images import read_folder
@@ -50,8 +50,10 @@ def write_dinov2(folder: Path, hidden: int, layers: int, heads: int) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads)
-    Dinov2Model(Dinov2Config(**sizes, patch_size=14, image_size=518)).save_pretrained(folder)
+    config = Dinov2Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, patch_size=14, image_size=518
+    )
+    Dinov2Model(config).save_pretrained(folder)
 
 
 # -- the stage, cold and warm -------------------------------------------------------------------------------------
@@ -96,11 +98,6 @@ def cold_and_warm(folder: Path, name: str, weights: str | None, cold_rounds: int
 # -- a million ----------------------------------------------------------------------------------------------------
 
 
-def in_a_process(function, *args):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def shard(index: int, rows: int, width: int) -> tuple[list[str], np.ndarray]:
     """Hashes and features, the same for the same index."""
     generator = np.random.default_rng(index)
@@ -139,7 +136,7 @@ def read_cache(folder: Path, count: int, width: int) -> dict:
     return {"seconds": seconds, "growth_gib": grown / 2**30, "peak_gib": peak / 2**30}
 
 
-def large(count: int, width: int) -> dict:
+def large_cache(count: int, width: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         writing = in_a_process(write_cache, Path(folder), count, width)
         figures = in_a_process(read_cache, Path(folder), count, width)
@@ -171,7 +168,7 @@ def main(argv=None) -> int:
         print(figures["dinov2"], flush=True)
     targets = [] if args.quick else [target("warm_cache_speedup", figures["dinov2"]["speedup"], ">=", 20)]
     if args.large:
-        figures["large"] = large(1_000_000 // fewer, 1024)
+        figures["large"] = large_cache(1_000_000 // fewer, 1024)
         print(figures["large"], flush=True)
         targets += [] if args.quick else [target("peak_gib_read_1m", figures["large"]["peak_gib"], "<=", 6)]
     write_record(args.json, "embedding", figures, targets, started)

@@ -81,6 +81,7 @@ class Network(torch.nn.Module):
             self.biases.append(torch.nn.Parameter(torch.zeros(seeds, 1, b)))
         self.seeds, self.evaluations = seeds, 0
         bar = sdxl_schedule().alpha_bar(torch.arange(1000))
+        self.log_snr: torch.Tensor
         self.register_buffer("log_snr", (bar / (1 - bar)).log().float())
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -189,8 +190,9 @@ def train(method: Method, t_n: int, budget: int, seeds: int, learning_rate: floa
     level = torch.full((1,), t_n)
     x_n = x_0 if method.data == "clean" else schedule.observe(x_0, level, z)
     given = CLEAN if method.data != "noisy" else t_n
-    changes = dict(method.options) | (dict(consistency_max_step=t_n) if method.whole_jump else {})
-    later = ObjectiveOptions(**changes)
+    later = ObjectiveOptions(**method.options)
+    if method.whole_jump:
+        later = replace(later, consistency_max_step=t_n)
     before = replace(later, consistency_weight=0.0)
     network, average = Network(seeds), Network(seeds).requires_grad_(False)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
@@ -364,20 +366,20 @@ def main(argv=None) -> int:
     budget = args.evaluations / (50 if args.quick else 1)
     count = 1000 if args.quick else 10_000
     started = time.perf_counter()
-    truth = [true_points(count, torch.Generator().manual_seed(30_000 + k)) for k in range(2)]
-    figures = {str(t_n): {"floor": {"swd": sliced_wasserstein(*truth)}} for t_n in args.t_n}
+    one, two = (true_points(count, torch.Generator().manual_seed(30_000 + k)) for k in range(2))
+    figures = {str(t_n): {"floor": {"swd": sliced_wasserstein(one, two)}} for t_n in args.t_n}
     cells = [(name, t_n, budget, args.seeds, count) for t_n in args.t_n for name in args.methods]
     there = kept(args.json) if args.keep else {}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         running = {c: pool.submit(cell, c) for c in cells if hash_json(settings(c)) not in there}
         for what in cells:
-            one = running[what].result() if what in running else there[hash_json(settings(what))]
+            found = running[what].result() if what in running else there[hash_json(settings(what))]
             name, t_n, *_ = what
-            figures[str(t_n)][name] = one
-            spread = " ".join(f"{t}:{mean(v):.3f}" for t, v in one["excess"].items())
-            swd = f"swd {mean(one['swd_full']):.3f} early {mean(one['swd_early_stop']):.3f}"
-            cost = f"{one['steps']} steps {one['seconds']:.0f} s"
-            print(f"t_n {t_n} {name:20} excess {spread}  below {below(one, t_n):.3f}  {swd}  {cost}", flush=True)
+            figures[str(t_n)][name] = found
+            spread = " ".join(f"{t}:{mean(v):.3f}" for t, v in found["excess"].items())
+            swd = f"swd {mean(found['swd_full']):.3f} early {mean(found['swd_early_stop']):.3f}"
+            cost = f"{found['steps']} steps {found['seconds']:.0f} s"
+            print(f"t_n {t_n} {name:20} excess {spread}  below {below(found, t_n):.3f}  {swd}  {cost}", flush=True)
     whole = set(args.t_n) >= set(LEVELS) and {args.ours, *OFFICIALS, "clean", "naive"} <= set(args.methods)
     write_record(args.json, "exactness", figures, targets(figures, args.ours) if whole else [], started)
     if args.plot:

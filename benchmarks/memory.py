@@ -12,12 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.marks import put_between
 from benchmarks.record import ROOT, target, write_record
 from benchmarks.sdxl import sdxl
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
@@ -81,7 +85,7 @@ def to_fake(module: torch.nn.Module) -> None:
                 part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
-def networks(options: dict) -> tuple[list[torch.nn.Module], int, tuple]:
+def networks(options: dict) -> tuple[list[torch.nn.Module], int, Sequence[int]]:
     """UNet and, where they are trained, text encoders, on the meta device; what a quantised base saves, in bytes; the
     latent's side, the embeddings' width and the pooled one's."""
     lora = options["finetune"] == "lora"
@@ -95,8 +99,6 @@ def networks(options: dict) -> tuple[list[torch.nn.Module], int, tuple]:
         if lora:
             add_lora(unet, rank=16, alpha=16, targets=["attention"])
         if options.get("train_text_encoder"):
-            from peft import LoraConfig
-
             for encoder in encoders.text_encoders:
                 encoder.add_adapter(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]))
                 trained.append(encoder)
@@ -112,6 +114,7 @@ def setting(options: dict, batch: int) -> dict[str, int]:
         for module in modules:
             to_fake(module)
         if options.get("gradient_checkpointing"):
+            assert isinstance(unet, UNet2DConditionModel)
             unet.enable_gradient_checkpointing()
         x_t, t = torch.randn(batch, 4, side, side), torch.zeros(batch, dtype=torch.long)
         shown = (torch.randn(batch, 77, width, dtype=dtype), torch.randn(batch, pooled, dtype=dtype), torch.zeros(batch, 6))
@@ -163,15 +166,8 @@ def table(record: dict) -> str:
 
 
 def written(text: str, record: dict) -> str:
-    """``text`` with the table between the marks put anew.
-
-    Raises:
-        ValueError: the marks are not there, once each.
-    """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{START} and {END} must each be there once")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{table(record)}\n{END}{rest.split(END)[1]}"
+    """``text`` with the table between the marks put anew; a ValueError where the marks are not there, once each."""
+    return put_between(text, START, END, table(record))
 
 
 def main(argv=None) -> int:

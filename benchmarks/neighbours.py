@@ -16,16 +16,17 @@ Peak memory is that of the whole process: libraries, what is mapped of the file,
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 
-from benchmarks.record import peak_of, target, write_record
+from benchmarks.measuring import in_a_process, peak_of
+from benchmarks.record import target, write_record
 from eval.neighbours import nearest, search
 
 K = 10
@@ -54,7 +55,7 @@ def flat_index(references: np.ndarray) -> faiss.IndexFlatIP:
 def taking_turns(queries: np.ndarray, references: np.ndarray, rounds: int) -> dict:
     start = time.perf_counter()
     index = flat_index(references)
-    figures = {"faiss_flat_build_seconds": time.perf_counter() - start}
+    figures: dict[str, Any] = {"faiss_flat_build_seconds": time.perf_counter() - start}
     searches = {"exact": lambda: nearest(queries, references, K), "faiss_flat": lambda: index.search(queries, K)}
     seconds, found = {name: [] for name in searches}, {}
     for i in range(rounds + 1):  # the first warms up
@@ -74,11 +75,6 @@ def taking_turns(queries: np.ndarray, references: np.ndarray, rounds: int) -> di
 
 
 # -- memory ----------------------------------------------------------------------
-
-
-def in_a_process(function, *args):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
 
 
 def growth(name: str, n_queries: int, n_references: int, width: int) -> int:
@@ -132,7 +128,7 @@ def search_large(folder: Path, method: str) -> dict:
     return figures
 
 
-def large(n_queries: int, n_references: int, width: int) -> dict:
+def large_search(n_queries: int, n_references: int, width: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         seconds = in_a_process(write_large, Path(folder), n_queries, n_references, width)
         figures = {name: in_a_process(search_large, Path(folder), name) for name in ("exact", "faiss")}
@@ -150,7 +146,7 @@ def main(argv=None) -> int:
     started = time.perf_counter()
     fewer, width = (20, WIDTH // 8) if args.quick else (1, WIDTH)
     n_queries, n_references = 5_000 // fewer, 100_000 // fewer
-    figures = {"queries": n_queries, "references": n_references, "width": width, "k": K}
+    figures: dict[str, Any] = {"queries": n_queries, "references": n_references, "width": width, "k": K}
     figures |= taking_turns(random_units(n_queries, width, 0), random_units(n_references, width, 1), args.rounds)
     for name in ("exact", "faiss_flat"):
         figures[name]["growth_bytes"] = in_a_process(growth, name, n_queries, n_references, width)
@@ -158,7 +154,7 @@ def main(argv=None) -> int:
     ratio = figures["exact"]["seconds"] / figures["faiss_flat"]["seconds"]
     targets = [target("exact_over_faiss_flat", ratio, "<=", 1.1)]
     if args.large:
-        figures["large"] = large(2_000 // fewer, 1_000_000 // fewer, width)
+        figures["large"] = large_search(2_000 // fewer, 1_000_000 // fewer, width)
         print(figures["large"], flush=True)
         peak = max(figures["large"][name]["peak_gib"] for name in ("exact", "faiss"))
         targets += [] if args.quick else [target("peak_gib_1m", peak, "<=", 6)]

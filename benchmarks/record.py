@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from sdxl_ambient.provenance import environment, write_json
+from sdxl_ambient.provenance import cpu_name, environment, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,38 +28,21 @@ def where() -> dict:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {**environment(), "processor": processor(), "gpu": gpu, "threads": torch.get_num_threads(), "commit": commit}
+    return {**environment(), "processor": cpu_name(), "gpu": gpu, "threads": torch.get_num_threads(), "commit": commit}
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def write_record(
+    path: Path, benchmark: str, figures: dict, targets: list[dict], started: float, module: str | None = None
+) -> dict:
+    """Write and return the record.
 
-
-def resident(field: str) -> int:
-    """Bytes of this process that are resident (VmRSS), or were at most (VmHWM); Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def peak_of(run) -> tuple[int, int, object]:
-    """Growth of the peak resident size during ``run()``, the peak itself, and what it returned."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what came before may have left memory to reuse
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
-    found = run()
-    peak = resident("VmHWM")
-    return peak - before, peak, found
-
-
-def write_record(path: Path, benchmark: str, figures: dict, targets: list[dict], started: float) -> dict:
-    """Write and return the record; ``started`` is time.perf_counter() at the start."""
+    Args:
+        started: time.perf_counter() at the start.
+        module: the command, where it is another than benchmarks.BENCHMARK.
+    """
     record = {
         "benchmark": benchmark,
-        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module or f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "environment": where(),
         "seconds": time.perf_counter() - started,
         "figures": figures,

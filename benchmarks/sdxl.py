@@ -1,5 +1,7 @@
 """SDXL as stable-diffusion-xl-base-1.0 configures it: its noise schedule, and its networks with random weights."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -29,10 +31,11 @@ def sdxl(dtype):
                        projection_dim=1280, hidden_act="gelu")
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    blocks: dict[str, Any] = dict(  # diffusers annotates tuples of any length as of length one
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
+    vae = AutoencoderKL(layers_per_block=2, latent_channels=4, sample_size=1024, **blocks)
     torch.set_default_dtype(before)
     encoders = Encoders(vae, (), (first, second))
     for module in (vae, first, second):

@@ -25,10 +25,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
-from benchmarks.record import ROOT, peak_of, target, write_record
+from benchmarks.measuring import peak_of
+from benchmarks.record import ROOT, target, write_record
 from benchmarks.sdxl import sdxl, sdxl_schedule
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
@@ -56,8 +59,9 @@ class Setup:
         self.autocast = torch.autocast(device, half) if half != torch.float32 else contextlib.nullcontext()
         torch.manual_seed(0)
         with torch.device(device) if model == "sdxl" else contextlib.nullcontext():
-            self.unet, self.encoders, side, width, pooled = (mini if model == "mini" else sdxl)(self.dtype)
-        self.unet.to(device, self.dtype)
+            unet, self.encoders, side, width, pooled = (mini if model == "mini" else sdxl)(self.dtype)
+        self.unet: Any = unet  # a UNet, or what torch.compile makes of it
+        UNet2DConditionModel.to(self.unet, device, self.dtype)
         self.encoders.to(device)
         if finetune == "lora":
             add_lora(self.unet, rank=16, alpha=16, targets=["attention"])
@@ -78,7 +82,7 @@ class Setup:
             torch.randn(batch, 77, width, generator=generator), torch.randn(batch, pooled, generator=generator),
             torch.tensor([size, size, 0, 0, size, size]).expand(batch, 6),
         ).to(device, self.dtype)  # fmt: skip
-        scale = 2 ** (len(self.encoders.vae.config.block_out_channels) - 1)
+        scale = 2 ** (len(self.encoders.vae.config["block_out_channels"]) - 1)
         self.pixels = torch.rand(batch, 3, side * scale, side * scale, generator=generator).mul(2).sub(1)
         self.tokens = torch.randint(1000, (batch, 77), generator=generator)
         self.generator = generator
@@ -94,8 +98,8 @@ def mini(dtype):
     folder = ROOT / "miniature/pipeline"
     unet = load_unet(folder, dtype=dtype)
     encoders = load_encoders(str(folder))
-    width = unet.config.cross_attention_dim
-    return unet, encoders, unet.config.sample_size, width, encoders.text_encoders[1].config.projection_dim
+    side, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
+    return unet, encoders, side, width, encoders.text_encoders[1].config.projection_dim
 
 
 # -- steps ----------------------------------------------------------------------
@@ -138,7 +142,8 @@ def official(s: Setup):
 
 def encode_every_time(s: Setup):
     with torch.no_grad():
-        latents = s.encoders.vae.encode(s.pixels.to(s.device)).latent_dist.sample() * s.encoders.vae.config.scaling_factor
+        (distribution,) = s.encoders.vae.encode(s.pixels.to(s.device), return_dict=False)
+        latents = distribution.sample() * s.encoders.vae.config["scaling_factor"]
         tokens = s.tokens.to(s.device)
         outputs = [e(tokens, output_hidden_states=True) for e in s.encoders.text_encoders]
         embeds = torch.cat([o.hidden_states[-2] for o in outputs], -1)
@@ -217,7 +222,7 @@ def measure(args, finetune: str, device: str) -> dict:
               args.attention)  # fmt: skip
     if args.compile:
         s.unet = torch.compile(s.unet)
-    found = {kind: forwards(s, kind) for kind in args.kinds}
+    found: dict[str, Any] = {kind: forwards(s, kind) for kind in args.kinds}
     seconds = {kind: [] for kind in args.kinds}
     for _ in range(args.steps):
         for kind in args.kinds:

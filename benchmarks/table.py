@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.marks import put_between
 from benchmarks.record import ROOT, met
 
 RESULTS = ROOT / "benchmarks/results"
@@ -60,21 +61,19 @@ def rows(folder: Path = RESULTS) -> list[str]:
     return found
 
 
+def lines(folder: Path = RESULTS) -> list[str]:
+    """The table in Markdown, line by line."""
+    return ["| claim | measured | target | | where |", "|---|---|---|---|---|", *rows(folder)]
+
+
 def table(folder: Path = RESULTS) -> str:
-    head = ["| claim | measured | target | | where |", "|---|---|---|---|---|"]
-    return "\n".join([START, *head, *rows(folder), END])
+    """The table between its marks."""
+    return "\n".join([START, *lines(folder), END])
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    """``text`` with the table between the marks put anew.
-
-    Raises:
-        ValueError: the marks are not there, once each.
-    """
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{START} and {END} must each be there once")
-    before, rest = text.split(START)
-    return before + table(folder) + rest.split(END)[1]
+    """``text`` with the table between the marks put anew; a ValueError where the marks are not there, once each."""
+    return put_between(text, START, END, "\n".join(lines(folder)))
 
 
 def main(argv=None) -> int:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from transformers import AutoTokenizer
 
 from benchmarks.record import ROOT, write_record
@@ -45,7 +45,7 @@ def main(argv=None) -> int:
     with torch.device("cuda"):
         unet, encoders, *_ = sdxl(torch.bfloat16)
     folder = ROOT / "miniature/pipeline"  # has SDXL's own tokenizers and scheduler
-    tokenizers = [AutoTokenizer.from_pretrained(folder, subfolder=f) for f in ("tokenizer", "tokenizer_2")]
+    tokenizer, tokenizer_2 = (AutoTokenizer.from_pretrained(folder, subfolder=f) for f in ("tokenizer", "tokenizer_2"))
     scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
 
     pixels = torch.rand(3, 1024, 1024).mul(2).sub(1)
@@ -53,9 +53,13 @@ def main(argv=None) -> int:
     figures = {"encode_1024_float32": {**encoding, "images_per_second": 8 / encoding["seconds"]}}
     print(figures, flush=True)
 
-    vae = encoders.vae.to(torch.bfloat16)
+    vae = AutoencoderKL.to(encoders.vae, torch.bfloat16)
     first, second = (e.to(torch.bfloat16) for e in encoders.text_encoders)
-    pipe = StableDiffusionXLPipeline(vae, first, second, *tokenizers, unet, scheduler, add_watermarker=False)
+    pipe = StableDiffusionXLPipeline(
+        vae, first, second, tokenizer, tokenizer_2, unet,
+        scheduler,  # pyright: ignore[reportArgumentType] - diffusers annotates an enum of schedulers
+        add_watermarker=False,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     steps = 2 if args.quick else args.inference_steps
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+from sdxl_ambient import __version__
+
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
 
 
@@ -129,8 +131,11 @@ def processor() -> str:
     """The processor's model name, or the GPU's where there is one."""
     import torch  # here for start-up time
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's model name, also where there is a GPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -143,8 +148,6 @@ def processor() -> str:
 def environment() -> dict[str, Any]:
     """What a result was made with: versions, processor, threads, commit."""
     import torch  # here for start-up time
-
-    from sdxl_ambient import __version__
 
     return {
         "sdxl_ambient": __version__,

@@ -70,13 +70,15 @@ def composite_on_white(image):
 
 def read_archive(archive, vendor="google"):
     """The base emoji of an emoji-datasource-VENDOR .tgz, sorted by file name."""
-    pngs, folder = {}, IMAGE_FOLDER.format(vendor=vendor)
+    pngs, records, folder = {}, [], IMAGE_FOLDER.format(vendor=vendor)
     with tarfile.open(archive) as tar:
         for member in tar:
+            if not (file := tar.extractfile(member)):
+                continue  # a folder
             if member.name == "package/emoji.json":
-                records = json.load(tar.extractfile(member))
+                records = json.load(file)
             elif member.name.startswith(folder) and member.name.endswith(".png"):
-                pngs[member.name.removeprefix(folder)] = tar.extractfile(member).read()
+                pngs[member.name.removeprefix(folder)] = file.read()
     emoji = [Emoji(r["image"], r["name"].lower(), pngs[r["image"]]) for r in records if r[f"has_img_{vendor}"]]
     return sorted(emoji, key=lambda e: e.file_name)
 

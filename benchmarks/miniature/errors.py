@@ -23,7 +23,8 @@ PICTURES = 192
 @torch.no_grad()
 def errors(pipeline, folder: Path) -> dict:
     """{"caption" or "none": {t: error}} of one split's pictures; the noise of a level is the same for all models."""
-    captions, pixels = (part[:PICTURES] for part in miniature_data.read_imagefolder(folder))
+    captions, pixels = miniature_data.read_imagefolder(folder)
+    captions, pixels = captions[:PICTURES], pixels[:PICTURES]
     latents = encode(pipeline.vae, pixels) * pipeline.vae.config.scaling_factor
     states, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     bars, found = pipeline.scheduler.alphas_cumprod, {}
@@ -37,7 +38,7 @@ def errors(pipeline, folder: Path) -> dict:
     return found
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=Path("miniature/pipeline"))
     parser.add_argument("--data", type=Path, default=Path("miniature/data"))

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -14,6 +15,7 @@ TIME_ID_WIDTH = 32
 WIDTH_1, WIDTH_2 = 32, 48  # hidden sizes of the two text encoders; the UNet attends to their concatenation
 VOCABULARY = 49408
 MERGES = VOCABULARY - 2 * 256 - 2
+Shape = dict[str, Any]  # keywords whose tuples may have any length; diffusers annotates them as of length one
 
 
 def byte_symbols():
@@ -38,50 +40,54 @@ def build_tokenizers(bpe_merges):
 
 def build_vae():
     """Autoencoder of 0.7 M parameters: pictures (n, 3, 64, 64) in [-1, 1] to latents (n, 4, 16, 16)."""
+    shape: Shape = dict(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=RESOLUTION, block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
-        norm_num_groups=8, force_upcast=False,
+        in_channels=3, out_channels=3, latent_channels=4, sample_size=RESOLUTION, layers_per_block=1, norm_num_groups=8,
+        force_upcast=False, **shape,
     )  # fmt: skip
 
 
 def build_text_encoders():
     """Two small CLIP text models; the second one's projection gives the pooled embedding."""
-    shared = dict(
+    first = _text_config(WIDTH_1, heads=2, activation="quick_gelu", padding=VOCABULARY - 1)
+    second = _text_config(WIDTH_2, heads=3, activation="gelu", padding=0)
+    return CLIPTextModel(first), CLIPTextModelWithProjection(second)
+
+
+def input_embeddings(encoder) -> torch.nn.Embedding:
+    """The embeddings of a text encoder's tokens."""
+    embeddings = encoder.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    return embeddings
+
+
+def _text_config(width: int, heads: int, activation: str, padding: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=heads,
+        projection_dim=width,
+        hidden_act=activation,
+        pad_token_id=padding,
         vocab_size=VOCABULARY,
         max_position_embeddings=77,
         num_hidden_layers=2,
         bos_token_id=VOCABULARY - 2,
         eos_token_id=VOCABULARY - 1,
     )
-    first = CLIPTextConfig(
-        hidden_size=WIDTH_1,
-        intermediate_size=4 * WIDTH_1,
-        num_attention_heads=2,
-        projection_dim=WIDTH_1,
-        hidden_act="quick_gelu",
-        pad_token_id=VOCABULARY - 1,
-        **shared,
-    )
-    second = CLIPTextConfig(
-        hidden_size=WIDTH_2,
-        intermediate_size=4 * WIDTH_2,
-        num_attention_heads=3,
-        projection_dim=WIDTH_2,
-        hidden_act="gelu",
-        pad_token_id=0,
-        **shared,
-    )
-    return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
 def build_unet(dropout=0.0):
     """UNet of 2.8 M parameters with SDXL's interface: text_time conditioning, attention in the two lower stages."""
+    heads: Shape = dict(attention_head_dim=(2, 4, 6))
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 4, in_channels=4, out_channels=4, block_out_channels=(32, 64, 96),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1, transformer_layers_per_block=1, attention_head_dim=(2, 4, 6), norm_num_groups=16,
+        layers_per_block=1, transformer_layers_per_block=1, norm_num_groups=16, **heads,
         use_linear_projection=True, dropout=dropout, cross_attention_dim=WIDTH_1 + WIDTH_2, addition_embed_type="text_time",
         addition_time_embed_dim=TIME_ID_WIDTH, projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + WIDTH_2,
     )  # fmt: skip
@@ -93,7 +99,7 @@ def build_denoiser(seed, dropout=0.0):
     first, second = build_text_encoders()
     for encoder in (first, second):
         # The default, 0.02, leaves words nearly indistinguishable at the start, and those never trained for ever.
-        torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.3)
+        torch.nn.init.normal_(input_embeddings(encoder).weight, std=0.3)
     return torch.nn.ModuleDict({"unet": build_unet(dropout), "text_encoder": first, "text_encoder_2": second})
 
 
@@ -130,7 +136,8 @@ def encode_prompts(text_encoders, ids):
 def save_pipeline(folder, vae, denoiser, tokenizers):
     """Write the diffusers-format pipeline, weights in half precision; the modules given are cast in place."""
     pipeline = StableDiffusionXLPipeline(
-        vae=vae, **denoiser, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], scheduler=build_scheduler(),
+        vae=vae, **denoiser, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
+        scheduler=build_scheduler(),  # pyright: ignore[reportArgumentType] - diffusers annotates an enum of schedulers
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)

@@ -20,7 +20,8 @@ from scipy import stats
 
 from benchmarks.record import ROOT, target, write_record
 from benchmarks.study.cells import CELLS, read_cells
-from benchmarks.study.summary import CONFIDENCE, plain, rows
+from benchmarks.study.intervals import CONFIDENCE, plain
+from benchmarks.study.rows import rows
 from eval.statistics.calibrate import Estimate
 
 RECORD = ROOT / "benchmarks/results/study_again.json"
@@ -91,7 +92,8 @@ def main(argv=None) -> int:
         parser.error(f"cells: {str(args.cells)!r} has no row of two seeds that the committed cells have too")
     found = totals(table)
     share = found["others_agree"] / found["others"] if found["others"] else 1.0
-    write_record(RECORD, "study_again", {**found, "rows": table}, [target("study_again", share, ">=", 0.9)], started)
+    targets = [target("study_again", share, ">=", 0.9)]
+    write_record(RECORD, "study_again", {**found, "rows": table}, targets, started, module="benchmarks.study.again")
     return 0
 
 

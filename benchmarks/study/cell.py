@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.private_training import train_dp_lora
 from benchmarks.record import ROOT, where
 from benchmarks.script import train_here
 from benchmarks.study.grid import COMMON, Cell
@@ -16,10 +18,15 @@ from eval.checkpoints import Checkpoint
 from eval.drawing import captions_of, generate
 from eval.images import read_folder
 from eval.options import MemorizationOptions
+from eval.quality import frechet_distance
 from eval.reporting.figures import References, make_references, sampler_figures, threshold_figures
 from eval.samplers import Sampler
 from eval.sets import Embedding, embed_sets, plant, read_sets
+from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.load import load_encoders, load_schedule
 from sdxl_ambient.provenance import read_json, write_json
+from sdxl_ambient.store.build import build_store
+from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.validation import HELDOUT_FILE
 
 GUIDANCE, SAMPLING_STEPS, IMAGES = 2.0, 15, 64
@@ -60,7 +67,7 @@ class Folders:
 
 def flags(cell: Cell, folders: Folders, output: Path) -> list[str]:
     """The training script's arguments."""
-    told = {
+    arguments = {
         **cell.flags,
         **({"t_n": cell.t_n} if cell.how.noisy else {}),
         **({"heldout_data_dir": folders.tuning} if cell.how.tuned else {}),
@@ -71,11 +78,11 @@ def flags(cell: Cell, folders: Folders, output: Path) -> list[str]:
         "output_dir": output,
         "resume_from_checkpoint": "latest",
     }
-    told["pretrained_model_name_or_path"] = ROOT / told["pretrained_model_name_or_path"]
-    return [part for name, value in told.items() for part in (f"--{name}", str(value))]
+    arguments["pretrained_model_name_or_path"] = ROOT / arguments["pretrained_model_name_or_path"]
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
 
 
-def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
+def train(cell: Cell, folders: Folders) -> tuple[Mapping[int, Path | None], dict]:
     """The adapters by their steps (None: the base model), and what training cost.
 
     Raises:
@@ -101,20 +108,14 @@ def train(cell: Cell, folders: Folders) -> tuple[dict[int, Path | None], dict]:
 
 
 def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[int, Path], dict]:
-    from benchmarks.dp_lora import train_dp_lora
-    from sdxl_ambient.images.geometry import Geometry
-    from sdxl_ambient.models.load import load_encoders, load_schedule
-    from sdxl_ambient.store.build import build_store
-    from sdxl_ambient.store.settings import StoreSettings
-
     base = ROOT / COMMON["pretrained_model_name_or_path"]
-    # No batch is larger than the set.
-    store, how = output / "latents", {**cell.flags, "batch_size": min(cell.size, cell.flags["batch_size"])}
+    store = output / "latents"
+    settings = {**cell.flags, "batch_size": min(cell.size, cell.flags["batch_size"])}  # no batch is larger than the set
     build_store(
         folders.train(cell.size), store, load_encoders(str(base)), load_schedule(str(base)),
         StoreSettings(Geometry(64), t_n=None), log=lambda message: None,
     )  # fmt: skip
-    cost = train_dp_lora(base, store, output, seed=cell.seed, **how)
+    cost = train_dp_lora(base, store, output, seed=cell.seed, **settings)
     return {cell.lengths[-1]: output}, cost
 
 
@@ -149,9 +150,17 @@ class Evaluation:
         )
         embedding = Embedding(options)
         train, heldout = embed_sets(options, *read_sets(options), embedding)
-        pooled = [embedding.pooled(s.images) for s in (train, heldout)]
-        asked = (options.alpha, options.confidence, options.embedder)
-        references = make_references(train, heldout, *pooled, *asked, plant(options, train, embedding.embedder))
+        assert heldout is not None  # heldout_data_dir is given
+        references = make_references(
+            train,
+            heldout,
+            embedding.pooled(train.images),
+            embedding.pooled(heldout.images),
+            options.alpha,
+            options.confidence,
+            options.embedder,
+            plant(options, train, embedding.embedder),
+        )
         return Evaluation(options, embedding, references)
 
     def measure(self, name: str, adapter: Path | None, t_n: int, seed: int, folder: Path) -> dict:
@@ -159,6 +168,7 @@ class Evaluation:
         # Each seed has other initial noise, so that the seeds' scatter holds that of sampling.
         options = MemorizationOptions(**{**vars(self.options), "seed": 1000 * seed})
         checkpoint, references = Checkpoint(name, lora=adapter), self.references
+        assert options.train_data_dir and references.heldout  # see :meth:`of`
         drawn = generate(options, checkpoint, samplers(adapter, t_n), captions_of(options.train_data_dir), folder)
         found = {}
         for sampler, (images, _) in drawn.items():
@@ -178,11 +188,10 @@ def samplers(adapter: Path | None, t_n: int) -> list[Sampler]:
     """The ways a model is sampled; the base model has no adapter to scale or to take off."""
     if adapter is None:
         return [Sampler("full", guidance_scale=GUIDANCE), Sampler("guidance_1", guidance_scale=1.0)]
-    own = dict(lora_scale=1.0, guidance_scale=GUIDANCE)
     return [
-        Sampler("full", **own),
-        Sampler("early_stop", "early_stop", t_n, **own),
-        Sampler("hybrid", "hybrid", t_n, **own),
+        Sampler("full", lora_scale=1.0, guidance_scale=GUIDANCE),
+        Sampler("early_stop", "early_stop", t_n, lora_scale=1.0, guidance_scale=GUIDANCE),
+        Sampler("hybrid", "hybrid", t_n, lora_scale=1.0, guidance_scale=GUIDANCE),
         Sampler("scale_1.5", lora_scale=1.5, guidance_scale=GUIDANCE),
     ]
 
@@ -214,7 +223,6 @@ def run(cell: Cell, folders: Folders) -> Path:
 
 
 def _control(evaluation: Evaluation) -> float:
-    from eval.quality import frechet_distance
-
     train, heldout = evaluation.references.train_pooled, evaluation.references.heldout_pooled
+    assert heldout is not None
     return frechet_distance(train.features, heldout.features)

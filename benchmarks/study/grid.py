@@ -107,8 +107,8 @@ class Cell:
     @property
     def flags(self) -> dict:
         """The trainer's, but for level, seed and folders."""
-        told = self.how.flags if self.how.trainer == "dp" else {**COMMON, **self.how.flags}
-        return {**told, "max_train_steps": self.scale * told["max_train_steps"]}
+        flags = self.how.flags if self.how.trainer == "dp" else {**COMMON, **self.how.flags}
+        return {**flags, "max_train_steps": self.scale * flags["max_train_steps"]}
 
     @property
     def sampler_t_n(self) -> int:

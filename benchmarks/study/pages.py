@@ -7,9 +7,11 @@ from pathlib import Path
 
 import matplotlib
 
+from benchmarks.marks import put_between
 from benchmarks.record import ROOT
 from benchmarks.study.grid import METHODS
-from benchmarks.study.summary import label, markdown, noisy_rows, number, pick
+from benchmarks.study.markdown import label, markdown, number
+from benchmarks.study.rows import noisy_rows, pick
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -25,16 +27,8 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def put(text: str, name: str, body: str) -> str:
-    """``text`` with ``body`` between the marks of ``name``.
-
-    Raises:
-        ValueError: the marks are not there, once each.
-    """
-    start, end = marks(name)
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{start} and {end} must each be there once")
-    before, rest = text.split(start)
-    return f"{before}{start}\n{body}\n{end}{rest.split(end)[1]}"
+    """``text`` with ``body`` between the marks of ``name``; a ValueError where the marks are not there, once each."""
+    return put_between(text, *marks(name), body)
 
 
 def short_table(table: Sequence[dict]) -> str:
@@ -72,7 +66,7 @@ PAPER_SIMILARITY = {None: 0.698, 500: 0.626}
 
 def paper_tables(table: Sequence[dict], size: int = MAIN_SIZE) -> str:
     """The paper's figures beside ours: quality by t_n, errors relative to those at t_n = 100, and the noise attack."""
-    found = {
+    found: dict[str, dict[int | None, dict | None]] = {
         "skip": {t: pick(table, "skip", size, t, sampler="early_stop") for t in (100, 500, 800)},
         "consistency": {t: pick(table, "consistency", size, t, sampler="full") for t in (100, 500, 800)},
     }

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from sdxl_ambient.errors import InterchangeError
 
 LAYOUTS = ("sgm", "diffusers")
-SDXL_UNET = {
+SDXL_UNET: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (320, 640, 1280),

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from support.pictures import REPOSITORY, copy_emoji
 
-from benchmarks.record import peak_of
+from benchmarks.measuring import peak_of
 from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import embed_images
 from eval.images import read_folder

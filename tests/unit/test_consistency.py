@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from support.schedules import SDXL, sdxl
 
 from sdxl_ambient.levels import CLEAN
-from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
+from sdxl_ambient.noise import PREDICTION_TYPES
 from sdxl_ambient.objective import (
     Anchor,
     ExtraRows,
@@ -20,13 +21,8 @@ from sdxl_ambient.objective import (
 from sdxl_ambient.posterior import ancestral_steps, posterior_mean, sample_posterior, spaced_times
 from sdxl_ambient.randomness import Randomness
 
-SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 MEAN = torch.tensor([0.7, -1.2], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.8, 0.3], [0.3, 0.25]], dtype=torch.float64)
-
-
-def sdxl(prediction_type="epsilon"):
-    return NoiseSchedule.from_scheduler(DDPMScheduler(**SDXL, prediction_type=prediction_type))
 
 
 def times(*values):
@@ -53,52 +49,6 @@ def exact_denoiser(schedule):
         }[schedule.prediction_type]
 
     return denoise
-
-
-class Linear:
-    """ε̂ = W x + b, whose consistency loss has a closed form: the reverse step's mean goes through it unchanged."""
-
-    def __init__(self):
-        self.W = torch.tensor([[0.5, -0.2], [0.1, 0.7]], dtype=torch.float64, requires_grad=True)
-        self.b = torch.tensor([0.3, -0.1], dtype=torch.float64, requires_grad=True)
-
-    def __call__(self, x_t, t):
-        return x_t @ self.W.T + self.b
-
-    def gradient(self, loss):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [self.W, self.b])])
-
-
-def exact_consistency(model, schedule, x_a, a, s, stop_anchor):
-    """‖E[h(x_s, s)|x_a] − h(x_a, a)‖² with the sampler held fixed, for a linear model; scalar."""
-    g = posterior_mean(model, schedule, x_a, a)
-    with torch.no_grad():
-        mean = schedule.reverse_step(x_a, g, a, s, torch.zeros_like(x_a))
-    return (posterior_mean(model, schedule, mean, s) - (g.detach() if stop_anchor else g)).square().mean()
-
-
-@pytest.mark.parametrize("stop_anchor", [False, True])
-@pytest.mark.parametrize("estimator", ["single", "both"])
-@pytest.mark.parametrize(("a", "s"), [(400, 200), (60, 0)])
-def test_estimate_and_gradient_are_unbiased(a, s, estimator, stop_anchor):
-    """Invariant 7: both estimators' means are the exact value and its gradient, within four standard errors."""
-    schedule, model, many, chunks = sdxl(), Linear(), 2000, 60
-    options = ObjectiveOptions(consistency_estimator=estimator, consistency_stop_anchor=stop_anchor)
-    one = torch.tensor([[0.4, -0.9]], dtype=torch.float64)
-    want = exact_consistency(model, schedule, one, times(a), times(s), stop_anchor)
-    want_gradient = model.gradient(want)
-    randomness = Randomness(torch.Generator().manual_seed(0), many)
-    values, gradients = [], []
-    for _ in range(chunks):
-        x_a, at, to = one.expand(many, 2), times(a).expand(many), times(s).expand(many)
-        anchor = posterior_mean(model, schedule, x_a, at)
-        loss = consistency_loss(model, schedule, Anchor(x_a, at, anchor), to, randomness, options).mean()
-        values.append(loss.detach())
-        gradients.append(model.gradient(loss))
-    for found, exact in ((torch.stack(values)[:, None], want[None]), (torch.stack(gradients), want_gradient)):
-        error = found.std(0) / chunks**0.5
-        assert bool(((found.mean(0) - exact).abs() < 4 * error + 1e-12).all()), (found.mean(0), exact, error)
-        assert bool((error < 0.05 * exact.abs().max()).all())
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

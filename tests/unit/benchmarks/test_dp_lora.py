@@ -12,13 +12,13 @@ from safetensors.torch import load
 from scipy.stats import norm
 from support.pictures import copy_emoji
 
-from benchmarks import dp_lora
-from benchmarks.dp_lora import (
-    Budget,
+from benchmarks import dp_lora, private_training
+from benchmarks.privacy_budget import Budget, noise_multiplier_of
+from benchmarks.private_training import (
     DpLoraOptions,
+    PrivateSettings,
     denoising_losses,
     draw_images,
-    noise_multiplier_of,
     parts,
     private,
     private_step,
@@ -74,13 +74,13 @@ def one_by_one(unet, schedule, store, items, draws) -> torch.Tensor:
     return torch.stack(found)
 
 
-def options(**changed) -> DpLoraOptions:
-    return DpLoraOptions(**{**SETTINGS, **changed})
+def settings(**changed) -> PrivateSettings:
+    return DpLoraOptions(**{**SETTINGS, **changed}).settings()
 
 
 def update(unet, schedule, store, lists, draws=1, multiplier=0.0, batch_size=1, **changed) -> torch.Tensor:
     """What DP-SGD hands to Adam for lists of (position, index), times ``batch_size``: the noisy sum."""
-    module, optimizer = private(unet, batch_size, multiplier, options(**changed))
+    module, optimizer = private(unet, batch_size, multiplier, settings(**changed))
 
     def losses_of(items):
         return denoising_losses(module, schedule, collate([store[i] for i in items]), draws, 0)
@@ -97,7 +97,7 @@ def update(unet, schedule, store, lists, draws=1, multiplier=0.0, batch_size=1, 
 def test_without_opacus_one_line_says_how_to_get_it(monkeypatch, clean, miniature, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(OptionError, match=r"pip install opacus==1\.6\.0") as error:
-        dp_lora.train_dp_lora(miniature, clean, tmp_path / "out", **SETTINGS)
+        private_training.train_dp_lora(miniature, clean, tmp_path / "out", **SETTINGS)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -115,7 +115,7 @@ def test_without_opacus_one_line_says_how_to_get_it(monkeypatch, clean, miniatur
 )
 def test_wrong_settings_are_refused_by_name(clean, miniature, tmp_path, changed, message):
     with pytest.raises(OptionError, match=message):
-        dp_lora.train_dp_lora(miniature, clean, tmp_path, **{**SETTINGS, **changed})
+        private_training.train_dp_lora(miniature, clean, tmp_path, **{**SETTINGS, **changed})
 
 
 def test_images_are_drawn_one_by_one_with_the_given_probability():
@@ -138,9 +138,9 @@ def test_a_store_that_is_not_clean_or_smaller_than_a_batch_is_refused(build, emo
     pytest.importorskip("opacus")
     build(emoji, tmp_path / "noisy", t_n=300)
     with pytest.raises(StoreError, match="t_n = 300"):
-        dp_lora.train_dp_lora(miniature, tmp_path / "noisy", tmp_path / "out", **SETTINGS)
+        private_training.train_dp_lora(miniature, tmp_path / "noisy", tmp_path / "out", **SETTINGS)
     with pytest.raises(OptionError, match="--batch_size: 7 is more than the 6 images"):
-        dp_lora.train_dp_lora(miniature, clean, tmp_path / "out", **{**SETTINGS, "batch_size": 7})
+        private_training.train_dp_lora(miniature, clean, tmp_path / "out", **{**SETTINGS, "batch_size": 7})
 
 
 # -- gradients, clipping, noise ----------------------------------------------------------------------
@@ -151,9 +151,9 @@ def test_each_image_has_the_gradient_that_it_has_alone(tuned, schedule, clean, d
     pytest.importorskip("opacus")
     store, items = LatentStore(clean), [(10 + i, i) for i in range(4)]
     want = one_by_one(tuned, schedule, store, items, draws)
-    module, optimizer = private(tuned, 4, 0.0, options())
+    module, optimizer = private(tuned, 4, 0.0, settings())
     losses = denoising_losses(module, schedule, collate([store[i] for i in items]), draws, 0)
-    dp_lora.take_gradients(losses, draws, optimizer.params)
+    private_training.take_gradients(losses, draws, optimizer.params)
     got = torch.cat([p.grad_sample.flatten(1) for p in trained(tuned)], 1)
     assert got.shape == want.shape and (want.norm(dim=1) > 0.1).all()
     gap = (got - want).norm(dim=1) / want.norm(dim=1)
@@ -208,7 +208,7 @@ def test_the_noise_is_added_once_and_on_top_of_the_clipped_sum(tuned, schedule, 
 
 def delta_of_gaussian(epsilon: float, mu: float) -> float:
     """Of k Gaussian mechanisms with noise σ, μ = √k/σ: exact (Balle and Wang 2018, arXiv 1805.06530, Theorem 8)."""
-    return norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu)
+    return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu))
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
@@ -234,7 +234,7 @@ def test_drawing_fewer_images_needs_less_noise():
 
 def test_a_run_gives_a_stock_adapter_with_its_promise_and_can_be_repeated(clean, miniature, tmp_path, capsys):
     pytest.importorskip("opacus")
-    record = dp_lora.train_dp_lora(str(miniature), clean, tmp_path / "a", **SETTINGS, targets=["attention"])
+    record = private_training.train_dp_lora(str(miniature), clean, tmp_path / "a", **SETTINGS, targets=["attention"])
     assert record == json.loads((tmp_path / "a" / "dp_lora.json").read_text())
     assert record["delta"] == 1 / 60 and record["sample_rate"] == 2 / 6
     assert (record["images"], record["steps"]) == (6, 3)
@@ -269,7 +269,7 @@ def test_a_run_gives_a_stock_adapter_with_its_promise_and_can_be_repeated(clean,
     assert "holds an adapter already" in capsys.readouterr().err
 
     again, other = (
-        dp_lora.train_dp_lora(miniature, clean, tmp_path / name, **SETTINGS, targets=["attention"], seed=seed)
+        private_training.train_dp_lora(miniature, clean, tmp_path / name, **SETTINGS, targets=["attention"], seed=seed)
         for name, seed in (("c", 0), ("d", 1))
     )
     assert again["evaluations"] == record["evaluations"] and other["epsilon"] == record["epsilon"]

@@ -11,21 +11,11 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from benchmarks import train_miniature
-from benchmarks.miniature import (
-    data as miniature_data,
-)
-from benchmarks.miniature import (
-    models as miniature_models,
-)
-from benchmarks.miniature import (
-    training as miniature_training,
-)
-from benchmarks.miniature import (
-    training as train_miniature_training,
-)
-from benchmarks.miniature import (
-    vae as miniature_vae,
-)
+from benchmarks.miniature import data as miniature_data
+from benchmarks.miniature import models as miniature_models
+from benchmarks.miniature import training as miniature_training
+from benchmarks.miniature import unet as miniature_unet
+from benchmarks.miniature import vae as miniature_vae
 
 MINIATURE = Path(__file__).parents[3] / "miniature"
 PIPELINE = MINIATURE / "pipeline"
@@ -170,7 +160,7 @@ def test_denoiser_is_trained_and_heeds_the_caption(pipeline):
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.full((len(latents),), 700)
     losses = [
-        train_miniature_training.denoising_loss(
+        miniature_training.denoising_loss(
             pipeline.unet, pipeline.scheduler.alphas_cumprod, latents, *conditioning, t, noise
         ).mean()
         for conditioning in ((states, pooled), (states * 0, pooled * 0), (states.roll(1, 0), pooled.roll(1, 0)))
@@ -214,29 +204,30 @@ def test_crops_and_their_mirror_images_carry_their_corners():
             (cx, cy) = miniature_data.mirrored(place[None], torch.tensor([flip]))[0].tolist()
             torch.testing.assert_close(shown.float(), picture[:, cy : cy + 64, cx : cx + 64], atol=0.51, rtol=0)
     whole = miniature_data.mirrored(torch.zeros(1, 2, dtype=torch.long), torch.tensor([1]))
-    assert train_miniature.micro_conditioning(whole).tolist() == [[64, 64, 0, 0, 64, 64]]
-    assert train_miniature.micro_conditioning(torch.tensor([[2, 7]])).tolist() == [[64, 64, 7, 2, 64, 64]]
+    assert miniature_training.micro_conditioning(whole).tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert miniature_training.micro_conditioning(torch.tensor([[2, 7]])).tolist() == [[64, 64, 7, 2, 64, 64]]
 
 
 def test_words_are_replaced_between_start_and_end_alone(pipeline):
     ids = miniature_models.token_ids((pipeline.tokenizer, pipeline.tokenizer_2), ["a red apple", "penguin"] * 200)
-    first, second = train_miniature.replace_words(ids, 0.5, torch.Generator().manual_seed(0))
+    first, second = miniature_unet.replace_words(ids, 0.5, torch.Generator().manual_seed(0))
     changed = first != ids[0]
     assert torch.equal(changed, second != ids[1]) and torch.equal(first[changed], second[changed])
     end = (ids[0] == 49407).int().argmax(1, keepdim=True)
     position = torch.arange(77)
     assert not changed[(position == 0) | (position >= end)].any()
     assert 0.15 < changed[(position > 0) & (position < end)].float().mean() < 0.35  # half of the rows, half of their words
-    assert all(torch.equal(a, b) for a, b in zip(train_miniature.replace_words(ids, 0.0, None), ids, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(miniature_unet.replace_words(ids, 0.0, None), ids, strict=True))
 
 
 def test_untaught_words_keep_their_embeddings(pipeline):
     encoders = miniature_models.build_text_encoders()
     ids = miniature_models.token_ids((pipeline.tokenizer, pipeline.tokenizer_2), ["apple"])
-    train_miniature.keep_untaught_words(encoders, ids)
+    miniature_unet.keep_untaught_words(encoders, ids)
     states, pooled = miniature_models.encode_prompts(encoders, [torch.full_like(i, 1234) for i in ids])
     (states.square().sum() + pooled.sum()).backward()
-    assert all(not e.get_input_embeddings().weight.grad.any() for e in encoders)
+    gradients = [miniature_models.input_embeddings(e).weight.grad for e in encoders]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_interrupted_training_continues_exactly(tmp_path, parts, monkeypatch):
@@ -252,20 +243,56 @@ def test_interrupted_training_continues_exactly(tmp_path, parts, monkeypatch):
 
     whole = train(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        write = train_miniature.Log.__call__
+        write = miniature_training.Log.__call__
 
         def stop_at_3(self, **record):
             write(self, **record)
             if record["step"] == 3:
                 raise KeyboardInterrupt
 
-        patch.setattr(train_miniature.Log, "__call__", stop_at_3)
+        patch.setattr(miniature_training.Log, "__call__", stop_at_3)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts")
     resumed = train(tmp_path / "parts")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "vae_log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_the_unet_is_trained_and_an_interrupted_run_continues_exactly(tmp_path, parts, pipeline, monkeypatch):
+    few = {name: members[:8] for name, members in parts.items()}
+    miniature_data.write_imagefolders(few, tmp_path / "data")
+    monkeypatch.setattr(miniature_models, "build_tokenizers", lambda path: (pipeline.tokenizer, pipeline.tokenizer_2))
+    (tmp_path / "merges").touch()
+
+    def train(work_dir):
+        torch.manual_seed(0)  # of the VAE, which no stage before this one has trained
+        train_miniature.main(
+            f"--stage unet --output_dir {tmp_path} --work_dir {work_dir} --bpe_merges {tmp_path / 'merges'} --unet_steps 4 "
+            "--unet_batch_size 2 --checkpointing_steps 2 --logging_steps 1 --crops 1 --device cpu --threads 1".split()
+        )
+        return torch.load(work_dir / "unet.pt", weights_only=True)
+
+    whole = train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        write = miniature_training.Log.__call__
+
+        def stop_at_3(self, **record):
+            write(self, **record)
+            if record["step"] == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(miniature_training.Log, "__call__", stop_at_3)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts")
+    resumed = train(tmp_path / "parts")
+    start = miniature_models.build_denoiser(0).state_dict()
+    for kind in ("modules", "average"):
+        assert all(torch.equal(whole[kind][k], resumed[kind][k]) for k in start)
+        moved = [name for name, value in start.items() if not torch.equal(value, whole[kind][name])]
+        assert {"unet", "text_encoder", "text_encoder_2"} == {name.split(".")[0] for name in moved}
+    lines = (tmp_path / "parts" / "unet_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4] and "heldout_loss" in json.loads(lines[-1])
 
 
 def test_missing_input_is_named(capsys, tmp_path):

@@ -13,9 +13,13 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import data as study_data
 from benchmarks.study.again import compare, totals
 from benchmarks.study.cell import Folders, flags, samplers
+from benchmarks.study.cells import CELLS, RECORD, read_cells
+from benchmarks.study.claims import claims
 from benchmarks.study.grid import FULL, GRIDS, METHODS, MORE_SEEDS, REDUCED, SEEDS, Cell
+from benchmarks.study.intervals import excess_over_seeds, judged, over_seeds
+from benchmarks.study.markdown import markdown
 from benchmarks.study.pages import PAGES, pages, paper_tables, put
-from benchmarks.study.summary import best_trade, claims, excess_over_seeds, judged, markdown, over_seeds, pick, rows
+from benchmarks.study.rows import best_trade, require, rows
 from eval.statistics.calibrate import Estimate, share_difference
 from sdxl_ambient.config.parser import parse_options
 from sdxl_ambient.config.training import TrainOptions
@@ -170,13 +174,14 @@ def table():
 
 
 def test_a_models_excess_is_that_of_its_worst_sampler(table):
-    hybrid = pick(table, "clean", 128, sampler="hybrid")
+    hybrid = require(table, "clean", 128, sampler="hybrid")
     assert hybrid["excess"]["value"] == pytest.approx(0.2)
     assert hybrid["worst_excess"]["value"] == pytest.approx(0.5) and hybrid["worst_samplers"] == ["full"] * 3
 
 
 def test_the_best_trade_never_saw_clean_latents_and_keeps_the_quality(table):
-    assert best_trade(table, 128)["method"] == "restore_base"
+    best = best_trade(table, 128)
+    assert best is not None and best["method"] == "restore_base"
 
 
 def test_claims_are_judged_by_the_paired_interval(table):
@@ -247,8 +252,8 @@ def test_text_is_put_between_its_marks_only():
 
 
 def test_the_pages_are_those_of_the_committed_cells():
-    record = json.loads(study.RECORD.read_text())
-    cells = study.read_cells(study.CELLS)
+    record = json.loads(RECORD.read_text())
+    cells = read_cells(CELLS)
     assert record["figures"]["cells"] == len(cells)
     assert json.loads(json.dumps(rows(cells))) == record["figures"]["rows"]
     texts = [(ROOT / name).read_text() for name in PAGES]

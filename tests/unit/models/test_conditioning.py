@@ -1,10 +1,10 @@
-"""Prompt embeddings and time ids are those of the stock pipeline."""
+"""Prompt embeddings are those of the stock pipeline. Time ids: tests/invariants."""
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from sdxl_ambient.models.conditioning import encode_prompts, is_truncated, time_ids
+from sdxl_ambient.models.conditioning import encode_prompts, is_truncated
 
 CAPTIONS = ["penguin", "a photo of a red apple, on a wooden table!", "", "naïve café 日本語 🐧", "very " * 200 + "long"]
 
@@ -37,11 +37,3 @@ def test_captions_that_are_cut_are_known(encoders):
     tokenizer = encoders.tokenizers[0]
     assert [is_truncated(c, tokenizer) for c in CAPTIONS] == [False, False, False, False, True]
     assert not is_truncated("cat " * 75, tokenizer) and is_truncated("cat " * 76, tokenizer)
-
-
-def test_time_ids_are_the_stock_pipelines(pipe):
-    sizes = (427, 640), (3, 17), (64, 64)
-    want = pipe._get_add_time_ids(
-        *sizes, torch.float32, text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim
-    )
-    assert time_ids(*sizes) == want[0].tolist() == [427, 640, 3, 17, 64, 64]

@@ -1,9 +1,8 @@
-"""Geometry and time ids of real photographs (invariant 8), and what a store's plan says."""
+"""Geometry of real photographs, and what a store's plan says. Its time ids: tests/invariants."""
 
-import numpy as np
-import pytest
 from accelerate import PartialState
 from PIL import Image
+from support.plans import MARKS, plan_of
 
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import list_images, load_rgb
@@ -11,41 +10,6 @@ from sdxl_ambient.models.conditioning import encode_prompts
 from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.store.plan import fingerprint, make_plan, shards
 from sdxl_ambient.store.scan import content_hash, scan
-
-MARKS = {"latent": {"t_n": 500}, "text": {}}
-SIZES = {"china.jpg": (427, 640), "coffee.png": (400, 600), "flower.jpg": (640, 427)}  # height, width as seen
-
-
-def plan_of(folder, geometry, shard_size=2):
-    pictures, skipped = scan(list_images(folder), None, PartialState())
-    assert not skipped
-    return pictures, {i["content"]: i for i in make_plan(MARKS, pictures, geometry, shard_size)["images"]}
-
-
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("resolution", [64, 512, 800])
-def test_time_ids_are_the_size_and_crop_that_the_pixels_have(photographs, resolution, center):
-    """Smaller and larger than the pictures; one turned by EXIF; crops in the middle and elsewhere."""
-    geometry = Geometry(resolution, center)
-    pictures, entries = plan_of(photographs, geometry)
-    for p in pictures:
-        name = p.record.name
-        image = load_rgb(p.record.path)
-        *size, top, left, height, width = entries[p.content]["time_ids"]
-        assert tuple(size) == SIZES[name] == (image.height, image.width)
-        assert (height, width) == (resolution, resolution)
-        # The whole picture, resized so that the shorter side is the resolution, cut at the place that is recorded.
-        scale = resolution / min(size)
-        full = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-        want = np.asarray(full)[top : top + resolution, left : left + resolution]
-        pixels, place = geometry.apply(image, p.content)
-        assert place == (top, left) and pixels.shape == (3, resolution, resolution)
-        got = ((pixels.permute(1, 2, 0) + 1) * 127.5).round().numpy()
-        np.testing.assert_array_equal(got, want)
-        free = full.height - resolution, full.width - resolution
-        if center:
-            assert (top, left) == (free[0] // 2, free[1] // 2)
-        assert 0 in (top, left)  # one side fits exactly
 
 
 def test_crop_places_differ_between_pictures_and_stay(photographs):
