@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.record import target, write_record
 from eval.neighbours import nearest
-from eval.statistics.calibrate import copied_share, threshold
+from eval.statistics.calibrate import MonteCarlo, copied_share, threshold
 
 SHARES = (0.0, 0.01, 0.05, 0.2)
 WIDTH, CONCEPTS, SPREAD, DISTURBED = 64, 40, 0.9, 0.5
@@ -59,7 +59,7 @@ def once(share: float, seed: int, n_train: int, n_heldout: int, n_generated: int
     null, found, planted = (nearest(x, train, 1)[0][:, 0] for x in (heldout, generated, source.copies(train, n_planted)))
     tau = threshold(null, ALPHA)
     above, recalled = int((found > tau).sum()), int((planted > tau).sum())
-    estimate = copied_share(above, n_generated, recalled, n_planted, n_heldout, ALPHA, CONFIDENCE, draws=20_000, seed=seed)
+    estimate = copied_share(above, n_generated, recalled, n_planted, n_heldout, ALPHA, CONFIDENCE, MonteCarlo(20_000, seed))
     return dict(
         value=estimate.value,
         low=estimate.low,

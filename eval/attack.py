@@ -10,9 +10,9 @@ mask       a square in the middle of an image is cut out and inpainted: how near
 magnitude  how much an image's caption moves the predictions while an image is drawn for it
 
 Images that were not trained on are the control: the figures are how well the two sets can be told apart (AUC, true
-positives at 1 % false ones). The base model answers the same questions, since one set may simply be harder. Writes
-attack.json, every answer and the figures; what is there is not done again. Under accelerate launch or torchrun the images
-are shared over the processes.
+positives at 1 % false ones). The base model is attacked likewise, since one set may simply be harder. Writes attack.json,
+every score and the figures; what is there is not done again. Under accelerate launch or torchrun the images are shared over
+the processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.attacks.options import AttackOptions
+from eval.schema import AttackFigures
 from eval.shared_options import EmbedderOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import parse_options
 from sdxl_ambient.config.shared import LoraOrUnetOptions
@@ -64,14 +65,14 @@ def _attack(options: AttackCommandOptions) -> None:
     train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
     heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
     checkpoint = tuned(options)
-    embedder = load_embedder(options.embedder, options.embedder_weights, str(resolve_device(options.device)))
-    answers = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
+    embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
+    scores = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
     if main_process:
-        _print(attack_figures(answers["train"], answers["heldout"]))
+        _print(attack_figures(scores["train"], scores["heldout"]))
         print(Path(options.output_dir) / "attack.json")
 
 
-def _print(figures: dict[str, dict]) -> None:
+def _print(figures: dict[str, AttackFigures]) -> None:
     for name, one in figures.items():
         low, high = one["auc_interval"]
         print(f"{name}: AUC {one['auc']:.3f} ({low:.3f} to {high:.3f}), TPR at 1 % FPR {one['tpr_at_1_fpr']:.3f}")

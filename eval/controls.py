@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from eval.embedders.registry import Embedder
 from eval.embedding import Embedded, normalised
 from eval.neighbours import nearest
 from sdxl_ambient.images.load import load_rgb
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 MOST = 256  # training images that the controls are made of, at most
 SOME = 64  # training images that are compared with their JPEG copies
@@ -39,7 +43,9 @@ def centre_crop(image: Image.Image, share: float = 0.9) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
+Transform = Callable[[Image.Image], Image.Image]
+
+TRANSFORMS: dict[str, Transform] = {
     "copy": lambda image: image,
     "jpeg": jpeg,
     "flip": ImageOps.mirror,
@@ -47,7 +53,7 @@ TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def vae_round_trip(vae, resolution: int) -> Callable[[Image.Image], Image.Image]:
+def vae_round_trip(vae: AutoencoderKL, resolution: int) -> Transform:
     """A function that resizes and crops an image to a square of ``resolution`` pixels, encodes and decodes it."""
     from diffusers.image_processor import VaeImageProcessor
 
@@ -57,13 +63,19 @@ def vae_round_trip(vae, resolution: int) -> Callable[[Image.Image], Image.Image]
     def through(image: Image.Image) -> Image.Image:
         square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
         pixels = processor.preprocess(square).to(vae.device, vae.dtype)
-        return processor.postprocess(vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float())[0]
+        latents = cast(torch.FloatTensor, vae.encode(pixels, return_dict=False)[0].mode())
+        decoded = vae.decode(latents, return_dict=False)[0].float()
+        return cast("list[Image.Image]", processor.postprocess(decoded))[0]  # the output type is "pil"
 
     return through
 
 
 def planted(
-    train: Embedded, embedder: Embedder, transforms: dict[str, Callable], batch_size: int = 32, progress=None
+    train: Embedded,
+    embedder: Embedder,
+    transforms: dict[str, Transform],
+    batch_size: int = 32,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """For each transform, every changed training image's similarity to its nearest training image: (n,) float32.
 
@@ -72,16 +84,16 @@ def planted(
     count = min(len(train), MOST)
     chosen = np.arange(count) * len(train) // count
     references = train.embeddings
-    found = {name: [] for name in transforms}
+    similarities: dict[str, list[np.ndarray]] = {name: [] for name in transforms}
     for start in range(0, count, batch_size):
         pictures = [load_rgb(train.images.records[i].path) for i in chosen[start : start + batch_size]]
         for name, change in transforms.items():
             batch = torch.stack([embedder.prepare(change(picture)) for picture in pictures])
             queries = normalised(embedder.encode(batch).numpy())
-            found[name].append(nearest(queries, references, 1)[0][:, 0])
+            similarities[name].append(nearest(queries, references, 1)[0][:, 0])
         if progress:
             progress(len(pictures))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    return {name: np.concatenate(parts) for name, parts in similarities.items()}
 
 
 def recompressed(train: Embedded, embedder: Embedder, batch_size: int = 32) -> np.ndarray:
@@ -90,10 +102,10 @@ def recompressed(train: Embedded, embedder: Embedder, batch_size: int = 32) -> n
     The images are taken evenly from the set, at most :data:`SOME` of them.
     """
     some = train.thinned(SOME)
-    found = []
+    parts: list[np.ndarray] = []
     for start in range(0, len(some), batch_size):
         rows = slice(start, start + batch_size)
         pictures = [jpeg(load_rgb(record.path)) for record in some.images.records[rows]]
         features = normalised(embedder.encode(torch.stack([embedder.prepare(p) for p in pictures])).numpy())
-        found.append((features * some.embeddings[rows]).sum(1))
-    return np.concatenate(found)
+        parts.append((features * some.embeddings[rows]).sum(1))
+    return np.concatenate(parts)

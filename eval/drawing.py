@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -20,15 +21,19 @@ from eval.shared_options import GenerationOptions
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.images.load import list_images
-from sdxl_ambient.provenance import atomic, differences, environment, hash_bytes, hash_json, read_json, write_json
+from sdxl_ambient.provenance import atomic, differences, environment, hash_json, read_json, write_json
+from sdxl_ambient.randomness import image_seed
 from sdxl_ambient.spread import spread
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make: ``seed`` is the image's own, ``run`` the seed that it was asked for with."""
+    """One image to make: ``seed`` is the image's own, ``run`` the seed of the run that it belongs to."""
 
     index: int
     prompt: str
@@ -96,23 +101,21 @@ def plan(
         chosen = [prompts[i % len(prompts)] for i in range(total)]
     if mean_of is not None:
         chosen = [prompt for prompt in spread(chosen, max(1, len(chosen) // mean_of)) for _ in range(mean_of)]
-    asked = [(run, i, prompt) for run in range(seed, seed + num_seeds) for i, prompt in enumerate(chosen)]
-    return [ImageRequest(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(asked)]
+    runs = [(run, i, prompt) for run in range(seed, seed + num_seeds) for i, prompt in enumerate(chosen)]
+    return [ImageRequest(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(runs)]
 
 
-def image_seed(seed: int, index: int) -> int:
-    """63 bits from SHA-256 of (seed, index): images share no noise, and the same index has the same noise in every
-    model.
-    """
-    return int(hash_bytes(f"{seed}/{index}".encode())[:16], 16) >> 1
+def base_folder(options: GenerationOptions) -> Path:
+    """The base model's local directory, downloaded from the Hub where it isn't one."""
+    assert options.pretrained_model_name_or_path is not None, "the options' own check asks for it"
+    return resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
 
 
 def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sampler, draws: list[ImageRequest]) -> dict:
     """Everything that determines the images, for the manifest."""
     vae = options.pretrained_vae_model_name_or_path
-    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
     return {
-        "base_weights": hash_weights(base, "base"),
+        "base_weights": hash_weights(base_folder(options), "base"),
         "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
@@ -131,7 +134,7 @@ def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sample
 
 def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
     """A function (prompts, generators, sampler) → images that loads the pipeline when it is first called."""
-    base = str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant))
+    base = str(base_folder(options))
     dtype, device = DTYPES[options.dtype], resolve_device(options.device)
 
     @functools.cache
@@ -149,17 +152,18 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
         )
 
     @functools.cache
-    def base_unet():
+    def base_unet() -> torch.nn.Module:
         from sdxl_ambient.models.load import load_unet
 
-        return load_unet(base, dtype=dtype, variant=options.variant).to(device)
+        # The cast, since diffusers wraps Module.to in a way that hides its arguments.
+        return cast(torch.nn.Module, load_unet(base, dtype=dtype, variant=options.variant)).to(device)
 
-    def draw(prompts, generators, sampler: Sampler):
+    def draw(prompts: list[str], generators: list[torch.Generator], sampler: Sampler) -> list[Image.Image]:
         from sdxl_ambient.pipeline import sample
 
         if checkpoint.lora:
-            pipe().set_adapters(["adapter"], [sampler.lora_scale])
-        return sample(
+            pipe().set_adapters(["adapter"], [1.0 if sampler.lora_scale is None else sampler.lora_scale])
+        images = sample(
             pipe(),
             prompts,
             sampler=sampler.mode,
@@ -171,18 +175,20 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
             height=options.resolution,
             width=options.resolution,
         )
+        return cast("list[Image.Image]", images)  # the output type is "pil"
 
     return draw
 
 
-def open_vae(options: GenerationOptions) -> tuple[torch.nn.Module, int]:
+def open_vae(options: GenerationOptions) -> tuple[AutoencoderKL, int]:
     """The VAE that images are drawn with, and their side in pixels."""
     from sdxl_ambient.models.vae import load_vae
 
-    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    base = base_folder(options)
     vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)
-    size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config.block_out_channels) - 1)
-    return vae.to(resolve_device(options.device)), options.resolution or size
+    size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config["block_out_channels"]) - 1)
+    cast(torch.nn.Module, vae).to(resolve_device(options.device))
+    return vae, options.resolution or size
 
 
 def generate_images(
@@ -287,7 +293,7 @@ def generate(
     Returns each sampler's folder and what is in it.
     """
     draw = open_checkpoint(options, checkpoint)
-    found = {}
+    folders: dict[str, tuple[Path, list[ImageRequest]]] = {}
     for sampler in samplers:
         many = (sampler.num_images, None) if sampler.num_images else (options.num_images, options.images_per_prompt)
         draws = plan(prompts, options.seed, *many, options.num_seeds, sampler.mean_of)
@@ -303,5 +309,5 @@ def generate(
         generate_images(samples, settings, draws, functools.partial(draw, sampler=sampler), options.batch_size, about)
         if sampler.mean_of is not None:
             draws = average_images(samples, folder, draws, sampler.mean_of)
-        found[sampler.name] = (folder, draws)
-    return found
+        folders[sampler.name] = (folder, draws)
+    return folders

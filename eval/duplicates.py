@@ -33,8 +33,9 @@ def drop_near_duplicates(
     def note(i: int, name: str, mirrored: bool) -> None:
         reasons.setdefault(i, f"near-duplicate of {name}{' (mirrored)' if mirrored else ''}")
 
-    for i, j, mirrored in matches(own, theirs) if others is not None else []:
-        note(i, f"{others.name(j)} of {others.folder}", mirrored)
+    if others is not None and theirs is not None:
+        for i, j, mirrored in matches(own, theirs):
+            note(i, f"{others.name(j)} of {others.folder}", mirrored)
     for i, j, mirrored in matches(own, own):
         if j < i and j not in reasons:
             note(i, images.name(j), mirrored)
@@ -53,17 +54,17 @@ def drop_near_embeddings(
     Only the nearest neighbour of each is looked at. Embeddings (n, d) are L2-normalised.
     """
     reasons: dict[int, str] = {}
-    if others is not None:
-        found = search(embeddings, theirs, 1)
-        for i in np.flatnonzero(found.similarities[:, 0] >= least):
-            name = f"{others.name(int(found.indices[i, 0]))} of {others.folder}"
-            reasons[int(i)] = _as_near(name, found.similarities[i, 0])
+    if others is not None and theirs is not None:
+        nearest = search(embeddings, theirs, 1)
+        for i in np.flatnonzero(nearest.similarities[:, 0] >= least):
+            name = f"{others.name(int(nearest.indices[i, 0]))} of {others.folder}"
+            reasons[int(i)] = _as_near(name, nearest.similarities[i, 0])
     if len(images) > 1:
-        found = search(embeddings, embeddings, 1, leave_one_out=True)
-        for i in np.flatnonzero(found.similarities[:, 0] >= least):
-            j = int(found.indices[i, 0])
+        nearest = search(embeddings, embeddings, 1, leave_one_out=True)
+        for i in np.flatnonzero(nearest.similarities[:, 0] >= least):
+            j = int(nearest.indices[i, 0])
             if j < i and j not in reasons:
-                reasons.setdefault(int(i), _as_near(images.name(j), found.similarities[i, 0]))
+                reasons.setdefault(int(i), _as_near(images.name(j), nearest.similarities[i, 0]))
     return _without(images, reasons)
 
 

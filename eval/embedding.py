@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from eval.embedders.registry import Embedder
 from eval.images import ImageSet
 from eval.processes import collect, is_main, share, wait
+from eval.schema import Excluded
 from sdxl_ambient.errors import ImageError, StageError
 from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.provenance import atomic, hash_bytes
@@ -53,7 +54,7 @@ class Embedded:
             return self
         return self.subset(np.arange(most) * len(self) // most)
 
-    def subset(self, indices) -> Embedded:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Embedded:
         """The images at ``indices``."""
         return Embedded(self.images.subset(indices), self.embeddings[indices], self.norms[indices])
 
@@ -108,11 +109,11 @@ class FeatureCache:
         for i, digest in enumerate(hashes):
             path, row = self.place[digest]
             by_shard.setdefault(path, []).append((i, row))
-        embeddings, norms = None, np.empty(len(hashes), np.float32)
+        embeddings, norms = np.empty((0, 0), np.float32), np.empty(len(hashes), np.float32)
         for path, rows in by_shard.items():
             features = _read(path, "features")
             into, source = (np.array(column) for column in zip(*rows, strict=True))
-            if embeddings is None:
+            if not embeddings.size:
                 embeddings = np.empty((len(hashes), features.shape[1]), np.float32)
             embeddings[into], norms[into] = _divided(features[source].astype(np.float32))
         return embeddings, norms
@@ -127,7 +128,11 @@ def _read(path: Path, name: str) -> np.ndarray:
 
 
 def embed_images(
-    images: ImageSet, embedder: Embedder, cache_dir: str | Path, batch_size: int = 32, progress=None
+    images: ImageSet,
+    embedder: Embedder,
+    cache_dir: str | Path,
+    batch_size: int = 32,
+    progress: Callable[[int], object] | None = None,
 ) -> Embedded:
     """Features of every usable image of a set; unusable ones are left out and listed. All processes call it and share
     the batches; each returns the whole.
@@ -146,7 +151,9 @@ def embed_images(
     # Batches are cut before they are dealt out, and unusable images leave gaps: who computes changes no number.
     batches = share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
     unusable: dict[int, str] = {}
-    computed, pending_hashes, pending = 0, [], []
+    computed = 0
+    pending_hashes: list[str] = []
+    pending: list[np.ndarray] = []
     try:
         for indices, batch in _batches(images, batches, embedder, unusable):
             features = embedder.encode(batch).numpy()
@@ -172,7 +179,7 @@ def _gathered(images: ImageSet, cache: FeatureCache, unusable: dict[int, str], c
     if not kept:
         first = next(iter(unusable.values()), images.excluded[0]["reason"] if images.excluded else "none there")
         raise StageError(f"{images.folder}: no usable image; the first problem: {first}")
-    excluded = [{"file": images.name(i), "reason": reason} for i, reason in unusable.items()]
+    excluded: list[Excluded] = [{"file": images.name(i), "reason": reason} for i, reason in unusable.items()]
     return Embedded(images.subset(kept, excluded), *cache.read([images.hashes[i] for i in kept]), computed)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from eval.attacks.membership import Scores
 from eval.attacks.run import attack
-from eval.checkpoints import Checkpoint, resolve_base
-from eval.drawing import captions_of, generate, read_prompts
+from eval.checkpoints import Checkpoint
+from eval.drawing import base_folder, captions_of, generate, read_prompts
 from eval.embedders.registry import Embedder
 from eval.embedding import Embedded
 from eval.images import ImageSet, read_folder
 from eval.options import BASE, STAGES, MemorizationOptions
 from eval.processes import is_main
-from eval.reporting.figures import References, control_figures, make_references, sampler_figures, threshold_figures
+from eval.reporting.controls import control_figures
+from eval.reporting.folder import folder_figures
+from eval.reporting.references import References, ReferenceSets, make_references, threshold_figures
 from eval.reporting.verdict import judge, model_figures
 from eval.samplers import Sampler, samplers_of
-from eval.sets import Embedding, embed_sets, plant, read_sets
+from eval.schema import SCHEMA_VERSION, ClipFigures, DataFigures, ModelFigures, ModelIdentity, Report, SamplerFigures
+from eval.sets import Embedding, embed_sets, output_folder, plant, read_sets, train_folder
 from sdxl_ambient.provenance import environment
-
-SCHEMA_VERSION = 3
 
 
 @dataclass
@@ -31,6 +34,23 @@ class Drawn:
     runs: dict[str, int] | None = None
 
 
+@dataclass
+class DrawnModel:
+    """A model, and its folders of images by sampler."""
+
+    identity: ModelIdentity
+    folders: dict[str, Drawn]
+
+
+@dataclass
+class EmbeddedFolder:
+    """A folder's embeddings, its pooled pixels and its CLIP score."""
+
+    images: Embedded
+    pooled: Embedded
+    clip: ClipFigures | None
+
+
 def plan_models(options: MemorizationOptions) -> list[tuple[Checkpoint, list[Sampler]]]:
     """Each model with its samplers: all that can be refused before loading."""
     models = options.models()
@@ -38,122 +58,126 @@ def plan_models(options: MemorizationOptions) -> list[tuple[Checkpoint, list[Sam
         return []
     from sdxl_ambient.pipeline import first_timestep
 
-    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
-    first = first_timestep(base, options.num_inference_steps)
+    first = first_timestep(base_folder(options), options.num_inference_steps)
     return [(c, samplers_of(c, options, first)) for c in models]
 
 
-def draw_all(
-    options: MemorizationOptions, models: list[tuple[Checkpoint, list[Sampler]]]
-) -> dict[str, tuple[dict, dict[str, Drawn]]]:
-    """Every model's images: name → (what it is, sampler → folder). Draws what is missing."""
-    found = {}
-    if models:
-        prompts = (
-            read_prompts(options.prompts_file)
-            if options.prompts_file
-            else captions_of(options.train_data_dir, options.caption_column)
-        )
+def draw_all(options: MemorizationOptions, models: list[tuple[Checkpoint, list[Sampler]]]) -> dict[str, DrawnModel]:
+    """Every model's images, by its name. Draws what is missing."""
+    drawn: dict[str, DrawnModel] = {}
+    prompts = _prompts(options) if models else []
     for c, samplers in models:
-        folders = generate(options, c, samplers, prompts, Path(options.output_dir) / "generated" / c.name)
-        about = {
+        folders = generate(options, c, samplers, prompts, output_folder(options) / "generated" / c.name)
+        identity: ModelIdentity = {
             "kind": "lora" if c.lora else ("unet" if c.unet else "base"),
             "path": str(c.lora or c.unet or options.pretrained_model_name_or_path),
             "trained_t_n": c.t_n(),
             "run": c.run,
             "step": c.step,
         }
-        drawn = {s.name: Drawn(folders[s.name][0], s, {d.file: d.run for d in folders[s.name][1]}) for s in samplers}
-        found[c.name] = (about, drawn)
+        by_sampler = {s.name: Drawn(folders[s.name][0], s, {d.file: d.run for d in folders[s.name][1]}) for s in samplers}
+        drawn[c.name] = DrawnModel(identity, by_sampler)
     for name, folder in options.given().items():
-        about = {"kind": "images", "path": str(folder), "trained_t_n": None, "run": None, "step": None}
-        found[name] = (about, {"given": Drawn(folder)})
-    return found
+        identity = {"kind": "images", "path": str(folder), "trained_t_n": None, "run": None, "step": None}
+        drawn[name] = DrawnModel(identity, {"given": Drawn(folder)})
+    return drawn
+
+
+def _prompts(options: MemorizationOptions) -> list[str]:
+    if options.prompts_file:
+        return read_prompts(options.prompts_file)
+    return captions_of(train_folder(options), options.caption_column)
 
 
 def attack_all(
     options: MemorizationOptions, train: ImageSet, heldout: ImageSet | None, embedder: Embedder
-) -> dict[str, dict]:
-    """Each model's answers to the attacks; none for folders of images, or without images that were not trained on."""
+) -> dict[str, dict[str, Scores]]:
+    """Each model's scores of the attacks; none for folders of images, or without images that were not trained on."""
     if options.skip_attacks or heldout is None:
         return {}
-    folder = Path(options.output_dir) / "attacks"
+    folder = output_folder(options) / "attacks"
     return {c.name: attack(options, c, train, heldout, embedder, folder / c.name) for c in options.models()}
 
 
-def evaluate(options: MemorizationOptions) -> dict | None:
+def evaluate(options: MemorizationOptions) -> Report | None:
     """Run every stage and return the report; None in processes that only helped, or where ``until`` ends it before."""
-    models, sets = plan_models(options), read_sets(options)
+    models, image_sets = plan_models(options), read_sets(options)
     last = STAGES.index(options.until)
     drawn = draw_all(options, models)
     if last < STAGES.index("embed"):
         return None
     embedding = Embedding(options)
-    train, heldout = embed_sets(options, *sets, embedding)
-    pooled = [embedding.pooled(s.images) if s else None for s in (train, heldout)]
-    embedded = {name: {s: embed_drawn(d, embedding) for s, d in folders.items()} for name, (_, folders) in drawn.items()}
+    train, heldout = embed_sets(options, *image_sets, embedding)
+    sets = ReferenceSets(
+        train, heldout, embedding.pooled(train.images), embedding.pooled(heldout.images) if heldout else None
+    )
+    embedded = {name: {s: embed_drawn(d, embedding) for s, d in m.folders.items()} for name, m in drawn.items()}
     if last < STAGES.index("attack"):
         return None
-    answers = attack_all(options, train.images, heldout.images if heldout else None, embedding.embedder)
+    scores = attack_all(options, train.images, heldout.images if heldout else None, embedding.embedder)
     if last < STAGES.index("measure") or not is_main():
         return None
     base = next(iter(embedded[BASE].values())) if BASE in embedded else None
-    references = make_references(
-        train,
-        heldout,
-        *pooled,
-        options.alpha,
-        options.confidence,
-        options.embedder,
-        plant(options, train, embedding.embedder),
-        base[0] if base else None,
-    )
-    return _report(options, embedding, references, measure(options, drawn, embedded, answers, references))
+    planted = plant(options, train, embedding.embedder)
+    base_images = base.images if base else None
+    references = make_references(sets, options.alpha, options.confidence, options.embedder, planted, base_images)
+    return _report(options, embedding, references, measure(options, drawn, embedded, scores, references))
 
 
-def embed_drawn(drawn: Drawn, embedding: Embedding) -> tuple[Embedded, Embedded, dict | None]:
-    """A folder's embeddings, its pooled pixels and its CLIP score."""
+def embed_drawn(drawn: Drawn, embedding: Embedding) -> EmbeddedFolder:
+    """What is measured of a folder, from the cache where it is there."""
     images = read_folder(drawn.folder)
     clip = embedding.clip.figures(images, embedding.cache, embedding.batch_size) if embedding.clip else None
-    return embedding(images), embedding.pooled(images), clip
+    return EmbeddedFolder(embedding(images), embedding.pooled(images), clip)
 
 
 def measure(
-    options: MemorizationOptions, drawn: dict, embedded: dict, answers: dict, references: References
-) -> dict[str, dict]:
+    options: MemorizationOptions,
+    drawn: dict[str, DrawnModel],
+    embedded: dict[str, dict[str, EmbeddedFolder]],
+    scores: dict[str, dict[str, Scores]],
+    references: References,
+) -> dict[str, ModelFigures]:
     """The models' entries of the report."""
-    entries = {}
-    for name, (about, folders) in drawn.items():
-        samplers = {}
-        for sampler, one in folders.items():
-            images, pooled, clip = embedded[name][sampler]
-            runs = [one.runs[images.images.name(i)] for i in range(len(images))] if one.runs else None
+    entries: dict[str, ModelFigures] = {}
+    for name, model in drawn.items():
+        samplers: dict[str, SamplerFigures] = {}
+        for sampler, folder in model.folders.items():
+            measured = embedded[name][sampler]
+            images = measured.images
+            runs = [folder.runs[images.images.name(i)] for i in range(len(images))] if folder.runs else None
             samplers[sampler] = {
-                "folder": _relative(one.folder, options.output_dir),
-                "settings": one.sampler.describe() if one.sampler else None,
-                "t_n": one.sampler.t_n if one.sampler else None,
-                **sampler_figures(images, pooled, references, runs, clip),
+                "folder": _relative(folder.folder, output_folder(options)),
+                "settings": folder.sampler.describe() if folder.sampler else None,
+                "t_n": folder.sampler.t_n if folder.sampler else None,
+                **folder_figures(images, measured.pooled, references, runs, measured.clip),
+                "difference_to_base": None,
             }
-        entries[name] = model_figures(samplers, about)
-    judge(entries, answers, references, BASE)
+        entries[name] = model_figures(samplers, model.identity)
+    judge(entries, scores, references, BASE)
     return entries
 
 
-def _report(options: MemorizationOptions, embedding: Embedding, references: References, entries: dict[str, dict]) -> dict:
+def _report(
+    options: MemorizationOptions, embedding: Embedding, references: References, entries: dict[str, ModelFigures]
+) -> Report:
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(),
         "settings": _settings(options),
         "embedder": embedding.embedder.describe(),
         "quality_features": embedding.pooled_pixels.describe(),
-        "data": {"train": _data(references.train), "heldout": _data(references.heldout)},
+        "data": {
+            "train": _data(references.train),
+            "heldout": _data(references.heldout) if references.heldout else None,
+        },
         "threshold": threshold_figures(references),
         "controls": control_figures(references),
         "models": entries,
     }
 
 
-def _settings(options: MemorizationOptions) -> dict:
+def _settings(options: MemorizationOptions) -> dict[str, Any]:
     names = (
         "preset",
         "num_inference_steps",
@@ -183,14 +207,12 @@ def _settings(options: MemorizationOptions) -> dict:
     return {name: getattr(options, name) for name in names}
 
 
-def _data(embedded: Embedded | None) -> dict | None:
-    if embedded is None:
-        return None
+def _data(embedded: Embedded) -> DataFigures:
     images = embedded.images
     return {"folder": str(images.folder), "n_images": len(images), "excluded": images.excluded}
 
 
-def _relative(folder: Path, root: str) -> str:
+def _relative(folder: Path, root: Path) -> str:
     """Relative to the report where it lies below it, so that the report can be moved as a whole."""
-    folder, base = Path(folder).resolve(), Path(root).resolve()
+    folder, base = folder.resolve(), root.resolve()
     return folder.relative_to(base).as_posix() if base in folder.parents else str(folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
+from eval.schema import Excluded
 from sdxl_ambient.errors import ImageError
 from sdxl_ambient.images.load import Record, list_images, load_rgb
 from sdxl_ambient.provenance import hash_file
@@ -22,7 +24,7 @@ class ImageSet:
     folder: Path
     records: list[Record]
     hashes: list[str]
-    excluded: list[dict] = field(default_factory=list)
+    excluded: list[Excluded] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -35,7 +37,7 @@ class ImageSet:
         """At most ``most`` of the images, evenly."""
         return self.subset(spread(range(len(self)), most))
 
-    def subset(self, indices, excluded: list[dict] = ()) -> ImageSet:
+    def subset(self, indices: Iterable[int], excluded: Sequence[Excluded] = ()) -> ImageSet:
         """The images at ``indices``; ``excluded`` is added to what was left out before."""
         picked = [(self.records[i], self.hashes[i]) for i in indices]
         return ImageSet(self.folder, [r for r, _ in picked], [h for _, h in picked], [*self.excluded, *excluded])
@@ -68,7 +70,8 @@ def drop_duplicates(images: ImageSet, others: ImageSet | None = None) -> ImageSe
     image would put its similarity of 1 into the null distribution.
     """
     known = {h: f"same file as {others.name(i)} of {others.folder}" for i, h in enumerate(others.hashes)} if others else {}
-    kept, excluded = [], []
+    kept: list[int] = []
+    excluded: list[Excluded] = []
     for index, digest in enumerate(images.hashes):
         if digest in known:
             excluded.append({"file": images.name(index), "reason": known[digest]})

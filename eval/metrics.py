@@ -6,11 +6,20 @@ between unit vectors d = √(2 − 2s), :func:`distance_of`.
 
 from __future__ import annotations
 
-import numpy as np
-from scipy import stats
-from scipy.cluster.vq import kmeans2
+from collections.abc import Iterable, Sequence
 
-from eval.quality import clip_score, finite_array, frechet_distance, kid, nearest_distances, prdc, vendi_score  # noqa: F401
+import numpy as np
+import numpy.typing as npt
+
+from eval.quality import clip_score, finite_array, frechet_distance, kid, nearest_distances, prdc, vendi_score
+from eval.statistics.scipy_functions import Floats, k_means_centres, mann_whitney_u, ranks
+
+# The figures of quality are metrics too, and are called by this module's name.
+__all__ = [
+    "LEGACY_THRESHOLDS", "QUANTILES", "authpct", "authpct_of_distances", "c_t", "clip_score", "d1_over_d2", "denoising_gap",
+    "distance_of", "excess", "frechet_distance", "kid", "l2_ratio", "legacy_shares", "mann_whitney_z", "nn_quantiles",
+    "prdc", "roc_auc", "score_normalization", "share_above", "tpr_at_fpr", "vendi_score",
+]  # fmt: skip
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # What earlier work calls a copy: DINO's from Daras et al. 2024 (arXiv 2404.10177), SSCD's .5 from Somepalli et al. 2023
@@ -21,18 +30,18 @@ LEGACY_THRESHOLDS = {"dinov2": (0.9, 0.95), "dinov2_paper": (0.9, 0.95), "sscd":
 _ROUNDING = 1e-9
 
 
-def distance_of(similarities) -> np.ndarray:
+def distance_of(similarities: npt.ArrayLike) -> Floats:
     """Euclidean distance between unit vectors from their cosine: d = √(2 − 2s), with s clipped to [−1, 1]."""
     return np.sqrt(2 - 2 * np.clip(np.asarray(similarities, dtype=np.float64), -1, 1))
 
 
-def nn_quantiles(similarities, quantiles=QUANTILES) -> dict[str, float]:
+def nn_quantiles(similarities: npt.ArrayLike, quantiles: Sequence[float] = QUANTILES) -> dict[str, float]:
     """Quantiles of nearest-neighbour similarities of shape (n,), linearly interpolated, keyed ``"0.5"`` and so on."""
     values = finite_array(similarities, "similarities")
     return {f"{q:g}": float(v) for q, v in zip(quantiles, np.quantile(values, quantiles), strict=True)}
 
 
-def share_above(similarities, threshold: float) -> float:
+def share_above(similarities: npt.ArrayLike, threshold: float) -> float:
     """Share of n similarities that are strictly greater than ``threshold``, in [0, 1].
 
     Strictly, because the threshold is itself one of the null similarities (:func:`eval.statistics.calibrate.threshold`).
@@ -40,7 +49,7 @@ def share_above(similarities, threshold: float) -> float:
     return float(np.mean(finite_array(similarities, "similarities") > threshold))
 
 
-def legacy_shares(similarities, thresholds) -> dict[str, float]:
+def legacy_shares(similarities: npt.ArrayLike, thresholds: Iterable[float]) -> dict[str, float]:
     """Share of n nearest-neighbour similarities strictly above each threshold, keyed ``"0.9"`` and so on.
 
     For comparison with published figures, at ``LEGACY_THRESHOLDS[embedder]``.
@@ -51,7 +60,7 @@ def legacy_shares(similarities, thresholds) -> dict[str, float]:
     return {f"{threshold:g}": share_above(similarities, threshold) for threshold in thresholds}
 
 
-def score_normalization(similarities, to_background, k: int = 2) -> np.ndarray:
+def score_normalization(similarities: npt.ArrayLike, to_background: npt.ArrayLike, k: int = 2) -> Floats:
     """s(q, r) − mean of the k largest s(q, b) over background images b: how far a match stands out for this query.
 
     Pizzi et al. 2022, *A Self-Supervised Descriptor for Image Copy Detection* (arXiv 2202.10261), eq. 8 with β = 1.
@@ -73,7 +82,7 @@ def score_normalization(similarities, to_background, k: int = 2) -> np.ndarray:
     return values - np.sort(background, axis=1)[:, -k:].mean(axis=1)
 
 
-def l2_ratio(distances, alpha: float = 0.5) -> np.ndarray:
+def l2_ratio(distances: npt.ArrayLike, alpha: float = 0.5) -> Floats:
     """d₁ / (α · mean(d₁ … d_k)) per image: how much closer the nearest training image is than the near ones are.
 
     Carlini et al. 2023, *Extracting Training Data from Diffusion Models* (arXiv 2301.13188), §5.1 "adaptive threshold":
@@ -91,7 +100,7 @@ def l2_ratio(distances, alpha: float = 0.5) -> np.ndarray:
     return np.divide(values[:, 0], scale, out=np.zeros(len(values)), where=scale > 0)
 
 
-def d1_over_d2(distances) -> np.ndarray:
+def d1_over_d2(distances: npt.ArrayLike) -> Floats:
     """d₁ / d₂ per image; below 1/3 an image counts as memorised.
 
     Yoon et al. 2023, *Diffusion Probabilistic Models Generalize when They Fail to Memorize*, §3.
@@ -109,7 +118,7 @@ def d1_over_d2(distances) -> np.ndarray:
     return np.divide(nearest[:, 0], nearest[:, 1], out=np.zeros(len(values)), where=nearest[:, 1] > 0)
 
 
-def excess(to_train, to_heldout, threshold: float) -> float:
+def excess(to_train: npt.ArrayLike, to_heldout: npt.ArrayLike, threshold: float) -> float:
     """Rate of generated images above ``threshold`` against T, minus the same against H′ with |H′| = |T|.
 
     Zero in expectation for a model that knows the source but not the images: T and H′ are then exchangeable. Equal
@@ -118,7 +127,7 @@ def excess(to_train, to_heldout, threshold: float) -> float:
     return share_above(to_train, threshold) - share_above(to_heldout, threshold)
 
 
-def authpct(generated, train) -> float:
+def authpct(generated: npt.ArrayLike, train: npt.ArrayLike) -> float:
     """Share of generated x̂ with d(x̂, t*) > d(t*, nearest other training image), t* the training image nearest to x̂.
 
     Authenticity of Alaa et al. 2022, *How Faithful is your Synthetic Data?* (arXiv 2102.08921), called AuthPct by Stein
@@ -131,24 +140,31 @@ def authpct(generated, train) -> float:
     Raises:
         ValueError: shapes that don't fit, empty arrays, or values that aren't finite.
     """
-    generated, train = finite_array(generated, "generated", 2), finite_array(train, "train", 2)
-    if len(train) < 2:
+    queries, references = finite_array(generated, "generated", 2), finite_array(train, "train", 2)
+    if len(references) < 2:
         raise ValueError("train: at least 2 training images are needed")
-    distances, nearest = nearest_distances(generated, train)
+    distances, nearest = nearest_distances(queries, references)
     wanted, which = np.unique(nearest[:, 0], return_inverse=True)
     # Of the two training images nearest to t*, one is t* itself or, just as far, a duplicate.
-    nearest_other = nearest_distances(train[wanted], train, 2)[0].max(axis=1)
+    nearest_other = nearest_distances(references[wanted], references, 2)[0].max(axis=1)
     return authpct_of_distances(distances[:, 0], nearest_other[which])
 
 
-def authpct_of_distances(to_nearest, nearest_to_other) -> float:
+def authpct_of_distances(to_nearest: npt.ArrayLike, nearest_to_other: npt.ArrayLike) -> float:
     """:func:`authpct` from d(x̂, t*) and d(t*, nearest other training image), arrays of shape (n,)."""
     return float(np.mean(finite_array(to_nearest, "to_nearest") > finite_array(nearest_to_other, "nearest_to_other")))
 
 
 def c_t(
-    generated, heldout, train, *, cells: int = 10, min_generated: int = 20, seed: int = 0, to_train=None
-) -> float:  # fmt: skip
+    generated: npt.ArrayLike,
+    heldout: npt.ArrayLike,
+    train: npt.ArrayLike,
+    *,
+    cells: int = 10,
+    min_generated: int = 20,
+    seed: int = 0,
+    to_train: Sequence[Floats] | None = None,
+) -> float:
     """C_T = Σ_π P(π) Z_π / Σ_π P(π): are generated images nearer to the training set than held-out ones? Negative: copied.
 
     The space is cut into cells π by k-means on the training set. Z_π is :func:`mann_whitney_z` of the distances to the
@@ -168,15 +184,15 @@ def c_t(
         ValueError: shapes that don't fit, empty arrays, values that aren't finite, more cells than distinct training images,
             or no cell with enough images.
     """
-    arrays = {"generated": generated, "heldout": heldout, "train": train}
-    generated, heldout, train = (finite_array(array, name, 2) for name, array in arrays.items())
-    distinct = len(np.unique(train, axis=0))
+    x, y = finite_array(generated, "generated", 2), finite_array(heldout, "heldout", 2)
+    references = finite_array(train, "train", 2)
+    distinct = len(np.unique(references, axis=0))
     if not 1 <= cells <= distinct:
         raise ValueError(f"cells: between 1 and the {distinct} distinct training images are needed, got {cells}")
     if to_train is None:
-        to_train = [nearest_distances(images, train)[0][:, 0] for images in (generated, heldout)]
-    centres, _ = kmeans2(train, cells, iter=50, minit="++", seed=seed)
-    in_cell = [nearest_distances(images, centres)[1][:, 0] for images in (generated, heldout)]
+        to_train = [nearest_distances(images, references)[0][:, 0] for images in (x, y)]
+    centres = k_means_centres(references, cells, seed)
+    in_cell = [nearest_distances(images, centres)[1][:, 0] for images in (x, y)]
     counts = [np.bincount(cell, minlength=cells) for cell in in_cell]
     kept = np.flatnonzero((counts[0] >= max(1, min_generated)) & (counts[1] > 0))
     if not kept.size:
@@ -185,7 +201,7 @@ def c_t(
     return float(np.average(z, weights=counts[1][kept]))
 
 
-def denoising_gap(train_errors, heldout_errors) -> tuple[np.ndarray, np.ndarray]:
+def denoising_gap(train_errors: npt.ArrayLike, heldout_errors: npt.ArrayLike) -> tuple[Floats, Floats]:
     """MSE(t) on training images minus MSE(t) on held-out ones, and its standard error √(s²/n + s′²/n′) per t.
 
     Negative: training images are denoised better than new ones, the signal of the loss-threshold membership attack (Yeom
@@ -208,7 +224,7 @@ def denoising_gap(train_errors, heldout_errors) -> tuple[np.ndarray, np.ndarray]
     return a.mean(0) - b.mean(0), np.sqrt(a.var(0, ddof=1) / len(a) + b.var(0, ddof=1) / len(b))
 
 
-def roc_auc(members, nonmembers) -> float:
+def roc_auc(members: npt.ArrayLike, nonmembers: npt.ArrayLike) -> float:
     """P(member > nonmember) + ½ P(member = nonmember), the area under the ROC curve; larger scores mean member.
 
     U/(mn) of Mann & Whitney, whose ties are the curve's slanted parts (Bamber 1975, *J. Math. Psychology* 12).
@@ -219,13 +235,11 @@ def roc_auc(members, nonmembers) -> float:
     Raises:
         ValueError: scores that are of another shape, empty or not finite.
     """
-    members, nonmembers = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
-    m, n = len(members), len(nonmembers)
-    ranks = stats.rankdata(np.concatenate([members, nonmembers]))
-    return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
+    x, y = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
+    return mann_whitney_u(x, y) / (len(x) * len(y))
 
 
-def tpr_at_fpr(members, nonmembers, fpr: float = 0.01) -> float:
+def tpr_at_fpr(members: npt.ArrayLike, nonmembers: npt.ArrayLike, fpr: float = 0.01) -> float:
     """Largest share of members above a threshold that at most a share ``fpr`` of nonmembers exceeds.
 
     The threshold is the (⌊fpr · n⌋ + 1)-th largest nonmember; only scores strictly above it count, so equal scores fall
@@ -238,25 +252,25 @@ def tpr_at_fpr(members, nonmembers, fpr: float = 0.01) -> float:
     Raises:
         ValueError: scores that are of another shape, empty or not finite; fpr outside [0, 1).
     """
-    members, nonmembers = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
+    x, y = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
     if not 0 <= fpr < 1:
         raise ValueError(f"fpr must lie in [0, 1), got {fpr}")
     # fpr · n may reach n only by rounding.
-    allowed = min(int(fpr * len(nonmembers) + _ROUNDING), len(nonmembers) - 1)
-    return share_above(members, np.sort(nonmembers)[len(nonmembers) - 1 - allowed])
+    allowed = min(int(fpr * len(y) + _ROUNDING), len(y) - 1)
+    return share_above(x, np.sort(y)[len(y) - 1 - allowed])
 
 
-def mann_whitney_z(x, y) -> float:
+def mann_whitney_z(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     """Standardised Mann–Whitney U of x against y with the tie correction: positive when x tends to be larger.
 
     U = Σ_ij [x_i > y_j] + ½[x_i = y_j], mean mn/2, variance mn/12 · ((N + 1) − Σ(t³ − t)/(N(N − 1))), t the sizes of tied
     groups (Mann & Whitney 1947, *Annals of Mathematical Statistics* 18). Two constant, equal samples give 0.
     """
-    x, y = finite_array(x, "x"), finite_array(y, "y")
-    m, n = len(x), len(y)
-    ranks = stats.rankdata(np.concatenate([x, y]))
-    u = ranks[:m].sum() - m * (m + 1) / 2
-    ties = np.unique(ranks, return_counts=True)[1].astype(np.float64)
+    a, b = finite_array(x, "x"), finite_array(y, "y")
+    m, n = len(a), len(b)
+    among_all = ranks(np.concatenate([a, b]))
+    u = among_all[:m].sum() - m * (m + 1) / 2
+    ties = np.unique(among_all, return_counts=True)[1].astype(np.float64)
     total = m + n
     variance = m * n / 12 * ((total + 1) - np.sum(ties**3 - ties) / (total * (total - 1)))
     return float((u - m * n / 2) / np.sqrt(variance)) if variance > 0 else 0.0

@@ -4,14 +4,26 @@
 query; the shortlist is ranked as the exact search ranks, and how much it missed is measured and said.
 """
 
+# torch's annotations leave from_numpy, vector_norm, unique and repeat_interleave unknown, and so what they give.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Array = npt.NDArray[Any]
+A = TypeVar("A", bound="Array | torch.Tensor")
+Chunk = tuple[int, int]
 
 METHODS = ("auto", "exact", "faiss")
 # Queries × references above which method "auto" asks FAISS: 20,000 queries against a million references. Of width 1024,
@@ -37,7 +49,7 @@ _TRAINING = 64
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Generic[A]):
     """What ``search`` found, and how.
 
     Attributes:
@@ -47,14 +59,34 @@ class Search:
         sampled: number of queries that ``recall`` is from; 0 for an exact search.
     """
 
-    similarities: np.ndarray | torch.Tensor
-    indices: np.ndarray | torch.Tensor
+    similarities: A
+    indices: A
     method: str
     recall: float
     sampled: int
 
 
-def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chunk: tuple[int, int] | None = None):
+@overload
+def nearest(
+    queries: Array, references: Array | torch.Tensor, k: int = ..., *, leave_one_out: bool = ..., chunk: Chunk | None = ...
+) -> tuple[Array, Array]: ...
+@overload
+def nearest(
+    queries: torch.Tensor,
+    references: Array | torch.Tensor,
+    k: int = ...,
+    *,
+    leave_one_out: bool = ...,
+    chunk: Chunk | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def nearest(
+    queries: Array | torch.Tensor,
+    references: Array | torch.Tensor,
+    k: int = 1,
+    *,
+    leave_one_out: bool = False,
+    chunk: Chunk | None = None,
+) -> tuple[Array, Array] | tuple[torch.Tensor, torch.Tensor]:
     """The k references with the largest inner product to each query, found exactly.
 
     Products of a chunk of queries with a chunk of references tell which may be among the k; those are computed again in
@@ -82,17 +114,27 @@ def nearest(queries, references, k: int = 1, *, leave_one_out: bool = False, chu
     return _as_given(q, *_exact(q, r, k, _own(q, leave_one_out), chunk))
 
 
+@overload
 def search(
-    queries, references, k: int = 1, *, leave_one_out: bool = False, method: str = "auto", probes: int | None = None,
-    sample: int = SAMPLE, seed: int = 0, chunk: tuple[int, int] | None = None,
-) -> Search:  # fmt: skip
+    queries: Array, references: Array | torch.Tensor, k: int = ..., *, leave_one_out: bool = ..., method: str = ...,
+    probes: int | None = ..., sample: int = ..., seed: int = ...,
+) -> Search[Array]: ...  # fmt: skip
+@overload
+def search(
+    queries: torch.Tensor, references: Array | torch.Tensor, k: int = ..., *, leave_one_out: bool = ..., method: str = ...,
+    probes: int | None = ..., sample: int = ..., seed: int = ...,
+) -> Search[torch.Tensor]: ...  # fmt: skip
+def search(
+    queries: Array | torch.Tensor, references: Array | torch.Tensor, k: int = 1, *, leave_one_out: bool = False,
+    method: str = "auto", probes: int | None = None, sample: int = SAMPLE, seed: int = 0,
+) -> Search[Any]:  # fmt: skip
     """The k nearest references, exactly or through a shortlist of FAISS.
 
     A shortlist's candidates are ranked with the arithmetic of ``nearest``: what it finds has the right similarity, but
     it may miss a neighbour. A query whose shortlist holds fewer than k is searched exactly.
 
     Args:
-        queries, references, k, leave_one_out, chunk: as for ``nearest``.
+        queries, references, k, leave_one_out: as for ``nearest``.
         method: "exact"; "faiss"; or "auto", which is FAISS above ``FAISS_ABOVE`` products (queries × references) where
             it is installed, and exact otherwise.
         probes: lists of the index that are searched per query; more find more. See ``shortlist``.
@@ -110,13 +152,15 @@ def search(
     q, r, k = _checked(queries, references, k, leave_one_out)
     own = _own(q, leave_one_out)
     if method == "faiss" or (method == "auto" and len(q) * len(r) > FAISS_ABOVE and _installed()):
-        found = _through_shortlist(q, r, k, own, chunk, probes, seed)
-        recall, sampled = _recall(q, r, own, chunk, found[0], sample, seed)
-        return Search(*_as_given(q, *found), "faiss", recall, sampled)
-    return Search(*_as_given(q, *_exact(q, r, k, own, chunk)), "exact", 1.0, 0)
+        best, indices = _through_shortlist(q, r, k, own, probes, seed)
+        recall, sampled = _recall(q, r, own, best, sample, seed)
+        return Search(*_as_given(q, best, indices), "faiss", recall, sampled)
+    return Search(*_as_given(q, *_exact(q, r, k, own)), "exact", 1.0, 0)
 
 
-def shortlist(queries, references, width: int, *, probes: int | None = None, seed: int = 0) -> np.ndarray:
+def shortlist(
+    queries: Array | torch.Tensor, references: Array | torch.Tensor, width: int, *, probes: int | None = None, seed: int = 0
+) -> npt.NDArray[np.int64]:
     """Candidates for the nearest references of each query, from FAISS: fast and near, not exact.
 
     An inverted file of about √n lists, its vectors rounded to 8 bits per value, so that the index of a million vectors
@@ -156,22 +200,22 @@ def shortlist(queries, references, width: int, *, probes: int | None = None, see
 class _Rows:
     """The rows of an array, a memmap or a tensor, read a part at a time as float32, or float64 if they are that."""
 
-    def __init__(self, values, name: str):
+    def __init__(self, values: Array | torch.Tensor, name: str):
         self.name, self.is_tensor = name, isinstance(values, torch.Tensor)
-        self.values = values.detach() if self.is_tensor else np.asarray(values)
+        self.values: Array | torch.Tensor = values.detach() if isinstance(values, torch.Tensor) else np.asarray(values)
         if self.values.ndim != 2:
             raise ValueError(f"{name}: a matrix (n, d) is needed, got shape {tuple(self.values.shape)}")
         self.width = self.values.shape[1]
-        self.device = self.values.device if self.is_tensor else torch.device("cpu")
+        self.device = self.values.device if isinstance(self.values, torch.Tensor) else torch.device("cpu")
         double = self.values.dtype in (torch.float64, np.float64)
         self.dtype = torch.float64 if double else torch.float32
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index) -> torch.Tensor:
+    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
         """Rows by a slice or by a tensor of indices: a view if they need no conversion and may be written to."""
-        if self.is_tensor:
+        if isinstance(self.values, torch.Tensor):
             return self.values[index.to(self.device) if isinstance(index, torch.Tensor) else index].to(self.dtype)
         values = self.values[index.numpy(force=True) if isinstance(index, torch.Tensor) else index]
         kind = np.float64 if self.dtype == torch.float64 else np.float32
@@ -183,17 +227,19 @@ class _Rows:
         Raises:
             ValueError: one isn't finite.
         """
-        found = torch.linalg.vector_norm(part, dim=1)
-        if not torch.isfinite(found).all():
+        norms = torch.linalg.vector_norm(part, dim=1)
+        if not torch.isfinite(norms).all():
             raise ValueError(f"{self.name}: every value must be finite, and no row longer than its type can tell")
-        return found
+        return norms
 
 
-def _parts(count: int, size: int):
+def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _checked(queries, references, k: int, leave_one_out: bool) -> tuple[_Rows, _Rows, int]:
+def _checked(
+    queries: Array | torch.Tensor, references: Array | torch.Tensor, k: int, leave_one_out: bool
+) -> tuple[_Rows, _Rows, int]:
     """The rows, of one type, and how many neighbours each query has."""
     q, r = _Rows(queries, "queries"), _Rows(references, "references")
     available = len(r) - 1 if leave_one_out else len(r)
@@ -212,7 +258,9 @@ def _own(q: _Rows, leave_one_out: bool) -> torch.Tensor | None:
     return torch.arange(len(q), device=q.device) if leave_one_out else None
 
 
-def _as_given(q: _Rows, similarities: torch.Tensor, indices: torch.Tensor):
+def _as_given(
+    q: _Rows, similarities: torch.Tensor, indices: torch.Tensor
+) -> tuple[Array, Array] | tuple[torch.Tensor, torch.Tensor]:
     similarities = similarities.to(q.dtype)
     return (similarities, indices) if q.is_tensor else (similarities.numpy(), indices.numpy())
 
@@ -220,9 +268,11 @@ def _as_given(q: _Rows, similarities: torch.Tensor, indices: torch.Tensor):
 # -- exact ----------------------------------------------------------------------
 
 
-def _exact(q: _Rows, r: _Rows, k: int, own, chunk: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _exact(
+    q: _Rows, r: _Rows, k: int, own: torch.Tensor | None, chunk: Chunk | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Float64 similarities and indices of the k best: those of each reference chunk, merged as they come."""
-    best, found = _nothing_yet(q, r, k)
+    best, places = _nothing_yet(q, r, k)
     chunk = chunk or (_FAISS_CHUNK if _fast(q, len(q), len(r)) else _CHUNK)
     lengths = torch.empty(len(q), dtype=q.dtype, device=q.device)
     for some in _parts(len(q), chunk[0]):
@@ -243,10 +293,10 @@ def _exact(q: _Rows, r: _Rows, k: int, own, chunk: tuple[int, int]) -> tuple[tor
                 else torch.where((own[some] >= part.start) & (own[some] < part.stop), own[some] - part.start, -1)
             )
             if _fast(q, len(rows), len(block)):
-                _merge_candidates(best[some], found[some], rows, block, itself, slack[some], part.start, buffer)
+                _merge_candidates(best[some], places[some], rows, block, itself, slack[some], part.start, buffer)
             else:
-                _merge_block(best[some], found[some], rows, block, itself, slack[some], part.start, buffer)
-    return best, found
+                _merge_block(best[some], places[some], rows, block, itself, slack[some], part.start, buffer)
+    return best, places
 
 
 def _fast(q: _Rows, queries: int, references: int) -> bool:
@@ -254,7 +304,16 @@ def _fast(q: _Rows, queries: int, references: int) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.float32 and queries * references >= _WORTH and _installed()
 
 
-def _merge_candidates(best, found, rows, block, itself, slack, offset: int, buffer) -> None:
+def _merge_candidates(
+    best: torch.Tensor,
+    places: torch.Tensor,
+    rows: torch.Tensor,
+    block: torch.Tensor,
+    itself: torch.Tensor | None,
+    slack: torch.Tensor,
+    offset: int,
+    buffer: Callable[[], torch.Tensor],
+) -> None:
     """Put what the block has into the k best so far, from the largest products that FAISS finds in single precision.
 
     Products that it doesn't give are at most its last one. Where that could still belong to the k, rounding considered, all
@@ -275,11 +334,11 @@ def _merge_candidates(best, found, rows, block, itself, slack, offset: int, buff
     open_ones = (beyond >= bound) & (beyond > -torch.inf)
     row, place = ((products >= bound[:, None]) & (products > -torch.inf) & ~open_ones[:, None]).nonzero(as_tuple=True)
     column = columns[row, place]
-    _merge(best, found, row, _again(rows, row, block, column), column + offset)
+    _merge(best, places, row, _again(rows, row, block, column), column + offset)
     if len(rest := open_ones.nonzero()[:, 0]):
-        some = best[rest], found[rest]
+        some = best[rest], places[rest]
         _merge_block(*some, rows[rest], block, None if itself is None else itself[rest], slack[rest], offset, buffer)
-        best[rest], found[rest] = some
+        best[rest], places[rest] = some
 
 
 def _nothing_yet(q: _Rows, r: _Rows, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,7 +362,16 @@ def _filled_up(count: int) -> int:
     return -(-count // _GROUP) * _GROUP
 
 
-def _merge_block(best, found, rows, block, itself, slack, offset: int, buffer) -> None:
+def _merge_block(
+    best: torch.Tensor,
+    places: torch.Tensor,
+    rows: torch.Tensor,
+    block: torch.Tensor,
+    itself: torch.Tensor | None,
+    slack: torch.Tensor,
+    offset: int,
+    buffer: Callable[[], torch.Tensor],
+) -> None:
     """Put what the block has into the k best so far. Most products are never looked at: a group whose largest one stays
     below what k others surpass, by more than rounding can tell, is skipped.
     """
@@ -325,7 +393,7 @@ def _merge_block(best, found, rows, block, itself, slack, offset: int, buffer) -
         which, member = ((near >= bound[row[part], None]) & (near > -torch.inf)).nonzero(as_tuple=True)
         column = member * groups.shape[2] + group[part][which]
         which = row[part][which]
-        _merge(best, found, which, _again(rows, which, block, column), column + offset)
+        _merge(best, places, which, _again(rows, which, block, column), column + offset)
 
 
 def _again(rows: torch.Tensor, row: torch.Tensor, references: torch.Tensor | _Rows, column: torch.Tensor) -> torch.Tensor:
@@ -340,25 +408,27 @@ def _again(rows: torch.Tensor, row: torch.Tensor, references: torch.Tensor | _Ro
     return exact
 
 
-def _merge(best, found, row, similarities, indices) -> None:
+def _merge(
+    best: torch.Tensor, places: torch.Tensor, row: torch.Tensor, similarities: torch.Tensor, indices: torch.Tensor
+) -> None:
     """Put neighbours of rows into the k best of each row: descending by similarity, then ascending by index."""
     k = best.shape[1]
     touched = row.unique()
     row = torch.cat([touched.repeat_interleave(k), row])
     similarities = torch.cat([best[touched].flatten(), similarities])
-    indices = torch.cat([found[touched].flatten(), indices])
+    indices = torch.cat([places[touched].flatten(), indices])
     order = indices.argsort(stable=True)
     order = order[similarities[order].argsort(descending=True, stable=True)]
     order = order[row[order].argsort(stable=True)]
     first = torch.searchsorted(row[order], touched)
     kept = order[first[:, None] + torch.arange(k, device=row.device)]
-    best[touched], found[touched] = similarities[kept], indices[kept]
+    best[touched], places[touched] = similarities[kept], indices[kept]
 
 
 # -- FAISS ----------------------------------------------------------------------
 
 
-def _faiss():
+def _faiss() -> ModuleType:
     try:
         import faiss
     except ImportError:
@@ -375,40 +445,42 @@ def _installed() -> bool:
     return True
 
 
-def _for_faiss(rows: _Rows, part) -> np.ndarray:
+def _for_faiss(rows: _Rows, part: slice | torch.Tensor) -> npt.NDArray[np.float32]:
     vectors = rows[part]
     rows.lengths(vectors)
     return np.ascontiguousarray(vectors.numpy(force=True), dtype=np.float32)
 
 
-def _through_shortlist(q: _Rows, r: _Rows, k: int, own, chunk, probes, seed) -> tuple[torch.Tensor, torch.Tensor]:
-    best, found = _nothing_yet(q, r, k)
+def _through_shortlist(
+    q: _Rows, r: _Rows, k: int, own: torch.Tensor | None, probes: int | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    best, places = _nothing_yet(q, r, k)
     width = 2 * k + _SPARE
     candidates = torch.from_numpy(shortlist(q.values, r.values, width, probes=probes, seed=seed)).to(q.device)
-    for some in _parts(len(q), (chunk or _CHUNK)[0]):
+    for some in _parts(len(q), _CHUNK[0]):
         near, rows = candidates[some], q[some]
         kept = near >= 0
         if own is not None:
             kept &= near != own[some, None]
         row, column = kept.nonzero(as_tuple=True)
         column = near[row, column]
-        _merge(best[some], found[some], row, _again(rows, row, r, column), column)
-    short = (found[:, -1] == len(r)).nonzero()[:, 0]
+        _merge(best[some], places[some], row, _again(rows, row, r, column), column)
+    short = (places[:, -1] == len(r)).nonzero()[:, 0]
     if len(short):
-        best[short], found[short] = _exact(_some(q, short), r, k, None if own is None else own[short], chunk)
-    return best, found
+        best[short], places[short] = _exact(_some(q, short), r, k, None if own is None else own[short])
+    return best, places
 
 
 def _some(q: _Rows, index: torch.Tensor) -> _Rows:
     return _Rows(q[index], q.name)
 
 
-def _recall(q: _Rows, r: _Rows, own, chunk, best: torch.Tensor, sample: int, seed: int) -> tuple[float, int]:
+def _recall(q: _Rows, r: _Rows, own: torch.Tensor | None, best: torch.Tensor, sample: int, seed: int) -> tuple[float, int]:
     """Share of the k nearest that were found, over a sample of queries. One as near as the k-th counts as found."""
     count = min(sample, len(q))
     if not count:
         return 1.0, 0
     picked = np.sort(np.random.default_rng(seed).choice(len(q), count, replace=False))
     index = torch.from_numpy(picked).to(q.device)
-    exact = _exact(_some(q, index), r, best.shape[1], None if own is None else own[index], chunk)[0]
+    exact = _exact(_some(q, index), r, best.shape[1], None if own is None else own[index])[0]
     return (best[index] >= exact[:, -1:]).double().mean().item(), count

@@ -6,6 +6,7 @@ No attacks, no quality figures, one sampler: for a verdict run ``python -m eval.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from eval.embedders.registry import Embedder
 from eval.embedding import Embedded, normalised
 from eval.images import ImageSet, read_folder
 from eval.options import MemorizationOptions
-from eval.reporting.figures import References, make_references, share_figures
+from eval.reporting.folder import quick_figures
+from eval.reporting.references import References, ReferenceSets, make_references
+from eval.schema import Excluded
 from eval.sets import Embedding, embed_sets, read_sets
 from eval.statistics.calibrate import smallest_null
 from sdxl_ambient.errors import ImageError, OptionError, StageError
@@ -63,15 +66,15 @@ class QuickLook:
         self.options.validate()
         self.references: References | None = None
 
-    def __call__(self, folder: str | Path) -> dict:
+    def __call__(self, folder: str | Path) -> dict[str, Any]:
         """Of a folder of images: the share above the threshold, its excess over the held-out share, both with intervals, and
         the similarities to the training set, by the names of the evaluation's report; and the ``threshold``."""
-        self.prepare()
+        references = self.prepare()
         drawn = _InMemory(self.options)(read_folder(folder))
         _free()
-        return {**share_figures(drawn, self.references), "threshold": self.references.threshold}
+        return {**quick_figures(drawn, references), "threshold": references.threshold}
 
-    def prepare(self) -> None:
+    def prepare(self) -> References:
         """Embed both sets and calibrate, once.
 
         Raises:
@@ -84,14 +87,16 @@ class QuickLook:
             except StageError as error:
                 raise OptionError(f"--memorization_every: {error}") from None
             _free()
+        return self.references
 
     def _references(self) -> References:
-        sets = read_sets(self.options)
-        check_quick(len(sets[1]), self.options.alpha)
-        train, heldout = embed_sets(self.options, *sets, _InMemory(self.options))
-        check_quick(len(heldout), self.options.alpha)  # near-duplicates are left out by now
-        asked = (self.options.alpha, self.options.confidence, self.options.embedder)
-        return make_references(train, heldout, None, None, *asked, planted={})
+        options = self.options
+        train_images, heldout_images = read_sets(options)
+        check_quick(len(heldout_images or ()), options.alpha)
+        train, heldout = embed_sets(options, train_images, heldout_images, _InMemory(options))
+        check_quick(len(heldout or ()), options.alpha)  # near-duplicates are left out by now
+        sets = ReferenceSets(train, heldout, None, None)
+        return make_references(sets, options.alpha, options.confidence, options.embedder, planted={})
 
 
 def check_quick(heldout: int, alpha: float) -> None:
@@ -107,7 +112,10 @@ class _InMemory(Embedding):
     """Embeds alone and without files, where :func:`eval.embedding.embed` has a cache and other processes."""
 
     def __call__(self, images: ImageSet, embedder: Embedder | None = None) -> Embedded:
-        embedder, kept, parts, excluded = embedder or self.embedder, [], [], []
+        embedder = embedder or self.embedder
+        kept: list[int] = []
+        parts: list[np.ndarray] = []
+        excluded: list[Excluded] = []
         with tqdm(total=len(images), unit="image", desc=f"embed {images.folder.name} ({embedder.name})", delay=2) as bar:
             for start in range(0, len(images), self.batch_size):
                 pixels = []

@@ -8,7 +8,7 @@ Memorisation is a property of the weights: what a sampler hides, another one bri
     guidance_1, guidance_5   without guidance, and with SDXL's usual one
     mean_4                   the pixel mean of four samples of a prompt: what they share stays, what differs fades
 
-and, beside the samplers, the attacks of :mod:`eval.attack`.
+and, beside the samplers, the attacks of :mod:`eval.attacks`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Sampler:
 
     def describe(self) -> dict:
         """For the report: what determines an image, the mode under ``sampler``."""
-        found = asdict(self)
-        del found["name"], found["num_images"]
-        return {"sampler": found.pop("mode"), **found}
+        settings = asdict(self)
+        del settings["name"], settings["num_images"]
+        return {"sampler": settings.pop("mode"), **settings}
 
 
 def own_samplers(checkpoint: Checkpoint, options, modes: list[str]) -> list[Sampler]:
@@ -65,14 +65,14 @@ def worst_case(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampl
     tuned = checkpoint.lora or checkpoint.unet
     level = options.sampler_t_n if options.sampler_t_n is not None else checkpoint.t_n()
     scale, guidance = options.lora_scale if checkpoint.lora else None, options.guidance_scale
-    found = [Sampler("full", lora_scale=scale, guidance_scale=guidance)]
+    samplers = [Sampler("full", lora_scale=scale, guidance_scale=guidance)]
     if tuned and level is not None and level < first:
-        found += [Sampler(mode, mode, level, scale, guidance) for mode in ("early_stop", "hybrid")]
+        samplers += [Sampler(mode, mode, level, scale, guidance) for mode in ("early_stop", "hybrid")]
     if checkpoint.lora:
-        found += [Sampler(f"scale_{s:g}", lora_scale=s, guidance_scale=guidance) for s in SCALES if s != scale]
-    found += [Sampler(f"guidance_{g:g}", lora_scale=scale, guidance_scale=g) for g in GUIDANCES if g != guidance]
-    found.append(Sampler(f"mean_{MEAN_OF}", lora_scale=scale, guidance_scale=guidance, mean_of=MEAN_OF))
-    return found
+        samplers += [Sampler(f"scale_{s:g}", lora_scale=s, guidance_scale=guidance) for s in SCALES if s != scale]
+    samplers += [Sampler(f"guidance_{g:g}", lora_scale=scale, guidance_scale=g) for g in GUIDANCES if g != guidance]
+    samplers.append(Sampler(f"mean_{MEAN_OF}", lora_scale=scale, guidance_scale=guidance, mean_of=MEAN_OF))
+    return samplers
 
 
 def samplers_of(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampler]:
@@ -80,15 +80,15 @@ def samplers_of(checkpoint: Checkpoint, options, first: int = 1000) -> list[Samp
 
     ``first`` is the timestep that sampling starts from. Raises OptionError for an own sampler whose level is not below it.
     """
-    found = own_samplers(checkpoint, options, options.samplers)
-    for s in found:
+    samplers = own_samplers(checkpoint, options, options.samplers)
+    for s in samplers:
         if s.t_n is not None and s.t_n >= first:
             raise OptionError(
                 f"--sampler_t_n: {s.t_n} of {checkpoint.name!r} is not below {first}, where {options.num_inference_steps} "
                 f"steps start, which the sampler {s.mode!r} needs"
             )
     if options.worst_case == "standard":
-        names = {s.name for s in found}
+        names = {s.name for s in samplers}
         more = [s for s in worst_case(checkpoint, options, first) if s.name not in names]
-        found += [replace(s, num_images=options.worst_case_images) for s in more]
-    return found
+        samplers += [replace(s, num_images=options.worst_case_images) for s in more]
+    return samplers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,11 +16,23 @@ from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import Embedded, embed
 from eval.images import ImageSet, drop_duplicates, read_folder
 from eval.options import MemorizationOptions
-from eval.reporting.figures import FRECHET_MOST
+from eval.quality import FRECHET_MOST
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.images.duplicates import Fingerprints
 from sdxl_ambient.provenance import hash_tensors, read_json, write_json
+
+
+def output_folder(options: MemorizationOptions) -> Path:
+    """The folder that everything is written to."""
+    assert options.output_dir is not None, "the options' own check asks for it"
+    return Path(options.output_dir)
+
+
+def train_folder(options: MemorizationOptions) -> Path:
+    """The folder of the fine-tuning set."""
+    assert options.train_data_dir is not None, "the options' own check asks for it"
+    return Path(options.train_data_dir)
 
 
 class Embedding:
@@ -27,7 +40,7 @@ class Embedding:
 
     def __init__(self, options: MemorizationOptions):
         self.device = resolve_device(options.device)
-        self.cache, self.batch_size = Path(options.output_dir) / "embeddings", options.embedding_batch_size
+        self.cache, self.batch_size = output_folder(options) / "embeddings", options.embedding_batch_size
         self.embedder = load_embedder(options.embedder, options.embedder_weights, self.device)
         self.pooled_pixels, self.fingerprint = load_embedder("pooled_pixels"), load_embedder("fingerprint")
         self.clip = ClipScore(options.clip_score_model, self.device) if options.clip_score_model else None
@@ -42,7 +55,7 @@ class Embedding:
 
 def read_sets(options: MemorizationOptions) -> tuple[ImageSet, ImageSet | None]:
     """The fine-tuning and the held-out set, without files that come twice."""
-    train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
+    train = drop_duplicates(read_folder(train_folder(options), options.caption_column))
     if options.heldout_data_dir is None:
         return train, None
     heldout = drop_duplicates(drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column)), train)
@@ -60,37 +73,54 @@ def embed_sets(
 ) -> tuple[Embedded, Embedded | None]:
     """Both sets' embeddings, without near-duplicates: by perceptual hash, then by the embedder."""
     if options.near_duplicates == "drop":
-        prints = [embedding(s, embedding.fingerprint) if s else None for s in (train, heldout)]
-        hashes = [Fingerprints.of(p.features) if p else None for p in prints]
-        if heldout:
-            heldout = drop_near_duplicates(prints[1].images, hashes[1], prints[0].images, hashes[0])
-            _check_left(heldout)
-        train = drop_near_duplicates(prints[0].images, hashes[0])
-    train, heldout = embedding(train), embedding(heldout) if heldout else None
+        train, heldout = _without_same_hashes(train, heldout, embedding)
+    embedded_train, embedded_heldout = embedding(train), embedding(heldout) if heldout else None
     if options.near_duplicates == "drop":
-        least = jpeg_limit(recompressed(train, embedding.embedder, options.embedding_batch_size))
-        if heldout:
-            kept = drop_near_embeddings(heldout.images, heldout.embeddings, least, train.images, train.embeddings)
-            _check_left(kept)
-            heldout = heldout.only(kept)
-        train = train.only(drop_near_embeddings(train.images, train.embeddings, least))
-    return train, heldout
+        return _without_near_embeddings(embedded_train, embedded_heldout, embedding)
+    return embedded_train, embedded_heldout
+
+
+def _without_same_hashes(
+    train: ImageSet, heldout: ImageSet | None, embedding: Embedding
+) -> tuple[ImageSet, ImageSet | None]:
+    """Both sets without the images whose perceptual hashes are those of an earlier one."""
+    prints = embedding(train, embedding.fingerprint)
+    hashes = Fingerprints.of(prints.features)
+    if heldout:
+        heldout_prints = embedding(heldout, embedding.fingerprint)
+        own = Fingerprints.of(heldout_prints.features)
+        heldout = drop_near_duplicates(heldout_prints.images, own, prints.images, hashes)
+        _check_left(heldout)
+    return drop_near_duplicates(prints.images, hashes), heldout
+
+
+def _without_near_embeddings(
+    train: Embedded, heldout: Embedded | None, embedding: Embedding
+) -> tuple[Embedded, Embedded | None]:
+    """Both sets without the images that the embedder finds as near to an earlier one as a JPEG copy."""
+    least = jpeg_limit(recompressed(train, embedding.embedder, embedding.batch_size))
+    if heldout:
+        kept = drop_near_embeddings(heldout.images, heldout.embeddings, least, train.images, train.embeddings)
+        _check_left(kept)
+        heldout = heldout.only(kept)
+    return train.only(drop_near_embeddings(train.images, train.embeddings, least)), heldout
 
 
 def plant(options: MemorizationOptions, train: Embedded, embedder: Embedder) -> dict[str, np.ndarray]:
     """Similarities of known copies of training images; through the model's VAE too, where there is a model.
 
-    Kept in ``controls.json`` for the next run that asks the same.
+    Kept in ``controls.json`` for the next run of the same settings.
     """
-    transforms, asked = dict(TRANSFORMS), {"embedder": embedder.key, "train": train.images.hashes, "most": MOST, "vae": None}
+    transforms = dict(TRANSFORMS)
+    settings: dict[str, Any] = {"embedder": embedder.key, "train": train.images.hashes, "most": MOST, "vae": None}
     if options.pretrained_model_name_or_path is not None:
         vae, resolution = open_vae(options)
         transforms["vae"] = vae_round_trip(vae, resolution)
-        asked["vae"] = {"weights": hash_tensors(vae.state_dict()), "resolution": resolution}
-    path = Path(options.output_dir) / "controls.json"
-    if path.exists() and (there := read_json(path))["settings"] == asked:
-        return {name: np.array(values, dtype=np.float32) for name, values in there["planted"].items()}
+        settings["vae"] = {"weights": hash_tensors(vae.state_dict()), "resolution": resolution}
+    path = output_folder(options) / "controls.json"
+    if path.exists() and (stored := read_json(path))["settings"] == settings:
+        return {name: np.array(values, dtype=np.float32) for name, values in stored["planted"].items()}
     with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
-        found = planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
-    write_json(path, {"settings": asked, "planted": {name: values.tolist() for name, values in found.items()}})
-    return found
+        similarities = planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
+    write_json(path, {"settings": settings, "planted": {name: values.tolist() for name, values in similarities.items()}})
+    return similarities

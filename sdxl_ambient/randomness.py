@@ -5,11 +5,12 @@ With a generator per sample, what a sample draws doesn't depend on the batch tha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 
-from sdxl_ambient.provenance import hash_json
+from sdxl_ambient.provenance import hash_bytes, hash_json
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -69,3 +70,17 @@ def sample_generator(seed: int, purpose: str, index: int | str) -> torch.Generat
     """A CPU generator for one sample; independent for every (seed, purpose, index), which may be a content hash."""
     # A hash, since neighbouring seeds of the Mersenne twister start alike.
     return torch.Generator().manual_seed(int(hash_json([seed, purpose, index])[:8], 16))
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of one drawn image: 63 bits from SHA-256 of (seed, index).
+
+    Images share no noise, and the same index has the same noise in every model.
+    """
+    return int(hash_bytes(f"{seed}/{index}".encode())[:16], 16) >> 1
+
+
+def attack_generator(digest: str, t: int, seed: int) -> torch.Generator:
+    """The noise that an attack puts on an image, by the SHA-256 of its file, at timestep ``t``."""
+    key = hashlib.sha256(f"{digest} {t} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))

@@ -19,7 +19,8 @@ from eval.drawing import captions_of, generate
 from eval.images import read_folder
 from eval.options import MemorizationOptions
 from eval.quality import frechet_distance
-from eval.reporting.figures import References, make_references, sampler_figures, threshold_figures
+from eval.reporting.folder import folder_figures
+from eval.reporting.references import References, ReferenceSets, make_references, threshold_figures
 from eval.samplers import Sampler
 from eval.sets import Embedding, embed_sets, plant, read_sets
 from sdxl_ambient.images.geometry import Geometry
@@ -151,16 +152,9 @@ class Evaluation:
         embedding = Embedding(options)
         train, heldout = embed_sets(options, *read_sets(options), embedding)
         assert heldout is not None  # heldout_data_dir is given
-        references = make_references(
-            train,
-            heldout,
-            embedding.pooled(train.images),
-            embedding.pooled(heldout.images),
-            options.alpha,
-            options.confidence,
-            options.embedder,
-            plant(options, train, embedding.embedder),
-        )
+        sets = ReferenceSets(train, heldout, *(embedding.pooled(s.images) for s in (train, heldout)))
+        planted = plant(options, train, embedding.embedder)
+        references = make_references(sets, options.alpha, options.confidence, options.embedder, planted)
         return Evaluation(options, embedding, references)
 
     def measure(self, name: str, adapter: Path | None, t_n: int, seed: int, folder: Path) -> dict:
@@ -173,7 +167,7 @@ class Evaluation:
         found = {}
         for sampler, (images, _) in drawn.items():
             one = read_folder(images)
-            figures = sampler_figures(self.embedding(one), self.embedding.pooled(one), references)
+            figures = folder_figures(self.embedding(one), self.embedding.pooled(one), references)
             found[sampler] = {key: figures[key] for key in KEPT}
         sets = references.train.images, references.heldout.images
         answers = attack(options, checkpoint, *sets, self.embedding.embedder, folder / "attack")

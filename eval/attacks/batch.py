@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+from eval.attacks.model import LoadedModel
 from eval.attacks.options import AttackOptions
-from eval.attacks.subject import LoadedModel, image_generator
 from eval.embedders.registry import Embedder
 from eval.embedding import normalised
 from eval.images import ImageSet
 from sdxl_ambient.errors import ImageError
 from sdxl_ambient.images.load import load_rgb
+from sdxl_ambient.randomness import attack_generator
 
 
 @dataclass
 class Batch:
     """Some images of one set, with what several attacks need of them."""
 
-    subject: LoadedModel
+    model: LoadedModel
     embedder: Embedder
     images: ImageSet
     pictures: list[Image.Image]
@@ -30,12 +31,12 @@ class Batch:
     @cached_property
     def x_0(self) -> torch.Tensor:
         """Latents (n, 4, h, w) on the model's device."""
-        return self.subject.encode(self.pictures).to(self.subject.pipe.device)
+        return self.model.encode(self.pictures).to(self.model.pipe.device)
 
     @cached_property
     def sources(self) -> list[Image.Image]:
         """The pictures after the VAE's round trip, the nearest that the model can come to them."""
-        return self.subject.decode(self.x_0)
+        return self.model.decode(self.x_0)
 
     @cached_property
     def source_features(self) -> np.ndarray:
@@ -49,10 +50,10 @@ class Batch:
         return [record.caption if options.attack_prompts == "caption" else None for record in self.images.records]
 
     def generators(self, t: int, options: AttackOptions) -> list[torch.Generator]:
-        return [image_generator(digest, t, options.seed) for digest in self.images.hashes]
+        return [attack_generator(digest, t, options.seed) for digest in self.images.hashes]
 
 
-def readable(images: ImageSet) -> tuple[ImageSet, list]:
+def readable(images: ImageSet) -> tuple[ImageSet, list[Image.Image]]:
     """The images that can be opened, and their pictures; the others are listed as excluded."""
     kept, pictures, excluded = [], [], []
     for i, record in enumerate(images.records):

@@ -10,13 +10,14 @@ the image is encoded: nothing inside it can reach the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from eval.attacks.subject import LoadedModel
+from eval.attacks.model import LoadedModel
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.randomness import Randomness
 
@@ -58,7 +59,7 @@ def painted_over(image: Image.Image, box: Box) -> Image.Image:
 
 @torch.no_grad()
 def inpaint(
-    subject: LoadedModel,
+    model: LoadedModel,
     images: Sequence[Image.Image],
     prompts: Sequence[str | None],
     generators: Sequence[torch.Generator],
@@ -69,41 +70,41 @@ def inpaint(
     """Square RGB images of the model's size with what is within ``box`` made anew, each from its own generator.
 
     The rest comes back as the VAE leaves it. Prompts may be None, as
-    :meth:`eval.attacks.subject.LoadedModel.conditioning` takes them.
+    :meth:`eval.attacks.model.LoadedModel.conditioning` takes them.
     """
-    latents = subject.encode([painted_over(image, box) for image in images])
+    latents = model.encode([painted_over(image, box) for image in images])
     noise = Randomness(list(generators), len(images)).normal(latents)
-    told, untold = subject.conditioning(prompts), subject.conditioning([None] * len(prompts))
-    device, dtype = subject.pipe.device, subject.pipe.unet.dtype
+    conditional, unconditional = model.conditioning(prompts), model.conditioning([None] * len(prompts))
+    device, dtype = model.pipe.device, model.pipe.unet.dtype
     # Latents in and latents out: given pixels, the stock pipeline leaves out latents_mean and latents_std when it encodes,
     # though not when it decodes, and casts a VAE that was loaded in float32 to the UNet's precision.
-    filled = _stock(subject)(
+    filled = _stock(model)(
         image=latents.to(device),
-        mask_image=_mask(subject.resolution, box),
+        mask_image=_mask(model.resolution, box),
         latents=noise.to(device, dtype),
         generator=list(generators),
-        prompt_embeds=told.prompt_embeds,
-        pooled_prompt_embeds=told.pooled,
-        negative_prompt_embeds=untold.prompt_embeds,
-        negative_pooled_prompt_embeds=untold.pooled,
+        prompt_embeds=conditional.prompt_embeds,
+        pooled_prompt_embeds=conditional.pooled,
+        negative_prompt_embeds=unconditional.prompt_embeds,
+        negative_pooled_prompt_embeds=unconditional.pooled,
         # Without any prompt guidance changes nothing, and costs as much again.
         guidance_scale=guidance_scale if any(prompts) else 1.0,
         strength=1.0,
         num_inference_steps=steps,
-        height=subject.resolution,
-        width=subject.resolution,
+        height=model.resolution,
+        width=model.resolution,
         output_type="latent",
     ).images
-    return subject.decode(filled.float())
+    return model.decode(filled.float())
 
 
-def _stock(subject: LoadedModel):
+def _stock(model: LoadedModel) -> Callable[..., Any]:
     from diffusers import StableDiffusionXLInpaintPipeline
 
     # Not from_pipe, which casts the shared weights to float32; and a scheduler of its own, since it keeps its place.
-    pipe = subject.pipe
+    pipe = model.pipe
     parts = {**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
-    zeros = pipe.config.force_zeros_for_empty_prompt
+    zeros = pipe.config["force_zeros_for_empty_prompt"]
     stock = StableDiffusionXLInpaintPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
     stock.set_progress_bar_config(disable=True)
     return stock

@@ -8,36 +8,37 @@ import torch
 
 from eval.attacks.batch import Batch
 from eval.attacks.inpaint import hole, inpaint
+from eval.attacks.measures import conditional_magnitude, denoising_errors, reconstruct
 from eval.attacks.membership import Scores
 from eval.attacks.options import AttackOptions
-from eval.attacks.subject import conditional_magnitude, denoising_errors, image_generator, reconstruct
-from sdxl_ambient.randomness import Randomness
+from sdxl_ambient.randomness import Randomness, attack_generator
 
 
 def noise_attack(batch: Batch, options: AttackOptions) -> Scores:
     """``error/T`` mean squared errors of ε̂ and ``MODE/T`` similarities of each image to itself, (n,) each."""
-    schedule, answers = batch.subject.schedule, {}
-    denoise = batch.subject.denoiser(batch.prompts(options))
+    model, schedule = batch.model, batch.model.schedule
+    scores: Scores = {}
+    denoise = model.denoiser(batch.prompts(options))
     for t in options.attack_t:
         errors = denoising_errors(denoise, schedule, batch.x_0, t, batch.generators(t, options))
-        answers[f"error/{t}"] = errors.cpu().numpy()
+        scores[f"error/{t}"] = errors.cpu().numpy()
         for mode in options.attack_modes:
             generators = batch.generators(t, options)
             back = reconstruct(denoise, schedule, batch.x_0, t, generators, mode, options.attack_steps)
-            similarity = batch.embed(batch.subject.decode(back)) * batch.source_features
-            answers[f"{mode}/{t}"] = similarity.sum(1)
-    return answers
+            similarity = batch.embed(model.decode(back)) * batch.source_features
+            scores[f"{mode}/{t}"] = similarity.sum(1)
+    return scores
 
 
 def mask_attack(batch: Batch, options: AttackOptions) -> Scores:
     """``mask`` similarities of what the hole was filled with to what was there after the VAE's round trip, (n,)."""
-    subject = batch.subject
-    box = hole(subject.resolution, options.mask_share, subject.pipe.vae_scale_factor)
-    squares = [subject.square(picture) for picture in batch.pictures]
+    model = batch.model
+    box = hole(model.resolution, options.mask_share, model.pipe.vae_scale_factor)
+    squares = [model.square(picture) for picture in batch.pictures]
     # All of the hole is noise at first, as an image is at the last timestep.
-    generators = batch.generators(subject.schedule.num_timesteps - 1, options)
-    how = dict(steps=options.attack_steps, guidance_scale=options.guidance_scale)
-    filled = inpaint(subject, squares, batch.prompts(options), generators, box, **how)
+    generators = batch.generators(model.schedule.num_timesteps - 1, options)
+    prompts = batch.prompts(options)
+    filled = inpaint(model, squares, prompts, generators, box, options.attack_steps, options.guidance_scale)
     patches, own = ([picture.crop(box) for picture in pictures] for pictures in (filled, batch.sources))
     return {"mask": (batch.embed(patches) * batch.embed(own)).sum(1)}
 
@@ -47,13 +48,18 @@ def magnitude_attack(batch: Batch, options: AttackOptions) -> Scores:
     rows = [i for i, record in enumerate(batch.images.records) if record.caption]
     if not rows:
         return {}
-    subject, images = batch.subject, batch.images.subset(rows)
-    generators = [image_generator(d, subject.schedule.num_timesteps - 1, options.seed) for d in images.hashes]
-    like = torch.empty(len(rows), *subject.latent_shape, device=subject.pipe.device)
-    told, untold = (subject.denoiser(p) for p in ([r.caption for r in images.records], [None] * len(rows)))
+    model, images = batch.model, batch.images.subset(rows)
+    generators = [attack_generator(d, model.schedule.num_timesteps - 1, options.seed) for d in images.hashes]
+    like = torch.empty(len(rows), *model.latent_shape, device=model.pipe.device)
+    captioned, free = (model.denoiser(p) for p in ([r.caption for r in images.records], [None] * len(rows)))
     noise = Randomness(generators, len(rows)).normal(like)
-    how = dict(steps=options.attack_steps, guidance_scale=options.guidance_scale)
-    return {"magnitude": conditional_magnitude(told, untold, subject.schedule, noise, **how).cpu().numpy()}
+    steps, guidance = options.attack_steps, options.guidance_scale
+    magnitudes = conditional_magnitude(captioned, free, model.schedule, noise, steps, guidance)
+    return {"magnitude": magnitudes.cpu().numpy()}
 
 
-KINDS: dict[str, Callable] = {"noise": noise_attack, "mask": mask_attack, "magnitude": magnitude_attack}
+KINDS: dict[str, Callable[[Batch, AttackOptions], Scores]] = {
+    "noise": noise_attack,
+    "mask": mask_attack,
+    "magnitude": magnitude_attack,
+}

@@ -14,9 +14,10 @@ from eval import processes
 from eval.attacks.batch import Batch, readable
 from eval.attacks.kinds import KINDS
 from eval.attacks.membership import SETS, Scores, attack_figures
+from eval.attacks.model import LoadedModel
 from eval.attacks.options import AttackOptions
-from eval.attacks.subject import LoadedModel
-from eval.checkpoints import Checkpoint, hash_weights, resolve_base
+from eval.checkpoints import Checkpoint, hash_weights
+from eval.drawing import base_folder
 from eval.embedders.registry import Embedder
 from eval.images import ImageSet
 from sdxl_ambient.devices import DTYPES, resolve_device
@@ -25,41 +26,42 @@ from sdxl_ambient.provenance import differences, hash_json, read_json, write_jso
 
 
 @torch.no_grad()
-def run_attacks(subject: LoadedModel, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Scores]:
-    """What ``options.attacks`` find on one batch of images: how many could be opened, and arrays (n,) by name."""
+def run_attacks(model: LoadedModel, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Scores]:
+    """The scores that ``options.attacks`` give one batch of images: how many could be opened, and arrays (n,) by name."""
     images, pictures = readable(images)
-    answers: Scores = {}
+    scores: Scores = {}
     if pictures:
-        batch = Batch(subject, embedder, images, pictures)
+        batch = Batch(model, embedder, images, pictures)
         for name in dict.fromkeys(options.attacks):
-            answers.update(KINDS[name](batch, options))
-    return len(pictures), answers
+            scores.update(KINDS[name](batch, options))
+    return len(pictures), scores
 
 
 def run_attacks_on_sets(
-    subject: LoadedModel,
+    model: LoadedModel,
     embedder: Embedder,
     sets: dict[str, ImageSet],
     options: AttackOptions,
     name: str = "",
     parts: Path | None = None,
 ) -> dict[str, Scores]:
-    """Each set's answers, from all processes: float64 arrays in the order of the images, the same in every process.
+    """Each set's scores, from all processes: float64 arrays in the order of the images, the same in every process.
 
     Batches are made before any image is opened, so that neither the processes nor an unreadable image change who shares a
-    batch. Attacks that one of the sets gave no answer to are left out of all. Each batch's answers are kept in the folder
-    ``parts``, where an interrupted run finds them again; it belongs to one question.
+    batch. Attacks that gave one of the sets no score are left out of all. Each batch's scores are kept in the folder
+    ``parts``, where an interrupted run finds them again; it belongs to one set of settings.
 
     Raises:
-        StageError: no image of a set can be opened, no attack can be run on all sets, or an answer isn't finite.
+        StageError: no image of a set can be opened, no attack can be run on all sets, or a score isn't finite.
     """
     batches = [(key, i, one) for key, s in sets.items() for i, one in enumerate(_batches(s, options.batch_size))]
-    mine, done = processes.share(batches), []
-    total = sum(len(images) for *_, images in mine)
+    own_batches = processes.share(batches)
+    done: list[tuple[str, int, Scores]] = []
+    total = sum(len(images) for *_, images in own_batches)
     with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
-        for key, i, images in mine:
+        for key, i, images in own_batches:
             path = parts / f"{key}-{options.batch_size}-{i}.json" if parts else None
-            done.append((key, *_kept(path, lambda one=images: run_attacks(subject, embedder, one, options))))
+            done.append((key, *_stored(path, lambda one=images: run_attacks(model, embedder, one, options))))
             bar.update(len(images))
     done = processes.collect(done)
     for key, images in sets.items():
@@ -68,15 +70,15 @@ def run_attacks_on_sets(
     return _combine(done, sets)
 
 
-def _kept(path: Path | None, ask: Callable[[], tuple[int, Scores]]) -> tuple[int, Scores]:
-    """What ``path`` holds, or what is asked now and kept there."""
+def _stored(path: Path | None, compute: Callable[[], tuple[int, Scores]]) -> tuple[int, Scores]:
+    """The count and the scores that ``path`` holds, or that are computed now and kept there."""
     if path is not None and path.exists():
-        there = read_json(path)
-        return there["count"], {name: np.array(values, np.float32) for name, values in there["answers"].items()}
-    count, answers = ask()
+        stored = read_json(path)
+        return stored["count"], {name: np.array(values, np.float32) for name, values in stored["answers"].items()}
+    count, scores = compute()
     if path is not None:
-        write_json(path, {"count": count, "answers": {name: values.tolist() for name, values in answers.items()}})
-    return count, answers
+        write_json(path, {"count": count, "answers": {name: values.tolist() for name, values in scores.items()}})
+    return count, scores
 
 
 def _batches(images: ImageSet, size: int) -> list[ImageSet]:
@@ -89,16 +91,16 @@ def _none_left(images: ImageSet, unreadable: int = 0) -> StageError:
 
 
 def _combine(done: list[tuple[str, int, Scores]], sets: dict[str, ImageSet]) -> dict[str, Scores]:
-    found: dict[str, dict[str, list]] = {key: {} for key in sets}
-    for key, _, answers in done:
-        for name, values in answers.items():
-            found[key].setdefault(name, []).append(values)
-    names = [n for n in found[next(iter(sets))] if all(n in answers for answers in found.values())]
+    parts: dict[str, dict[str, list[np.ndarray]]] = {key: {} for key in sets}
+    for key, _, scores in done:
+        for name, values in scores.items():
+            parts[key].setdefault(name, []).append(values)
+    names = [n for n in parts[next(iter(sets))] if all(n in scores for scores in parts.values())]
     if not names:
         raise StageError("--attacks: magnitude needs captions, and one of the sets has none")
-    joined = {key: {n: np.concatenate(answers[n]).astype(np.float64) for n in names} for key, answers in found.items()}
-    for key, answers in joined.items():
-        if broken := [name for name, values in answers.items() if not np.isfinite(values).all()]:
+    joined = {key: {n: np.concatenate(scores[n]).astype(np.float64) for n in names} for key, scores in parts.items()}
+    for key, scores in joined.items():
+        if broken := [name for name, values in scores.items() if not np.isfinite(values).all()]:
             raise StageError(f"{sets[key].folder}: {broken[0]} isn't finite; in float16 SDXL needs another VAE")
     return joined
 
@@ -106,42 +108,42 @@ def _combine(done: list[tuple[str, int, Scores]], sets: dict[str, ImageSet]) -> 
 def attack(
     options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder, folder: Path
 ) -> dict[str, Scores]:
-    """Every attack's answers on one model, asked or read from where they are: ``{"train": {name: (n,)}, "heldout": …}``.
+    """Every attack's scores on one model, computed or read from where they are: ``{"train": {name: (n,)}, "heldout": …}``.
 
     Names are ``error/T``, ``MODE/T``, ``mask`` and ``magnitude``; figures are made of them by :func:`attack_figures`. All
     processes call it, share the batches and get the same; the main one writes ``folder``/attack.json.
 
     Raises:
-        StageError: ``folder`` has the answers to another question, a set has no usable image, or an answer isn't finite.
+        StageError: ``folder`` has scores of other settings, a set has no usable image, or a score isn't finite.
     """
     sets = {key: images.thinned(options.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
     settings = attack_settings(options, checkpoint, sets["train"], sets["heldout"], embedder)
     path = Path(folder) / "attack.json"
     # The main process looks, for all: another could look when the file is already written, and miss the work to share.
-    there = processes.collect([read_json(path) if processes.is_main() and path.exists() else None])[0]
-    if there is not None:
-        if changed := differences(there["settings"], settings):
+    stored = processes.collect([read_json(path) if processes.is_main() and path.exists() else None])[0]
+    if stored is not None:
+        if changed := differences(stored["settings"], settings):
             raise StageError(f"{path} was made with other settings: {'; '.join(changed)}; give another --output_dir")
-        return {key: {name: np.array(values) for name, values in there["answers"][key].items()} for key in SETS}
+        return {key: {name: np.array(values) for name, values in stored["answers"][key].items()} for key in SETS}
     for images in sets.values():
         if not len(images):
             raise _none_left(images)
     parts = Path(folder) / f"parts-{hash_json(settings)[:16]}"
-    answers = run_attacks_on_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
+    scores = run_attacks_on_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
     if processes.is_main():
-        lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in answers.items()}
-        figures = attack_figures(answers["train"], answers["heldout"])
+        lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in scores.items()}
+        figures = attack_figures(scores["train"], scores["heldout"])
         write_json(path, {"settings": settings, "answers": lists, "figures": figures})
         shutil.rmtree(parts, ignore_errors=True)
     processes.wait()
-    return answers
+    return scores
 
 
 def _open(options: AttackOptions, checkpoint: Checkpoint) -> LoadedModel:
     from sdxl_ambient.pipeline import load_pipeline
 
     pipe = load_pipeline(
-        str(resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)),
+        str(base_folder(options)),
         lora=checkpoint.lora,
         lora_scale=options.lora_scale,
         unet=checkpoint.unet,
@@ -156,27 +158,29 @@ def _open(options: AttackOptions, checkpoint: Checkpoint) -> LoadedModel:
 def attack_settings(
     options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder
 ) -> dict:
-    """Everything that determines the answers, as attack.json keeps it; not how the work is cut into batches."""
-    sets, told = {"train": train, "heldout": heldout}, options.attack_prompts == "caption" or "magnitude" in options.attacks
-    base = resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    """Everything that determines the scores, as attack.json keeps it; not how the work is cut into batches."""
+    sets = {"train": train, "heldout": heldout}
+    needs_captions = options.attack_prompts == "caption" or "magnitude" in options.attacks
     vae = options.pretrained_vae_model_name_or_path
     return {
         **{name: getattr(options, name) for name in _deciding(options)},
         "attacks": sorted(set(options.attacks)),
         "lora_scale": options.lora_scale if checkpoint.lora else None,
         "device": torch.device(resolve_device(options.device)).type,
-        "base_weights": hash_weights(base, "base"),
+        "base_weights": hash_weights(base_folder(options), "base"),
         "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
         "embedder": embedder.key,
         **{key: images.hashes for key, images in sets.items()},
-        "captions": {key: hash_json([r.caption for r in images.records]) for key, images in sets.items()} if told else None,
+        "captions": {key: hash_json([r.caption for r in images.records]) for key, images in sets.items()}
+        if needs_captions
+        else None,
     }
 
 
 def _deciding(options: AttackOptions) -> list[str]:
-    """The options that change an answer of the attacks that are run."""
+    """The options that change a score of the attacks that are run."""
     names = ["attack_steps", "attack_prompts", "resolution", "seed", "dtype"]
     if "noise" in options.attacks:
         names += ["attack_t", "attack_modes"]

@@ -54,7 +54,7 @@ class Embedder:
     network: Callable[[torch.Tensor], torch.Tensor]
     weights: str | None = None
     weights_hash: str | None = None
-    device: str = "cpu"
+    device: torch.device | str = "cpu"
     preparing: Callable[[Image.Image], torch.Tensor] | None = None
 
     @property
@@ -146,15 +146,15 @@ def _centred(batch: torch.Tensor) -> torch.Tensor:
     return centred * (centred.norm(dim=1, keepdim=True) > 1e-3)
 
 
-def _pixel(weights: str | None, device: str) -> Embedder:
+def _pixel(weights: str | None, device: torch.device | str) -> Embedder:
     return Embedder("pixel", _steps(16, "bicubic", then="each channel's mean subtracted"), _centred)
 
 
-def _pooled_pixels(weights: str | None, device: str) -> Embedder:
+def _pooled_pixels(weights: str | None, device: torch.device | str) -> Embedder:
     return Embedder("pooled_pixels", _steps(8, "box", then="flattened"), lambda batch: batch.flatten(1))
 
 
-def _dinov2(weights: str, device: str, name: str = "dinov2", steps: dict | None = None) -> Embedder:
+def _dinov2(weights: str, device: torch.device | str, name: str = "dinov2", steps: dict | None = None) -> Embedder:
     from transformers import AutoModel
 
     model = _pretrained(AutoModel, name, weights, device)
@@ -171,11 +171,11 @@ def _dinov2(weights: str, device: str, name: str = "dinov2", steps: dict | None 
     )
 
 
-def _dinov2_paper(weights: str, device: str) -> Embedder:
+def _dinov2_paper(weights: str, device: torch.device | str) -> Embedder:
     return _dinov2(weights, device, "dinov2_paper", _steps(224, "bilinear", antialias=False, first=1024))
 
 
-def _clip(weights: str, device: str) -> Embedder:
+def _clip(weights: str, device: torch.device | str) -> Embedder:
     from transformers import CLIPVisionModelWithProjection
 
     model = _pretrained(CLIPVisionModelWithProjection, "clip", weights, device)
@@ -190,7 +190,7 @@ def _clip(weights: str, device: str) -> Embedder:
     )
 
 
-def _sscd(weights: str, device: str) -> Embedder:
+def _sscd(weights: str, device: torch.device | str) -> Embedder:
     from eval.embedders.sscd import load_sscd
 
     try:
@@ -201,7 +201,7 @@ def _sscd(weights: str, device: str) -> Embedder:
     return Embedder("sscd", _steps(320, "bilinear", _IMAGENET), model, weights, hash_tensors(model.state_dict()), device)
 
 
-def _pretrained(kind, name: str, weights: str, device: str):
+def _pretrained(kind, name: str, weights: str, device: torch.device | str):
     try:
         # Given explicitly, since a configuration can otherwise ask for either.
         model, report = kind.from_pretrained(
@@ -221,7 +221,7 @@ def _not_loaded(name: str, weights: str, error: BaseException) -> StageError:
     return StageError(f"--embedder_weights: {name} can't be loaded from {weights!r}: {reason}")
 
 
-def _fingerprint(weights: str | None, device: str) -> Embedder:
+def _fingerprint(weights: str | None, device: torch.device | str) -> Embedder:
     from sdxl_ambient.images.duplicates import fingerprint
 
     steps = {"hash": "64-bit DCT hash", "thumbnail": "8x8 RGB, box filter", "views": ["as it stands", "mirrored"]}
@@ -253,7 +253,7 @@ def check_embedder(name: str, weights: str | None) -> None:
         raise StageError(f"--embedder_weights: {weights!r} is not a folder; give one, or a model id of the Hub")
 
 
-def load_embedder(name: str, weights: str | None = None, device: str = "cpu") -> Embedder:
+def load_embedder(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> Embedder:
     """An embedder by name, with weights from a local folder (sscd: a .safetensors file) or the Hub.
 
     Raises:

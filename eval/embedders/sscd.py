@@ -48,6 +48,11 @@ class Bottleneck(nn.Module):
 class SSCD(nn.Module):
     """(n, 3, h, w), ImageNet-normalised → (n, 512), of unit length."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)

@@ -6,12 +6,15 @@ import base64
 import copy
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypedDict, cast
 
 import jinja2
 
 from eval.images import data_uri
-from eval.reporting.plots import model_curves, overview_curves, rate_curves, trade_off, training_curve
+from eval.reporting.plots import RunPoint, model_curves, overview_curves, rate_curves, trade_off, training_curve
+from eval.schema import AttackFigures, EstimateFigures, ImageRow, ModelFigures, Report, SamplerFigures
 from sdxl_ambient.provenance import atomic
 
 TOP_PAIRS, THRESHOLD_PAIRS, RANDOM_PAIRS = 8, 6, 4
@@ -26,8 +29,20 @@ _ATTACK_ADDITIONS = ("auc_interval", "difference_to_base", "gap", "gap_standard_
 # Columns that are left out where no sampler has them.
 _SOMETIMES = (*_SAMPLER_ADDITIONS, "excess_over_heldout", "similarity_to_heldout", "fd_pixels")
 
+Pictures = Callable[[str, str], str | None]  # (folder, file) → a ``data:`` address; None where there is no such picture
+Interval = list[float] | EstimateFigures | None
 
-def write_html(report: dict, output_dir: str | Path) -> Path:
+
+class AttackRow(TypedDict):
+    """One attack on one model; ``t`` is empty where it has no timestep."""
+
+    model: str
+    attack: str
+    t: str
+    figures: AttackFigures
+
+
+def write_html(report: Report, output_dir: str | Path) -> Path:
     """Write ``index.html`` beside report.json, whole or not at all, and return its path."""
     path = Path(output_dir) / "index.html"
     with atomic(path) as temporary:
@@ -35,7 +50,7 @@ def write_html(report: dict, output_dir: str | Path) -> Path:
     return path
 
 
-def render(report: dict, root: str | Path) -> str:
+def render(report: Report, root: str | Path) -> str:
     """The page. ``root`` is the folder that relative image folders in the report start from."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -64,11 +79,12 @@ def render(report: dict, root: str | Path) -> str:
     )
 
 
-def with_additions(report: dict) -> dict:
+def with_additions(report: Report) -> Report:
     """A copy in which keys that came after schema 2 are there, as None where nothing else follows from the rest."""
-    report = copy.deepcopy(report)
-    report["threshold"].setdefault("null", "heldout")
-    for model in report["models"].values():
+    # Not yet what the types say: that is made of it here.
+    whole: dict[str, Any] = copy.deepcopy(dict(report))
+    whole["threshold"].setdefault("null", "heldout")
+    for model in whole["models"].values():
         model.setdefault("own_sampler", next(iter(model["samplers"])))
         _fill(model, _MODEL_ADDITIONS)
         for sampler in model["samplers"].values():
@@ -77,19 +93,19 @@ def with_additions(report: dict) -> dict:
                 _fill(row, ("p_value", "score_normalized"))
         for attack in (model["attacks"] or {}).values():
             _fill(attack, _ATTACK_ADDITIONS)
-    return report
+    return cast(Report, whole)
 
 
-def _all_samplers(report: dict) -> list[dict]:
+def _all_samplers(report: Report) -> list[SamplerFigures]:
     return [figures for model in report["models"].values() for figures in model["samplers"].values()]
 
 
-def _fill(entry: dict, keys: tuple[str, ...]) -> None:
+def _fill(entry: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         entry.setdefault(key)
 
 
-def _model(name: str, model: dict, report: dict, pictures) -> dict:
+def _model(name: str, model: ModelFigures, report: Report, pictures: Pictures) -> dict[str, Any]:
     """A model's own and worst sampler with their figures, tables and pictures."""
     shown = dict.fromkeys([model["own_sampler"], model["worst_sampler"]])
     samplers = [
@@ -120,15 +136,15 @@ class _Pictures:
         return self.made[path]
 
 
-def _closest(rows: list[dict]) -> list[dict]:
+def _closest(rows: list[ImageRow]) -> list[ImageRow]:
     return sorted(rows, key=lambda row: (-row["similarity_to_train"], row["file"]))
 
 
-def pair_groups(figures: dict, report: dict, pictures) -> list[dict]:
+def pair_groups(figures: SamplerFigures, report: Report, pictures: Pictures) -> list[dict[str, Any]]:
     """The closest pairs of one sampler, some about the threshold and some at random (always the same ones)."""
     threshold, order = report["threshold"]["value"], _closest(figures["images"])
     top, rest = order[:TOP_PAIRS], order[TOP_PAIRS:]
-    at = []
+    at: list[ImageRow] = []
     if threshold is not None:
         # A sample of those near it, since the nearest few may all lie on one side.
         near = sorted(rest, key=lambda row: (abs(row["similarity_to_train"] - threshold), row["file"]))[:NEAR_THRESHOLD]
@@ -143,7 +159,7 @@ def pair_groups(figures: dict, report: dict, pictures) -> list[dict]:
     ]
 
 
-def _pair(row: dict, figures: dict, report: dict, pictures) -> dict:
+def _pair(row: ImageRow, figures: SamplerFigures, report: Report, pictures: Pictures) -> dict[str, Any]:
     return {
         **row,
         "above": _above(row, report["threshold"]["value"]),
@@ -152,11 +168,11 @@ def _pair(row: dict, figures: dict, report: dict, pictures) -> dict:
     }
 
 
-def _above(row: dict, threshold: float | None) -> bool:
+def _above(row: ImageRow, threshold: float | None) -> bool:
     return threshold is not None and row["similarity_to_train"] > threshold
 
 
-def copied_images(figures: dict, report: dict, pictures) -> list[dict]:
+def copied_images(figures: SamplerFigures, report: Report, pictures: Pictures) -> list[dict[str, Any]]:
     """The training images that most generated ones are nearest to, each beside the nearest of them."""
     return [
         {
@@ -182,19 +198,20 @@ _IMAGE_COLUMNS = (
 )
 
 
-def image_table(figures: dict, threshold: float | None) -> dict:
+def image_table(figures: SamplerFigures, threshold: float | None) -> dict[str, Any]:
     """One row per image, the closest first, at most MOST_ROWS; columns without any value are left out."""
-    rows = _closest(figures["images"])[:MOST_ROWS]
+    closest = _closest(figures["images"])[:MOST_ROWS]
+    rows: list[dict[str, Any]] = [dict(row) for row in closest]
     if threshold is not None:
-        rows = [{**row, "above": "yes" if _above(row, threshold) else "no"} for row in rows]
+        rows = [{**row, "above": "yes" if _above(row, threshold) else "no"} for row in closest]
     names = ("key", "title", "digits", "ascending")
     columns = [dict(zip(names, c, strict=True)) for c in _IMAGE_COLUMNS if any(r.get(c[0]) is not None for r in rows)]
     return {"columns": columns, "rows": rows, "total": len(figures["images"])}
 
 
-def attack_rows(report: dict) -> list[dict]:
+def attack_rows(report: Report) -> list[AttackRow]:
     """Every model's attacks, named ATTACK/T in the report, or ATTACK where there is no timestep."""
-    rows = []
+    rows: list[AttackRow] = []
     for model, entry in report["models"].items():
         for name, figures in (entry["attacks"] or {}).items():
             attack, _, t = name.partition("/")
@@ -202,9 +219,9 @@ def attack_rows(report: dict) -> list[dict]:
     return rows
 
 
-def strongest(rows: list[dict]) -> list[dict]:
+def strongest(rows: list[AttackRow]) -> list[AttackRow]:
     """Of each model the attack with the highest AUC."""
-    best: dict[str, dict] = {}
+    best: dict[str, AttackRow] = {}
     for row in rows:
         held = best.setdefault(row["model"], row)
         if (row["figures"]["auc"] or 0.0) > (held["figures"]["auc"] or 0.0):
@@ -212,20 +229,26 @@ def strongest(rows: list[dict]) -> list[dict]:
     return list(best.values())
 
 
-def runs(report: dict) -> list[dict]:
+def runs(report: Report) -> list[dict[str, Any]]:
     """Checkpoints of one training run side by side, in the order of their steps; runs of which there are at least two."""
-    found: dict[str, list[dict]] = {}
+    by_run: dict[str, list[RunPoint]] = {}
     for name, model in report["models"].items():
         if model["run"] is not None and model["step"] is not None:
-            own, worst = (model["samplers"][model[key]] for key in ("own_sampler", "worst_sampler"))
-            names = {"own_name": model["own_sampler"], "worst_name": model["worst_sampler"]}
-            point = {"name": name, "step": model["step"], "own": own, "worst": worst, **names}
-            found.setdefault(model["run"], []).append(point)
-    several = {run: sorted(points, key=lambda p: p["step"]) for run, points in found.items() if len(points) > 1}
+            own, worst = model["own_sampler"], model["worst_sampler"]
+            point: RunPoint = {
+                "name": name,
+                "step": model["step"],
+                "own": model["samplers"][own],
+                "worst": model["samplers"][worst],
+                "own_name": own,
+                "worst_name": worst,
+            }
+            by_run.setdefault(model["run"], []).append(point)
+    several = {run: sorted(points, key=lambda p: p["step"]) for run, points in by_run.items() if len(points) > 1}
     return [{"name": run, "points": points, "svg": training_curve(points)} for run, points in several.items()]
 
 
-def excluded(report: dict) -> list[dict]:
+def excluded(report: Report) -> list[dict[str, Any]]:
     """What was left out of each set of images, at most MOST_EXCLUDED of it named."""
     data = report["data"]
     sets = [("training set", data["train"]["excluded"])]
@@ -248,19 +271,22 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}".replace("-", "−")
 
 
-def _ends(interval) -> tuple | None:
+def _ends(interval: Interval) -> tuple[float, float] | None:
     """(low, high) of an interval that is a pair, an estimate with ``low`` and ``high``, or None."""
     if interval is None:
         return None
-    return (interval["low"], interval["high"]) if isinstance(interval, dict) else tuple(interval)
+    if isinstance(interval, dict):
+        return interval["low"], interval["high"]
+    low, high = interval
+    return low, high
 
 
-def _interval(interval, text=_share) -> str:
+def _interval(interval: Interval, text: Callable[[float], str] = _share) -> str:
     ends = _ends(interval)
     return "–" if ends is None else f"{text(ends[0])} to {text(ends[1])}"
 
 
-def _difference(estimate: dict | None, text=_share) -> str:
+def _difference(estimate: EstimateFigures | None, text: Callable[[float], str] = _share) -> str:
     """A signed difference with its interval."""
     if estimate is None:
         return "–"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
+import numpy.typing as npt
+
+from eval.statistics.scipy_functions import Floats, adjusted_p_values, beta_quantile
 
 # (n + 1)·α is often meant to be a whole number (α = .02, n = 49) and comes out a rounding error below it.
 _ROUNDING = 1e-9
@@ -25,12 +29,20 @@ class Estimate:
     high: float
 
 
+@dataclass(frozen=True)
+class MonteCarlo:
+    """How an interval is simulated: the number of draws, and the seed they come from."""
+
+    draws: int = 200_000
+    seed: int = 0
+
+
 def smallest_null(alpha: float) -> int:
     """The number of held-out images from which a threshold at ``alpha`` exists: ⌈1/α − 1⌉."""
     return math.ceil(1 / alpha - 1 - _ROUNDING)
 
 
-def threshold(null_similarities, alpha: float) -> float:
+def threshold(null_similarities: npt.ArrayLike, alpha: float) -> float:
     """The similarity that an image unrelated to the training set exceeds with probability at most ``alpha``.
 
     τ_α = the ⌈(n + 1)(1 − α)⌉-th smallest of the n null similarities. If a new image is exchangeable with the null
@@ -70,14 +82,15 @@ def clopper_pearson(count: float, n: float, confidence: float = 0.95) -> tuple[f
     Lower end: the (1 − c)/2 quantile of Beta(count, n − count + 1); upper end: the (1 + c)/2 quantile of
     Beta(count + 1, n − count). 0 of n gives a lower end of 0, n of n an upper end of 1.
     """
+    # Not scipy's binomtest, which takes whole counts alone.
     count = n if n < count <= n * (1 + _ROUNDING) else count  # shares of effective counts round
     if not 0 <= count <= n or n < 1:
         raise ValueError(f"a count between 0 and n ≥ 1 is needed, got {count} of {n}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     tail = (1 - confidence) / 2
-    low = 0.0 if count == 0 else float(stats.beta.ppf(tail, count, n - count + 1))
-    high = 1.0 if count == n else float(stats.beta.ppf(1 - tail, count + 1, n - count))
+    low = 0.0 if count == 0 else beta_quantile(tail, count, n - count + 1)
+    high = 1.0 if count == n else beta_quantile(1 - tail, count + 1, n - count)
     return low, high
 
 
@@ -98,7 +111,7 @@ def share_difference(count_a: float, n_a: float, count_b: float, n_b: float, con
     return Estimate(a - b, max(-1.0, a - b - down), min(1.0, a - b + up))
 
 
-def conformal_p_values(similarities, null_similarities) -> np.ndarray:
+def conformal_p_values(similarities: npt.ArrayLike, null_similarities: npt.ArrayLike) -> Floats:
     """p_i = (1 + #{null ≥ s_i}) / (n + 1) for each of m similarities: (m,), in [1/(n + 1), 1].
 
     If image i is exchangeable with the n null images, P(p_i ≤ a) ≤ a for every a (Vovk et al. 2005, §2.2; Bates et al.
@@ -117,7 +130,7 @@ def conformal_p_values(similarities, null_similarities) -> np.ndarray:
     return (1 + at_least) / (null.size + 1)
 
 
-def benjamini_hochberg(p_values, q: float) -> np.ndarray:
+def benjamini_hochberg(p_values: npt.ArrayLike, q: float) -> npt.NDArray[np.bool_]:
     """Which of m p-values are discoveries at false discovery rate ``q``: booleans (m,).
 
     The largest k with p_(k) ≤ q k/m, and all p-values up to it (Benjamini & Hochberg 1995, *JRSS B* 57). Conformal
@@ -131,12 +144,10 @@ def benjamini_hochberg(p_values, q: float) -> np.ndarray:
         raise ValueError(f"q must lie between 0 and 1, got {q}")
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("p-values must lie between 0 and 1")
-    ordered = np.sort(p)
-    below = np.flatnonzero(ordered <= q * np.arange(1, p.size + 1) / max(1, p.size))
-    return p <= ordered[below[-1]] if below.size else np.zeros(p.size, dtype=bool)
+    return adjusted_p_values(p) <= q
 
 
-def effective_count(flags, clusters) -> float:
+def effective_count(flags: npt.ArrayLike, clusters: npt.ArrayLike) -> float:
     """Independent images that ``flags`` (m,) booleans are worth, where images of one cluster (a prompt) resemble each other.
 
     m divided by the design effect: the variance of the mean by clusters (ratio estimator, Cochran 1977, *Sampling
@@ -146,21 +157,28 @@ def effective_count(flags, clusters) -> float:
     Raises:
         ValueError: no flags, or not one cluster for each.
     """
-    flags, clusters = np.asarray(flags, dtype=np.float64), np.asarray(clusters)
-    if flags.ndim != 1 or flags.size == 0 or flags.shape != clusters.shape:
-        raise ValueError(f"flags and clusters of one length are needed, got shapes {flags.shape} and {clusters.shape}")
-    _, which = np.unique(clusters, return_inverse=True)
-    groups, mean, m = which.max() + 1, flags.mean(), flags.size
+    values, labels = np.asarray(flags, dtype=np.float64), np.asarray(clusters)
+    if values.ndim != 1 or values.size == 0 or values.shape != labels.shape:
+        raise ValueError(f"flags and clusters of one length are needed, got shapes {values.shape} and {labels.shape}")
+    _, which = np.unique(labels, return_inverse=True)
+    groups, mean, m = int(which.max()) + 1, values.mean(), values.size
     if groups == m:
         return float(m)
     if groups == 1 or mean in (0.0, 1.0):
         return float(groups)
-    residual = np.bincount(which, weights=flags - mean)
+    residual = np.bincount(which, weights=values - mean)
     by_clusters = groups / (groups - 1) * (residual**2).sum() / m**2
     return float(m / max(1.0, by_clusters / (mean * (1 - mean) / m)))
 
 
-def cluster_bootstrap(values, clusters, statistic=np.mean, repetitions: int = 2000, confidence: float = 0.95, seed: int = 0):
+def cluster_bootstrap(
+    values: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    statistic: Callable[[npt.NDArray[Any]], npt.ArrayLike] = np.mean,
+    repetitions: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
     """Percentile interval (low, high) of ``statistic`` of ``values`` (m, …) when whole clusters are drawn with replacement.
 
     Field & Welsh 2007, *JRSS B* 69, §2 (randomised cluster bootstrap). Too narrow with few clusters (below about 20) and
@@ -169,18 +187,20 @@ def cluster_bootstrap(values, clusters, statistic=np.mean, repetitions: int = 20
     Raises:
         ValueError: no values, or not one cluster for each.
     """
-    values, clusters = np.asarray(values), np.asarray(clusters)
-    if len(values) == 0 or len(values) != len(clusters):
-        raise ValueError(f"values and clusters of one length are needed, got {len(values)} and {len(clusters)}")
-    _, which = np.unique(clusters, return_inverse=True)
-    members = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+    # Not scipy's bootstrap, which draws single values and knows no clusters.
+    samples: npt.NDArray[Any] = np.asarray(values)
+    labels = np.asarray(clusters)
+    if len(samples) == 0 or len(samples) != len(labels):
+        raise ValueError(f"values and clusters of one length are needed, got {len(samples)} and {len(labels)}")
+    _, which = np.unique(labels, return_inverse=True)
+    members: list[npt.NDArray[np.intp]] = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
     generator = np.random.default_rng(seed)
-    found = []
+    statistics: list[npt.ArrayLike] = []
     for _ in range(repetitions):
-        drawn = generator.integers(len(members), size=len(members))
-        found.append(statistic(values[np.concatenate([members[i] for i in drawn])]))
+        drawn: list[int] = generator.integers(len(members), size=len(members)).tolist()
+        statistics.append(statistic(samples[np.concatenate([members[i] for i in drawn])]))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = np.quantile(np.asarray(statistics), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -192,8 +212,7 @@ def copied_share(
     n_null: int,
     alpha: float,
     confidence: float = 0.95,
-    draws: int = 200_000,
-    seed: int = 0,
+    simulation: MonteCarlo = MonteCarlo(),
 ) -> Estimate:
     """The share of generated images that are copies, from how many lie above the threshold τ_α.
 
@@ -208,6 +227,7 @@ def copied_share(
         above: images above τ, of ``n``; both may be effective counts (:func:`effective_count`).
         recalled, planted: known copies above τ, and known copies.
         n_null: null similarities that the threshold was made from.
+        simulation: the draws that the interval is made of.
 
     Raises:
         ValueError: counts outside their ranges.
@@ -217,8 +237,8 @@ def copied_share(
         raise ValueError(f"{above} of {n} images and {recalled} of {planted} planted copies are impossible counts")
     if n_null < smallest_null(alpha):
         raise InsufficientData(f"{n_null} held-out images can not calibrate a false-alarm rate of {alpha:g}")
-    rank = threshold_rank(n_null, alpha)
-    generator = np.random.default_rng(seed)
+    rank, draws = threshold_rank(n_null, alpha), simulation.draws
+    generator = np.random.default_rng(simulation.seed)
     rate = generator.beta(above + 0.5, n - above + 0.5, draws)
     recall = generator.beta(recalled + 0.5, planted - recalled + 0.5, draws)
     false = generator.beta(n_null + 1 - rank, rank, draws)

@@ -2,19 +2,23 @@
 
 An attack's AUC is P(member > nonmember) + ½ P(member = nonmember) over the images of which these are a sample
 (:func:`eval.metrics.roc_auc`). Its variance is that of DeLong, DeLong & Clarke-Pearson 1988, *Biometrics* 44, from each
-score's placement among the other set's. Models that memorised reach AUC 1, where the variance is estimated as 0 and an
-interval of ± z standard errors would claim certainty; the intervals here never do.
+score's placement among the other set's; scipy and scikit-learn give an area without its variance. Models that memorised
+reach AUC 1, where the variance is estimated as 0 and an interval of ± z standard errors would claim certainty; the
+intervals here never do.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+import numpy.typing as npt
 
 from eval.quality import finite_array
+from eval.statistics.scipy_functions import Floats, beta_quantile, normal_quantile, ranks, student_quantile
+
+Placements = tuple[Floats, Floats]
 
 
-def auc_interval(members, nonmembers, confidence: float = 0.95) -> tuple[float, float, float]:
+def auc_interval(members: npt.ArrayLike, nonmembers: npt.ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
     """AUC and an interval that contains the true one with about ``confidence``, seldom less: (auc, low, high) in [0, 1].
 
     Clopper–Pearson with an effective number of trials, as Korn & Graubard 1998, *Survey Methodology* 24, make one from any
@@ -32,10 +36,17 @@ def auc_interval(members, nonmembers, confidence: float = 0.95) -> tuple[float, 
     """
     placed = _placements(members, nonmembers)
     auc = float(placed[0].mean())
-    return auc, *_bounds(auc, _covariance(placed, placed), *map(len, placed), _tail(confidence))
+    low, high = _bounds(auc, _covariance(placed, placed), len(placed[0]), len(placed[1]), _tail(confidence))
+    return auc, low, high
 
 
-def auc_difference(members_a, nonmembers_a, members_b, nonmembers_b, confidence: float = 0.95) -> tuple[float, float, float]:
+def auc_difference(
+    members_a: npt.ArrayLike,
+    nonmembers_a: npt.ArrayLike,
+    members_b: npt.ArrayLike,
+    nonmembers_b: npt.ArrayLike,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
     """AUC of model a minus AUC of model b on the same images, with its interval: (difference, low, high) in [−1, 1].
 
     The limits are put together from those of both AUCs (:func:`auc_interval`) and DeLong's correlation ρ of the two, by
@@ -52,7 +63,7 @@ def auc_difference(members_a, nonmembers_a, members_b, nonmembers_b, confidence:
             outside (0, 1).
     """
     a, b = _placements(members_a, nonmembers_a), _placements(members_b, nonmembers_b)
-    sizes, others = tuple(map(len, a)), tuple(map(len, b))
+    sizes, others = (len(a[0]), len(a[1])), (len(b[0]), len(b[1]))
     if sizes != others:
         raise ValueError(f"scores of the same images are needed, got {sizes} and {others}")
     tail = _tail(confidence)
@@ -68,16 +79,16 @@ def auc_difference(members_a, nonmembers_a, members_b, nonmembers_b, confidence:
     return difference, max(-1.0, low), min(1.0, high)
 
 
-def _placements(members, nonmembers) -> tuple[np.ndarray, np.ndarray]:
+def _placements(members: npt.ArrayLike, nonmembers: npt.ArrayLike) -> Placements:
     """Each member's share of nonmembers below it, (m,), and each nonmember's share of members above it, (n,); ties half."""
-    members, nonmembers = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
-    m, n = len(members), len(nonmembers)
-    ranks = stats.rankdata(np.concatenate([members, nonmembers]))
+    x, y = finite_array(members, "members"), finite_array(nonmembers, "nonmembers")
+    m, n = len(x), len(y)
+    among_all = ranks(np.concatenate([x, y]))
     # A score's rank among all, less its rank among its own, is the number of the others below it.
-    return (ranks[:m] - stats.rankdata(members)) / n, 1 - (ranks[m:] - stats.rankdata(nonmembers)) / m
+    return (among_all[:m] - ranks(x)) / n, 1 - (among_all[m:] - ranks(y)) / m
 
 
-def _covariance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+def _covariance(a: Placements, b: Placements) -> float:
     """DeLong's covariance of two AUCs, S₁₀/m + S₀₁/n; 0 where a set has one image and it can't be estimated."""
     total = 0.0
     for one, other in zip(a, b, strict=True):
@@ -96,11 +107,11 @@ def _tail(confidence: float) -> float:
 def _bounds(auc: float, variance: float, m: int, n: int, tail: float) -> tuple[float, float]:
     trials = fewest = min(m, n)
     if variance > 0:
-        shrink = (stats.norm.ppf(tail) / stats.t.ppf(tail, fewest - 1)) ** 2
+        shrink = (normal_quantile(tail) / student_quantile(tail, fewest - 1)) ** 2
         trials = float(np.clip(shrink * auc * (1 - auc) / variance, fewest, max(fewest, 3 * m * n / (m + n + 1))))
     hits, misses = trials * auc, trials * (1 - auc)
-    low = float(stats.beta.ppf(tail, hits, misses + 1)) if hits > 0 else 0.0
-    high = float(stats.beta.ppf(1 - tail, hits + 1, misses)) if misses > 0 else 1.0
+    low = beta_quantile(tail, hits, misses + 1) if hits > 0 else 0.0
+    high = beta_quantile(1 - tail, hits + 1, misses) if misses > 0 else 1.0
     return low, high
 
 

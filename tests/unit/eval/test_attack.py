@@ -9,26 +9,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 from support.pictures import REPOSITORY, copy_emoji
 from support.running import ENV
 
 from eval.attack import AttackCommandOptions, main
 from eval.attacks.inpaint import hole, inpaint, painted_over
-from eval.attacks.membership import attack_figures
+from eval.attacks.measures import conditional_magnitude, denoising_errors, reconstruct
+from eval.attacks.model import LoadedModel
 from eval.attacks.run import attack_settings, run_attacks, run_attacks_on_sets
-from eval.attacks.subject import LoadedModel, conditional_magnitude, denoising_errors, image_generator, reconstruct
 from eval.checkpoints import Checkpoint
 from eval.embedders.registry import load_embedder
 from eval.images import read_folder
-from eval.metrics import denoising_gap
-from eval.statistics.roc import auc_difference, auc_interval
 from sdxl_ambient.config.parser import load_options
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.posterior import spaced_times
-from sdxl_ambient.randomness import Randomness
+from sdxl_ambient.randomness import Randomness, attack_generator
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -38,16 +35,16 @@ def sdxl(prediction_type="epsilon"):
 
 
 def generators(count, t=500, seed=0):
-    return [image_generator(f"{i:064x}", t, seed) for i in range(count)]
+    return [attack_generator(f"{i:064x}", t, seed) for i in range(count)]
 
 
 def test_noise_belongs_to_the_file_the_level_and_the_seed():
     draws = {
-        key: torch.randn(3, generator=image_generator(*key)).tolist()
+        key: torch.randn(3, generator=attack_generator(*key)).tolist()
         for key in [("a", 500, 0), ("b", 500, 0), ("a", 501, 0), ("a", 500, 1)]
     }
     assert len({tuple(d) for d in draws.values()}) == 4
-    assert torch.randn(3, generator=image_generator("a", 500, 0)).tolist() == draws["a", 500, 0]
+    assert torch.randn(3, generator=attack_generator("a", 500, 0)).tolist() == draws["a", 500, 0]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -152,24 +149,6 @@ def squares(subject):
     return [subject.square(load_rgb(record.path)) for record in images.records[:3]]
 
 
-def test_the_hole_is_in_the_middle_and_on_the_grid_of_latents():
-    assert hole(1024, 0.5, 8) == (256, 256, 768, 768)
-    assert hole(64, 0.5, 4) == (16, 16, 48, 48)
-    assert hole(64, 0.3, 4) == (20, 20, 40, 40)  # 4.8 of 16 latents: 5
-    assert hole(64, 0.001, 4) == (28, 28, 32, 32) and hole(64, 0.999, 4) == (4, 4, 60, 60)
-    with pytest.raises(StageError, match="2 × 2 latents has no place"):
-        hole(16, 0.5, 8)
-
-
-def test_a_hole_is_painted_over_with_the_colour_around_it():
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[1:7, 1:7] = (10, 20, 30)
-    pixels[2:6, 2:6] = 255
-    expected = pixels.copy()
-    expected[2:6, 2:6] = (10, 20, 30)
-    assert np.array_equal(painted_over(Image.fromarray(pixels), (2, 2, 6, 6)), expected)
-
-
 def fill(subject, images, prompts, **changes):
     box = hole(64, 0.5, 4)
     how = {"steps": 3, "guidance_scale": 4.0, **changes}
@@ -216,37 +195,6 @@ def test_what_a_hole_is_filled_with_does_not_depend_on_the_batch(subject, square
     # Without a prompt there is nothing to guide to.
     first, second = (fill(subject, squares, [None] * 3, guidance_scale=g)[0] for g in (1.0, 9.0))
     assert np.array_equal(first, second)
-
-
-# -- figures ------------------------------------------------------------------------
-
-
-def test_members_are_told_by_low_errors_and_high_similarities():
-    low, high = np.array([0.1, 0.2]), np.array([0.3, 0.4])
-    figures = attack_figures({"error/500": low, "one_step/500": low}, {"error/500": high, "one_step/500": high})
-    assert figures["error/500"]["auc"] == 1 and figures["one_step/500"]["auc"] == 0
-    assert figures["error/500"]["mean_train"] == pytest.approx(0.15) and figures["error/500"]["tpr_at_1_fpr"] == 1
-    assert figures["error/500"]["difference_to_base"] is None and "gap" not in figures["one_step/500"]
-
-
-def test_figures_compare_with_the_base_model_on_the_same_images():
-    rng = np.random.default_rng(0)
-    sets = {key: {"error/500": rng.random(9), "mask": rng.random(9)} for key in ("train", "heldout")}
-    base = {key: {name: values + 0.1 * rng.random(9) for name, values in one.items()} for key, one in sets.items()}
-    figures = attack_figures(sets["train"], sets["heldout"], base, confidence=0.8)
-    for name, sign in (("error/500", -1), ("mask", 1)):
-        four = [sign * model[key][name] for model in (sets, base) for key in ("train", "heldout")]
-        assert list(figures[name]["difference_to_base"].values()) == list(auc_difference(*four, 0.8))
-        assert (figures[name]["auc"], *figures[name]["auc_interval"]) == auc_interval(*four[:2], 0.8)
-    gap, error = denoising_gap(*(sets[key]["error/500"][:, None] for key in ("train", "heldout")))
-    assert (figures["error/500"]["gap"], figures["error/500"]["gap_standard_error"]) == (gap[0], error[0])
-    json.dumps(figures, allow_nan=False)
-    del base["train"]["mask"]  # the base model was not asked
-    assert attack_figures(sets["train"], sets["heldout"], base)["mask"]["difference_to_base"] is None
-    # One image, or an attack that only one set answered.
-    figures = attack_figures({"error/1": np.ones(1), "magnitude": np.ones(2)}, {"error/1": np.zeros(3)})
-    assert list(figures) == ["error/1"] and figures["error/1"]["gap"] is None
-    json.dumps(figures, allow_nan=False)
 
 
 # -- sets ---------------------------------------------------------------------------

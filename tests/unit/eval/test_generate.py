@@ -10,7 +10,7 @@ from PIL import Image
 from support.pictures import copy_emoji
 
 from eval.checkpoints import Checkpoint, hash_weights
-from eval.drawing import average_images, captions_of, generate_images, image_seed, plan, read_prompts
+from eval.drawing import average_images, captions_of, generate_images, plan, read_prompts
 from eval.generate import GenerateOptions, main
 from eval.options import MemorizationOptions
 from eval.samplers import own_samplers, samplers_of
@@ -18,6 +18,7 @@ from sdxl_ambient.config.parser import load_options
 from sdxl_ambient.errors import OptionError, StageError
 from sdxl_ambient.formats.peft import save_lora
 from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.randomness import image_seed
 
 PROMPTS = ["red apple", "green heart", "penguin", "yellow star", "blue car"]
 

@@ -6,14 +6,12 @@ import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from support.pictures import REPOSITORY
 
 from eval.memorization import main as evaluate
 from eval.report import main
 from eval.reporting.page import pair_groups, render
-from eval.reporting.plots import survival
 
 DATA = REPOSITORY / "miniature" / "data"
 
@@ -98,13 +96,6 @@ def test_names_and_captions_are_escaped(finished):
 def test_a_report_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_survival_is_the_share_strictly_above():
-    x, share = survival([0.5, 0.2, 0.9, 0.5])
-    for at in (0.1, 0.2, 0.4, 0.5, 0.7, 0.9):
-        value = share[np.searchsorted(x, at, side="right") - 1]
-        assert value == np.mean(np.array([0.5, 0.2, 0.9, 0.5]) > at)
 
 
 def test_pairs_show_the_closest_first_and_the_same_random_ones(finished):

@@ -1,0 +1,124 @@
+"""Similarities and the threshold → how many images lie above it, how sure that is, and how many of them are copies."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eval import metrics
+from eval.embedding import Embedded
+from eval.neighbours import nearest
+from eval.reporting.references import References
+from eval.schema import CopiedShare, Discoveries, ExcessFigures, SeedFigures, ShareFigures
+from eval.statistics.calibrate import (
+    benjamini_hochberg,
+    clopper_pearson,
+    cluster_bootstrap,
+    conformal_p_values,
+    copied_share,
+    effective_count,
+)
+
+
+def prompts_of(images: Embedded) -> np.ndarray:
+    """What images have in common: their prompt, (n,). Without prompts every image stands for itself."""
+    prompts = [record.caption or "" for record in images.images.records]
+    return np.array(prompts) if any(prompts) else np.arange(len(prompts))
+
+
+def share_figures(values: np.ndarray, references: References, clusters: np.ndarray | None = None) -> ShareFigures:
+    """Share of similarities (n,) above τ with its interval; None where nothing is calibrated.
+
+    Images of one cluster (a prompt) count for as many as they are worth.
+    """
+    if references.threshold is None:
+        return {
+            "share_above_threshold": None,
+            "count_above_threshold": None,
+            "effective_images": None,
+            "interval": None,
+        }
+    flags = values > references.threshold
+    count = effective_count(flags, clusters) if clusters is not None else float(len(flags))
+    return {
+        "share_above_threshold": float(flags.mean()),
+        "count_above_threshold": int(flags.sum()),
+        "effective_images": count,
+        "interval": list(clopper_pearson(float(flags.mean()) * count, count, references.confidence)),
+    }
+
+
+def share_above(values: np.ndarray | None, references: References) -> float | None:
+    """The bare share above τ; None without values or threshold."""
+    if values is None or references.threshold is None:
+        return None
+    return metrics.share_above(values, references.threshold)
+
+
+def copied_figures(
+    share: float | None, count: float | None, references: References, confidence: float
+) -> CopiedShare | None:
+    """The share of images that are copies, from the share above τ of ``count`` effective images: value, low, high.
+
+    None where nothing is calibrated or no copy was planted.
+    """
+    control = references.recall_control
+    if share is None or count is None or control is None or references.null is None or references.threshold is None:
+        return None
+    recalled = references.planted[control] > references.threshold
+    counts = int(recalled.sum()), len(recalled), len(references.null)
+    estimate = copied_share(share * count, count, *counts, references.alpha, confidence)
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "recall_control": control}
+
+
+def p_values(values: np.ndarray, references: References) -> np.ndarray | None:
+    """Each image's conformal p-value, (n,); None where nothing is calibrated."""
+    if references.threshold is None or references.null is None:
+        return None
+    return conformal_p_values(values, references.null)
+
+
+def discovery_figures(p: np.ndarray | None, references: References) -> Discoveries | None:
+    """Images that are too near to be chance, at a false discovery rate of α among those named."""
+    if p is None:
+        return None
+    return {
+        "rate": references.alpha,
+        "count": int(benjamini_hochberg(p, references.alpha).sum()),
+        "smallest_p": float(p.min()),
+    }
+
+
+def excess_figures(generated: Embedded, clusters: np.ndarray, references: References) -> ExcessFigures:
+    """Excess over held-out images at equal set sizes, with its cluster bootstrap; the larger set is thinned evenly, in
+    the order of its paths."""
+    train, heldout, threshold = references.train, references.heldout, references.threshold
+    if heldout is None or threshold is None:
+        return {
+            "excess_over_heldout": None,
+            "excess_interval": None,
+            "excess_set_size": None,
+            "share_above_threshold_as_many_heldout": None,
+        }
+    size = min(len(train), len(heldout))
+    beside_train, beside_heldout = (
+        nearest(generated.embeddings, images.thinned(size).embeddings, 1)[0][:, 0] > threshold for images in (train, heldout)
+    )
+    differences = beside_train.astype(float) - beside_heldout
+    return {
+        "excess_over_heldout": float(beside_train.mean() - beside_heldout.mean()),
+        "excess_interval": list(cluster_bootstrap(differences, clusters, confidence=references.confidence)),
+        "excess_set_size": size,
+        "share_above_threshold_as_many_heldout": float(beside_heldout.mean()),
+    }
+
+
+def seed_figures(to_train: np.ndarray, runs: list[int] | None, references: References) -> list[SeedFigures] | None:
+    """The figures of each seed by itself, where there is more than one."""
+    if runs is None or len(set(runs)) < 2:
+        return None
+    rows: list[SeedFigures] = []
+    for seed in sorted(set(runs)):
+        values = to_train[np.array(runs) == seed]
+        above, median = share_above(values, references), float(np.median(values))
+        rows.append({"seed": seed, "n": len(values), "share_above_threshold": above, "median": median})
+    return rows
