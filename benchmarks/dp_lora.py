@@ -40,6 +40,7 @@ from sdxl_ambient.formats.record import LORA_FILE
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(DpLoraOptions, argv, prog="benchmarks.dp_lora", description=__doc__)
     settings = {name: value for name, value in vars(options).items() if name not in REQUIRED}
+    assert options.output_dir is not None, "validated"
     try:
         if (Path(options.output_dir) / LORA_FILE).exists():
             raise OptionError(f"--output_dir: {options.output_dir!r} holds an adapter already; allowed is another folder")

@@ -95,7 +95,7 @@ def networks(options: dict) -> tuple[list[torch.nn.Module], int, Sequence[int]]:
         if kind:
             weights = [layer.weight for layer in quantized_layers(unet).values()]
             saved = sum(w.nbytes - quantized_bytes(w, kind) for w in weights)
-        trained = [unet]
+        trained: list[torch.nn.Module] = [unet]
         if lora:
             add_lora(unet, rank=16, alpha=16, targets=["attention"])
         if options.get("train_text_encoder"):

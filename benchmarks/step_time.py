@@ -99,7 +99,9 @@ def mini(dtype):
     unet = load_unet(folder, dtype=dtype)
     encoders = load_encoders(str(folder))
     side, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
-    return unet, encoders, side, width, encoders.text_encoders[1].config.projection_dim
+    pooled = encoders.text_encoders[1].config.projection_dim
+    assert pooled is not None
+    return unet, encoders, side, width, pooled
 
 
 # -- steps ----------------------------------------------------------------------

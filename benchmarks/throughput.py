@@ -54,7 +54,9 @@ def main(argv=None) -> int:
     print(figures, flush=True)
 
     vae = AutoencoderKL.to(encoders.vae, torch.bfloat16)
-    first, second = (e.to(torch.bfloat16) for e in encoders.text_encoders)
+    first, second = encoders.text_encoders
+    for encoder in (first, second):
+        torch.nn.Module.to(encoder, torch.bfloat16)
     pipe = StableDiffusionXLPipeline(
         vae, first, second, tokenizer, tokenizer_2, unet,
         scheduler,  # pyright: ignore[reportArgumentType] - diffusers annotates an enum of schedulers

@@ -126,9 +126,9 @@ class NoiseSchedule:
         """x_t = r x_n + ν ξ for t ≥ t_n: distributed as x_t given x_0, though no clean sample is used."""
         r, nu = self.transition(t_n, t)
         # On clean data these are α_t and σ_t themselves, bit for bit.
-        clean = self._like(t_n == CLEAN, x_n).bool()
-        r = torch.where(clean, self._alpha_like(t, x_n), self._like(r, x_n))
-        nu = torch.where(clean, self._sigma_like(t, x_n), self._like(nu, x_n))
+        clean = self.broadcast(t_n == CLEAN, x_n).bool()
+        r = torch.where(clean, self._alpha_like(t, x_n), self.broadcast(r, x_n))
+        nu = torch.where(clean, self._sigma_like(t, x_n), self.broadcast(nu, x_n))
         return r * x_n + nu * xi
 
     def ambient_scale(self, t_n: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -142,28 +142,28 @@ class NoiseSchedule:
         """ε̂ from the network's output, whatever it predicts: v = α ε − σ x_0, sample = x_0."""
         if self.prediction_type == "epsilon":
             return model_output
-        alpha, sigma = self._like(self.alpha(t), x_t), self._sigma_like(t, x_t)
+        alpha, sigma = self.broadcast(self.alpha(t), x_t), self._sigma_like(t, x_t)
         if self.prediction_type == "v_prediction":
             return alpha * model_output + sigma * x_t
         return (x_t - alpha * model_output) / sigma
 
     def x_0(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x̂_0 = (x_t − σ_t ε̂)/α_t (Tweedie). Not defined at zero terminal SNR: there use :meth:`denoised`."""
-        return (x_t - self._sigma_like(t, x_t) * epsilon) / self._like(self.alpha(t), x_t)
+        return (x_t - self._sigma_like(t, x_t) * epsilon) / self.broadcast(self.alpha(t), x_t)
 
     def denoised(self, model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x̂_0 straight from the network's output; defined at every t for v_prediction and sample."""
         if self.prediction_type == "epsilon":
             return self.x_0(model_output, x_t, t)
         if self.prediction_type == "v_prediction":
-            return self._like(self.alpha(t), x_t) * x_t - self._sigma_like(t, x_t) * model_output
+            return self.broadcast(self.alpha(t), x_t) * x_t - self._sigma_like(t, x_t) * model_output
         return model_output
 
     def expected_x_n(self, epsilon: torch.Tensor, x_t: torch.Tensor, t_n: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """E[x_n | x_t] = (x_t − (ν²/σ_t) ε̂)/r (double Tweedie, arXiv 2404.10177 eq. 3.3), for t ≥ t_n."""
         r, nu = self.transition(t_n, t)
-        step = self._like(nu * self.ambient_scale(t_n, t), x_t)
-        return (x_t - step * epsilon) / self._like(r, x_t)
+        step = self.broadcast(nu * self.ambient_scale(t_n, t), x_t)
+        return (x_t - step * epsilon) / self.broadcast(r, x_t)
 
     # -- the reverse process ------------------------------------------------------------------
 
@@ -176,9 +176,9 @@ class NoiseSchedule:
         """
         r, nu = self.transition(s, t)
         variance_t, variance_s = 1 - self.alpha_bar(t), 1 - self.alpha_bar(s)
-        keep = self._like(r * variance_s / variance_t, x_t)
-        pull = self._like(self.alpha(s) * nu**2 / variance_t, x_t)
-        spread = self._like((variance_s / variance_t).sqrt() * nu, x_t)
+        keep = self.broadcast(r * variance_s / variance_t, x_t)
+        pull = self.broadcast(self.alpha(s) * nu**2 / variance_t, x_t)
+        spread = self.broadcast((variance_s / variance_t).sqrt() * nu, x_t)
         return keep * x_t + pull * x_0 + spread * z
 
     # -- drawing times ------------------------------------------------------------------
@@ -215,17 +215,17 @@ class NoiseSchedule:
         return t.long()
 
     @staticmethod
-    def _like(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def broadcast(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """(batch,) float64 → (batch, 1, …) in float64 or float32, ready to multiply ``x``."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
 
     def _alpha_like(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float64:
-            return self._like(self.alpha(t), x)
-        return self._like(self._table("alpha32", t.device)[self._checked(t)], x)
+            return self.broadcast(self.alpha(t), x)
+        return self.broadcast(self._table("alpha32", t.device)[self._checked(t)], x)
 
     def _sigma_like(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float64:
-            return self._like(self.sigma(t), x)
-        return self._like(self._table("sigma32", t.device)[self._checked(t)], x)
+            return self.broadcast(self.sigma(t), x)
+        return self.broadcast(self._table("sigma32", t.device)[self._checked(t)], x)

@@ -205,7 +205,7 @@ def _ambient(
     x_t = schedule.renoise(x_n, t_n, t, xi)
     output = at_least_float32(denoise(x_t, t))
     epsilon = schedule.epsilon(output, x_t, t)
-    scale = schedule._like(schedule.ambient_scale(t_n, t), epsilon)
+    scale = schedule.broadcast(schedule.ambient_scale(t_n, t), epsilon)
     per_sample = (xi - scale * epsilon).square().flatten(1).mean(1)
     if loss_space == "x_n":
         r, nu = schedule.transition(t_n, t)

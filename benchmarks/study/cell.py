@@ -218,5 +218,5 @@ def run(cell: Cell, folders: Folders) -> Path:
 
 def _control(evaluation: Evaluation) -> float:
     train, heldout = evaluation.references.train_pooled, evaluation.references.heldout_pooled
-    assert heldout is not None
+    assert train is not None and heldout is not None
     return frechet_distance(train.features, heldout.features)

@@ -149,7 +149,7 @@ class Encoders:
 
     vae: AutoencoderKL
     tokenizers: tuple[Any, ...]
-    text_encoders: tuple[torch.nn.Module, ...]
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
     @property
     def networks(self) -> list[torch.nn.Module]:
@@ -184,7 +184,7 @@ def load_encoders(
     def load_tokenizer(part: str) -> Any:
         return load_part(AutoTokenizer, name_or_path, part, subfolder=part, revision=revision)
 
-    def load_text_encoder(kind: Any, name: str, part: str) -> torch.nn.Module:
+    def load_text_encoder(kind: Any, name: str, part: str) -> Any:
         encoder = load_part(
             kind,
             name_or_path,
