@@ -10,7 +10,19 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sdxl_ambient.errors import CheckpointError, InterchangeError, OptionError, StageError, one_line
+from sdxl_ambient.formats.find import lora_file, unet_files
+from sdxl_ambient.formats.record import (
+    LORA_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    lora_metadata,
+    read_training_info,
+    step_of,
+)
+from sdxl_ambient.pipeline import adapter_t_n
 from sdxl_ambient.provenance import hash_file, hash_json, read_json
+from sdxl_ambient.training.checkpoint import check_checkpoint as check_state
+from sdxl_ambient.training.checkpoint import checkpoints
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,6 @@ class Checkpoint:
 
     def t_n(self) -> int | None:
         """The noise level it was trained at; None for clean, the base model, or unknown."""
-        from sdxl_ambient.pipeline import adapter_t_n
-
         path = self.lora or self.unet
         return adapter_t_n(path) if path else None
 
@@ -67,8 +77,6 @@ def _problem(kind: str, path: Path) -> str | None:
 
 
 def _file_problem(kind: str, file: Path) -> str | None:
-    from sdxl_ambient.formats.record import lora_metadata  # loads diffusers; only checks of weights need it
-
     try:
         with safe_open(str(file), "pt") as opened:
             is_lora = any("lora" in name.lower() for name in opened.keys())
@@ -102,10 +110,6 @@ def run_checkpoints(
     Raises:
         OptionError: no such folder, or nothing in it to evaluate.
     """
-    # They load diffusers and accelerate, which an evaluation of given images doesn't need.
-    from sdxl_ambient.formats.record import read_training_info, step_of
-    from sdxl_ambient.training.checkpoint import checkpoints
-
     if not folder.is_dir():
         raise OptionError(f"--{option_name}: {str(folder)!r} is not a folder")
     places = {step: [state] for state in checkpoints(folder) if (step := step_of(state)) is not None}
@@ -129,15 +133,12 @@ def run_checkpoints(
 
 def _whole_weights(place: Path, kind: str | None, warn: Callable[[str], None]) -> dict[str, Path]:
     """``{"lora": path}`` or ``{"unet": path}`` of one step; {} with a word through ``warn`` where they can't be used."""
-    from sdxl_ambient.formats.record import STATE_FILE
-    from sdxl_ambient.training import checkpoint as states
-
     weights = _weights_in(place, kind)
     problem = next((_problem(k, path) for k, path in weights.items()), f"{place} holds no weights to evaluate")
     try:
         # Only our own states say what they should hold; of others, a file cut short shows in its header.
         if (place / STATE_FILE).is_file():
-            states.check_checkpoint(place)
+            check_state(place)
     except CheckpointError as error:
         problem = str(error)
     if problem:
@@ -146,8 +147,6 @@ def _whole_weights(place: Path, kind: str | None, warn: Callable[[str], None]) -
 
 
 def _weights_in(place: Path, kind: str | None) -> dict[str, Path]:
-    from sdxl_ambient.formats.record import LORA_FILE, MODEL_FILE
-
     named = {"lora": place / LORA_FILE, "unet": place / "unet"}
     if not named["unet"].is_dir():
         named["unet"] = place / MODEL_FILE
@@ -192,8 +191,6 @@ def weight_files(path: Path, kind: str) -> list[Path]:
     Raises:
         InterchangeError: no LoRA or UNet there, or several LoRAs.
     """
-    from sdxl_ambient.formats.find import lora_file, unet_files  # loads diffusers; given images don't need it
-
     if kind == "lora":
         return [lora_file(path)]
     if kind == "unet":

@@ -21,6 +21,9 @@ from eval.shared_options import GenerationOptions
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.images.load import list_images
+from sdxl_ambient.models.load import load_unet
+from sdxl_ambient.models.vae import load_vae
+from sdxl_ambient.pipeline import load_pipeline, sample
 from sdxl_ambient.provenance import atomic, differences, environment, hash_json, read_json, write_json
 from sdxl_ambient.randomness import image_seed
 from sdxl_ambient.spread import spread
@@ -139,28 +142,21 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
     @functools.cache
     def pipe():
-        from sdxl_ambient.pipeline import load_pipeline
-
         return load_pipeline(
             base,
             lora=checkpoint.lora,
             unet=checkpoint.unet,
             vae=options.pretrained_vae_model_name_or_path,
             dtype=dtype,
-            device=device,
             variant=options.variant,
-        )
+        ).to(device)
 
     @functools.cache
     def base_unet() -> torch.nn.Module:
-        from sdxl_ambient.models.load import load_unet
-
         # The cast, since diffusers wraps Module.to in a way that hides its arguments.
         return cast(torch.nn.Module, load_unet(base, dtype=dtype, variant=options.variant)).to(device)
 
     def draw(prompts: list[str], generators: list[torch.Generator], sampler: Sampler) -> list[Image.Image]:
-        from sdxl_ambient.pipeline import sample
-
         if checkpoint.lora:
             pipe().set_adapters(["adapter"], [1.0 if sampler.lora_scale is None else sampler.lora_scale])
         images = sample(
@@ -182,8 +178,6 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
 
 def open_vae(options: GenerationOptions) -> tuple[AutoencoderKL, int]:
     """The VAE that images are drawn with, and their side in pixels."""
-    from sdxl_ambient.models.vae import load_vae
-
     base = base_folder(options)
     vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)
     size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config["block_out_channels"]) - 1)

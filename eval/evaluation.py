@@ -22,6 +22,7 @@ from eval.reporting.verdict import judge, model_figures
 from eval.samplers import Sampler, samplers_of
 from eval.schema import SCHEMA_VERSION, ClipFigures, DataFigures, ModelFigures, ModelIdentity, Report, SamplerFigures
 from eval.sets import Embedding, embed_sets, output_folder, plant, read_sets, train_folder
+from sdxl_ambient.pipeline import first_timestep
 from sdxl_ambient.provenance import environment
 
 
@@ -56,8 +57,6 @@ def plan_models(options: MemorizationOptions) -> list[tuple[Checkpoint, list[Sam
     models = options.models()
     if not models:
         return []
-    from sdxl_ambient.pipeline import first_timestep
-
     first = first_timestep(base_folder(options), options.num_inference_steps)
     return [(c, samplers_of(c, options, first)) for c in models]
 

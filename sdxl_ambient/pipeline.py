@@ -33,11 +33,10 @@ def load_pipeline(
     unet: str | Path | None = None,
     vae: str | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
     revision: str | None = None,
     variant: str | None = None,
 ) -> StableDiffusionXLPipeline:
-    """A stock SDXL pipeline from a local directory or the Hub, with a LoRA or a fully fine-tuned UNet put in.
+    """A stock SDXL pipeline from a local directory or the Hub, with a LoRA or a fully fine-tuned UNet put in, on the CPU.
 
     Args:
         lora: a .safetensors file in peft's, diffusers' or kohya's format, or a directory with one; see
@@ -74,7 +73,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         load_lora(pipe, lora, lora_scale)
-    return pipe.to(device)
+    return pipe
 
 
 def adapter_t_n(path: str | Path) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.vae import decode_latents, encode_image
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.posterior import Denoise
 
@@ -41,16 +42,12 @@ class LoadedModel:
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images, resized and cropped to a square, → latents (n, 4, h, w) as the UNet sees them, float32 on the CPU."""
-        from sdxl_ambient.models.vae import encode_image
-
         squares = [self.pipe.image_processor.preprocess(self.square(image))[0] for image in images]
         return torch.stack([encode_image(self.pipe.vae, pixels) for pixels in squares])
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Latents (n, 4, h, w) as the UNet sees them → images."""
-        from sdxl_ambient.models.vae import decode_latents
-
         # A list, since the output type is "pil".
         return cast("list[Image.Image]", self.pipe.image_processor.postprocess(decode_latents(self.pipe.vae, latents)))
 

@@ -22,6 +22,7 @@ from eval.embedders.registry import Embedder
 from eval.images import ImageSet
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
+from sdxl_ambient.pipeline import load_pipeline
 from sdxl_ambient.provenance import differences, hash_json, read_json, write_json
 
 
@@ -140,8 +141,6 @@ def attack(
 
 
 def _open(options: AttackOptions, checkpoint: Checkpoint) -> LoadedModel:
-    from sdxl_ambient.pipeline import load_pipeline
-
     pipe = load_pipeline(
         str(base_folder(options)),
         lora=checkpoint.lora,
@@ -149,9 +148,8 @@ def _open(options: AttackOptions, checkpoint: Checkpoint) -> LoadedModel:
         unet=checkpoint.unet,
         vae=options.pretrained_vae_model_name_or_path,
         dtype=DTYPES[options.dtype],
-        device=resolve_device(options.device),
         variant=options.variant,
-    )
+    ).to(resolve_device(options.device))
     return LoadedModel(pipe, options.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
 
 

@@ -20,7 +20,9 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from eval.choices import EMBEDDERS
+from eval.embedders.sscd import load_sscd
 from sdxl_ambient.errors import StageError, one_line
+from sdxl_ambient.images.duplicates import fingerprint
 from sdxl_ambient.provenance import hash_json, hash_tensors
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -191,8 +193,6 @@ def _clip(weights: str, device: torch.device | str) -> Embedder:
 
 
 def _sscd(weights: str, device: torch.device | str) -> Embedder:
-    from eval.embedders.sscd import load_sscd
-
     try:
         model = load_sscd(weights).to(device)
     except LOADING_ERRORS as error:
@@ -222,8 +222,6 @@ def _not_loaded(name: str, weights: str, error: BaseException) -> StageError:
 
 
 def _fingerprint(weights: str | None, device: torch.device | str) -> Embedder:
-    from sdxl_ambient.images.duplicates import fingerprint
-
     steps = {"hash": "64-bit DCT hash", "thumbnail": "8x8 RGB, box filter", "views": ["as it stands", "mirrored"]}
     return Embedder("fingerprint", steps, lambda batch: batch, preparing=lambda image: torch.from_numpy(fingerprint(image)))
 

@@ -98,7 +98,7 @@ def test_whole_objective_is_finite_and_does_not_depend_on_the_device(unet, sched
 @pytest.mark.parametrize("sampler", ["full", "early_stop", "hybrid"])
 def test_samplers(miniature, sampler, dtype):
     def draw(device, dtype):
-        pipe = load_pipeline(str(miniature), dtype=dtype, device=device)
+        pipe = load_pipeline(str(miniature), dtype=dtype).to(device)
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
         images = sample(
             pipe, ["green heart", "red apple"], sampler=sampler, t_n=500, generators=generators, num_inference_steps=10,
