@@ -97,29 +97,29 @@ class MemorizationOptions(
 
         if self.pretrained_model_name_or_path is None:
             return []
-        found = self._tuned()
-        _check_unique([BASE, *(c.name for c in found), *self.given()])
-        return found if self.skip_base else [Checkpoint(BASE), *found]
+        models = self._tuned()
+        _check_unique([BASE, *(c.name for c in models), *self.given()])
+        return models if self.skip_base else [Checkpoint(BASE), *models]
 
     def _tuned(self) -> list[Checkpoint]:
         """The fine-tuned models, looked for once: what is left out of a run is warned of."""
         from eval.checkpoints import Checkpoint, run_checkpoints  # here for start-up time
 
-        asked = (*self.lora, *self.unet, *self.checkpoints)
-        if getattr(self, "_looked_for", None) == asked:
+        paths = (*self.lora, *self.unet, *self.checkpoints)
+        if getattr(self, "_looked_for", None) == paths:
             return self._found
-        found = []
+        models = []
         for kind in ("lora", "unet"):
             for value in getattr(self, kind):
                 name, path = _named(kind, value)
-                found.append(Checkpoint(name, lora=path) if kind == "lora" else Checkpoint(name, unet=path))
+                models.append(Checkpoint(name, lora=path) if kind == "lora" else Checkpoint(name, unet=path))
         for value in self.checkpoints:
             name, path = _named("checkpoints", value)
             if not path.is_dir():
                 raise OptionError(f"--checkpoints: {str(path)!r} is not a folder")
-            found += run_checkpoints(name, path, warn=_warn, option_name="checkpoints")
-        self._looked_for, self._found = asked, found
-        return found
+            models += run_checkpoints(name, path, warn=_warn, option_name="checkpoints")
+        self._looked_for, self._found = paths, models
+        return models
 
     def given(self) -> dict[str, Path]:
         """The folders of images that are there already, by name."""

@@ -70,8 +70,8 @@ def flags(cell: Cell, folders: Folders, output: Path) -> list[str]:
     """The training script's arguments."""
     arguments = {
         **cell.flags,
-        **({"t_n": cell.t_n} if cell.how.noisy else {}),
-        **({"heldout_data_dir": folders.tuning} if cell.how.tuned else {}),
+        **({"t_n": cell.t_n} if cell.recipe.noisy else {}),
+        **({"heldout_data_dir": folders.tuning} if cell.recipe.tuned else {}),
         "train_data_dir": folders.train(cell.size),
         "checkpointing_steps": min(cell.lengths),
         "checkpoints_total_limit": len(cell.lengths) + 1,
@@ -90,9 +90,9 @@ def train(cell: Cell, folders: Folders) -> tuple[Mapping[int, Path | None], dict
         InterruptedError: training was told to stop. RuntimeError: it failed, with a line of its own on stderr.
     """
     output = folders.work / "runs" / cell.name
-    if cell.how.trainer == "none":
+    if cell.recipe.trainer == "none":
         return {0: None}, {"cpu_seconds": 0.0, "steps": 0}
-    if cell.how.trainer == "dp":
+    if cell.recipe.trainer == "dp":
         return _train_privately(cell, folders, output)
     resumed = any(output.glob("checkpoint-*"))  # an earlier part was paid for then
     started, wall = time.process_time(), time.perf_counter()
@@ -102,7 +102,7 @@ def train(cell: Cell, folders: Folders) -> tuple[Mapping[int, Path | None], dict
     cost = {"cpu_seconds": time.process_time() - started, "wall_seconds": time.perf_counter() - wall}
     *earlier, last = cell.lengths
     cost |= {"steps": last, "resumed": resumed}
-    if cell.how.tuned:
+    if cell.recipe.tuned:
         found = read_json(output / HELDOUT_FILE)
         return {last: output / "best"}, {**cost, "steps": found["losses"][-1]["step"], "kept_step": found["best"][0]}
     return {s: output / f"checkpoint-{s}" for s in earlier} | {last: output}, cost

@@ -92,7 +92,7 @@ class Cell:
         return f"{self.method}{level}-n{self.size}-s{self.seed}"
 
     @property
-    def how(self) -> Method:
+    def recipe(self) -> Method:
         return METHODS[self.method]
 
     @property
@@ -102,12 +102,12 @@ class Cell:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(self.scale * n for n in self.how.lengths)
+        return tuple(self.scale * n for n in self.recipe.lengths)
 
     @property
     def flags(self) -> dict:
         """The trainer's, but for level, seed and folders."""
-        flags = self.how.flags if self.how.trainer == "dp" else {**COMMON, **self.how.flags}
+        flags = self.recipe.flags if self.recipe.trainer == "dp" else {**COMMON, **self.recipe.flags}
         return {**flags, "max_train_steps": self.scale * flags["max_train_steps"]}
 
     @property

@@ -94,12 +94,12 @@ class WeightOptions:
             raise OptionError("--train_text_encoder: true excludes --lora; a LoRA of the UNet alone can be gone on with")
 
     def _changes_the_base(self) -> None:
-        how = self.init_lora_weights
+        start = self.init_lora_weights
         if self.use_dora or self.quantize_base != "none":
             other = "--use_dora" if self.use_dora else f"--quantize_base {self.quantize_base}"
-            raise OptionError(f"--init_lora_weights: {how!r} excludes {other}")
+            raise OptionError(f"--init_lora_weights: {start!r} excludes {other}")
         if "all" in self.lora_targets:
-            raise OptionError(f"--init_lora_weights: {how!r} needs linear targets; --lora_targets all has convolutions")
+            raise OptionError(f"--init_lora_weights: {start!r} needs linear targets; --lora_targets all has convolutions")
 
 
 def _shown(value) -> str:

@@ -76,10 +76,10 @@ def option_template() -> str:
 def write_page(module: str, make: Callable[[], str], argv: list[str] | None) -> int:
     """The command line of a module that writes one text to a file. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    asked = argv in (["-h"], ["--help"])
-    if len(argv) != 1 or asked:
-        print(f"usage: python -m sdxl_ambient.{module} FILE", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    help_asked = argv in (["-h"], ["--help"])
+    if len(argv) != 1 or help_asked:
+        print(f"usage: python -m sdxl_ambient.{module} FILE", file=sys.stdout if help_asked else sys.stderr)
+        return 0 if help_asked else 2
     with atomic(Path(argv[0])) as temporary:
         temporary.write_text(make(), encoding="utf-8")
     return 0

@@ -47,7 +47,7 @@ def test_the_trainer_accepts_every_method(method, tmp_path):
     assert options.t_n == cell.t_n and options.seed == cell.seed
     assert all(steps % options.checkpointing_steps == 0 for steps in cell.lengths)
     assert options.checkpoints_total_limit > len(cell.lengths)
-    assert bool(options.early_stopping) == cell.how.tuned == ("tuning" in str(options.heldout_data_dir))
+    assert bool(options.early_stopping) == cell.recipe.tuned == ("tuning" in str(options.heldout_data_dir))
 
 
 @pytest.mark.parametrize("method", METHODS)
