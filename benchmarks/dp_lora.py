@@ -28,12 +28,11 @@ Needs the package opacus. Runs on the CPU.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from benchmarks.private_training import REQUIRED, DpLoraOptions, train_dp_lora
 from sdxl_ambient.config.parser import parse_options
-from sdxl_ambient.errors import ModelError, OptionError, StoreError
+from sdxl_ambient.errors import OptionError, run_command
 from sdxl_ambient.formats.record import LORA_FILE
 
 
@@ -41,15 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(DpLoraOptions, argv, prog="benchmarks.dp_lora", description=__doc__)
     settings = {name: value for name, value in vars(options).items() if name not in REQUIRED}
     assert options.output_dir is not None, "validated"
-    try:
-        if (Path(options.output_dir) / LORA_FILE).exists():
-            raise OptionError(f"--output_dir: {options.output_dir!r} holds an adapter already; allowed is another folder")
-        record = train_dp_lora(*(getattr(options, name) for name in REQUIRED), **settings)
-    except (OptionError, StoreError, ModelError, OSError) as error:
-        print(f"benchmarks.dp_lora: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(record, indent=2))
-    return 0
+    output = Path(options.output_dir)
+
+    def train() -> None:
+        if (output / LORA_FILE).exists():
+            raise OptionError(f"--output_dir: {str(output)!r} holds an adapter already; allowed is another folder")
+        print(json.dumps(train_dp_lora(*(getattr(options, name) for name in REQUIRED), **settings), indent=2))
+
+    return run_command("benchmarks.dp_lora", train)
 
 
 if __name__ == "__main__":

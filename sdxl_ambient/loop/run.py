@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from sdxl_ambient.devices import DTYPES, Placement
-from sdxl_ambient.errors import CheckpointError, InterchangeError, ModelError, StoreError
+from sdxl_ambient.errors import StoreError, UserError
 from sdxl_ambient.images.sources import Log
 from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, prompts_of, share_texts, write_samples
 from sdxl_ambient.loop.model import load_model, training_info
@@ -98,7 +98,7 @@ def decide_on_main(
     if state.is_main_process:
         try:
             plan = decide(settings, store, schedule, state.num_processes, log)
-        except (StoreError, ModelError, InterchangeError, CheckpointError, OSError) as error:
+        except (UserError, OSError) as error:
             failure = str(error)
     if state.num_processes > 1:
         plan, failure = gather_object([(plan, failure)])[0]

@@ -165,7 +165,7 @@ def test_every_part_of_the_conditioning_reaches_the_unet(unet, inputs):
     assert (Denoiser(unet, conditioning)(x_t, t.flip(0)) - want).abs().max() > 1e-3
 
 
-def test_repeated_is_the_batch_twice_and_other_rows_are_refused(unet, inputs):
+def test_twice_the_rows_are_the_batch_twice_and_others_are_refused(unet, inputs):
     x_t, t, conditioning = inputs
     denoise = Denoiser(unet, conditioning)
     twice = denoise.repeated(2)(torch.cat([x_t, x_t]), torch.cat([t, t]))

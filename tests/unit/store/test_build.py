@@ -1,4 +1,4 @@
-"""The store of noisy latents: built, confirmed, refused. What it promises of observations and keys is in tests/invariants."""
+"""The store of noisy latents: built, confirmed, refused. What it promises of observations and keys: tests/invariants."""
 
 import json
 import resource
