@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_ambient.errors import OptionError
+from sdxl_ambient.errors import OptionError, one_line
 
 
 def check_opacus() -> None:
@@ -18,7 +18,7 @@ def check_opacus() -> None:
     try:
         import opacus  # noqa: F401
     except ImportError as error:
-        why = " ".join(str(error).split())
+        why = one_line(error, most=None)
         raise OptionError(f"DP-SGD needs the package opacus (pip install opacus==1.6.0): {why}") from None
 
 
