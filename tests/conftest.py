@@ -3,7 +3,10 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# One thread for each of several processes, which would wait for each other. A worker inherits what the first process sets.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from pathlib import Path
 

@@ -82,7 +82,7 @@ def validation(accelerator, trainable, schedule, store, heldout, output, quick=N
 def test_the_level_is_the_stores_own(accelerator, trainable, schedule, build, emoji, tmp_path):
     build(emoji, tmp_path / "store", t_n=300)
     found = validation(accelerator, trainable, schedule, LatentStore(tmp_path / "store"), None, tmp_path / "run")
-    assert found.options.t_n == 500 and found.painter.options.t_n == 300
+    assert found.options.t_n == 500 and found.drawing.options.t_n == 300
 
 
 def test_of_several_levels_it_is_the_lowest(accelerator, trainable, schedule, build, emoji, tmp_path):
@@ -94,7 +94,7 @@ def test_of_several_levels_it_is_the_lowest(accelerator, trainable, schedule, bu
         folder = tmp_path / f"store{lowest}"
         build(emoji, folder, t_n_column="level", allow_second_observation=True)  # the other one is no more than a test's
         found = validation(accelerator, trainable, schedule, LatentStore(folder), None, tmp_path / "run")
-        assert found.painter.options.t_n == (None if lowest == -1 else lowest) and found.samplers == samplers
+        assert found.drawing.options.t_n == (None if lowest == -1 else lowest) and found.samplers == samplers
 
 
 def test_a_sampler_that_would_draw_nothing_is_refused_at_once(accelerator, trainable, schedule, build, emoji, tmp_path):
