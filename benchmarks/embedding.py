@@ -119,13 +119,13 @@ def write_cache(folder: Path, count: int, width: int) -> float:
 def read_cache(folder: Path, count: int, width: int) -> dict:
     hashes = [digest for index, rows in enumerate(sizes(count)) for digest in shard(index, rows, 0)[0]]
     order = np.random.default_rng(count).permutation(count)
-    asked = [hashes[i] for i in order]
+    wanted = [hashes[i] for i in order]
     del hashes
     start = time.perf_counter()
 
     def opened():
         cache = FeatureCache(folder)
-        return cache.read(asked), time.perf_counter() - start
+        return cache.read(wanted), time.perf_counter() - start
 
     grown, peak, ((embeddings, norms), seconds) = peak_of(opened)
     expected = shard(0, min(SHARD, count), width)[1]

@@ -22,7 +22,7 @@ def met(one: dict) -> bool:
     return one["value"] <= one["limit"] if one["sense"] == "<=" else one["value"] >= one["limit"]
 
 
-def where() -> dict:
+def environment_of_run() -> dict:
     """Versions, processor or GPU, threads and commit."""
     import torch
 
@@ -43,7 +43,7 @@ def write_record(
     record = {
         "benchmark": benchmark,
         "command": " ".join(["python", "-m", module or f"benchmarks.{benchmark}", *sys.argv[1:]]),
-        "environment": where(),
+        "environment": environment_of_run(),
         "seconds": time.perf_counter() - started,
         "figures": figures,
         "targets": targets,

@@ -52,12 +52,12 @@ def rows(folder: Path = RESULTS) -> list[str]:
     found = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        where = record["environment"]["gpu"] or "CPU"
+        machine = record["environment"]["gpu"] or "CPU"
         for one in record["targets"]:
             sign = {"<=": "≤", ">=": "≥"}[one["sense"]]
             verdict = "met" if met(one) else "**missed**"
             value = f"{one['value']:.3g} | {sign} {one['limit']:g} | {verdict}"
-            found.append(f"| {WHAT[one['name']]} | {value} | {where}, `{path.name}` |")
+            found.append(f"| {WHAT[one['name']]} | {value} | {machine}, `{path.name}` |")
     return found
 
 

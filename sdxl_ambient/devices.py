@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from sdxl_ambient.errors import OptionError, PreviewError
+from sdxl_ambient.errors import OptionError, ProbeError
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,11 +71,11 @@ def one_process(device: torch.device) -> PartialState:
     """The state of a lone process. Several would write the same files, so they are refused.
 
     Raises:
-        PreviewError: several processes were started.
+        ProbeError: several processes were started.
     """
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
-        raise PreviewError("this is made by one process; start it with python -m")
+        raise ProbeError("this is made by one process; start it with python -m")
     return state
 
 

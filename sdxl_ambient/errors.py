@@ -50,6 +50,10 @@ class StageError(UserError, ValueError):
     """A stage of the evaluation that can't go on with what it was given."""
 
 
+class ProbeError(UserError, ValueError):
+    """Pictures that can't be looked at in memory, or several processes where one is meant."""
+
+
 class PreviewError(UserError, ValueError):
     """A preview that is damaged, or differs from what is asked for."""
 

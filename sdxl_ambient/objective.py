@@ -1,4 +1,4 @@
-"""The objective, one value per sample: ambient denoising score matching, consistency, and restored or clean samples.
+"""The objective, one value per sample: ambient denoising score matching, consistency, and extra rows.
 
 ``denoise(x_t, t)`` is any function that returns the network's output; nothing here knows of diffusers. One that holds
 something for each row of the batch, as a caption's embedding, also has ``denoise.rows(index)``, the same for some rows, and
@@ -75,10 +75,10 @@ class ObjectiveOptions:
 
 @dataclass
 class ExtraRows:
-    """Samples x̃_0 (m, …) that the model itself drew, and the highest timestep (m,) that each is trained at.
+    """Rows without noise of their own: x_0 (m, …), and the highest timestep (m,) that each is trained at.
 
-    In the batch that ``denoise`` sees they follow the noisy samples. Clean latents in their place are trained alike;
-    ``name`` says in the log what they are.
+    They are samples that the model itself drew, or clean latents; ``name`` says in the log which. In the batch that
+    ``denoise`` sees they follow the noisy samples.
     """
 
     x_0: torch.Tensor
@@ -112,7 +112,7 @@ class Losses:
     """``ambient``: (batch,) loss per sample. ``t``: (batch,) the times drawn. ``total``: scalar to differentiate.
 
     ``consistency``: (batch or consistency_batch,) where the consistency loss is on, unweighted, an unbiased estimate that
-    may be negative; 0 for samples that have no pair. ``restored``: (m,) where restored samples were given. Else None.
+    may be negative; 0 for samples that have no pair. ``extra``: (m,) where extra rows were given. Else None.
     ``name``: what the latter are called in the log.
     """
 
@@ -120,12 +120,12 @@ class Losses:
     t: torch.Tensor
     total: torch.Tensor
     consistency: torch.Tensor | None = None
-    restored: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
     name: str = "restored"
 
     def means(self) -> dict[str, torch.Tensor]:
         """Scalars to log: the total, and each part's mean before its weight."""
-        parts = {"ambient": self.ambient, "consistency": self.consistency, self.name: self.restored}
+        parts = {"ambient": self.ambient, "consistency": self.consistency, self.name: self.extra}
         means = {name: values.detach().mean() for name, values in parts.items() if values is not None and len(values)}
         return {"loss": self.total.detach(), **means}
 
@@ -313,16 +313,16 @@ def ambient_objective(
     t_n: torch.Tensor,
     generator: Generators = None,
     options: ObjectiveOptions | None = None,
-    restored: ExtraRows | None = None,
+    extra: ExtraRows | None = None,
     teacher: Denoise | None = None,
 ) -> Losses:
     """Draw a time above its own t_n for every sample, renoise to it, and return the losses.
 
     Args:
-        x_n: (batch, …) noisy data; the batch may be empty where restored samples are all there is to train on.
+        x_n: (batch, …) noisy data; the batch may be empty where extra rows are all there is to train on.
         t_n: (batch,) its levels, −1 for clean.
-        generator: one for the batch, or a list with one per sample, of the restored ones too.
-        restored: samples of the model, or clean ones, trained with plain denoising at t ≤ t_max in the same forward pass.
+        generator: one for the batch, or a list with one per sample, of the extra rows too.
+        extra: rows that are trained with plain denoising at t ≤ t_max in the same forward pass.
         teacher: the averaged model, for the reverse steps of the consistency loss; None: the model itself.
 
     Raises:
@@ -331,10 +331,10 @@ def ambient_objective(
     options = options or ObjectiveOptions()
     t_n, count = t_n.cpu(), len(x_n)
     x, levels, t_max = x_n, t_n, torch.full_like(t_n, schedule.num_timesteps - 1)
-    if restored is not None:
-        x = torch.cat([x_n, restored.x_0.to(x_n)])
-        levels = torch.cat([t_n, torch.full((len(restored.x_0),), CLEAN)])
-        t_max = torch.cat([t_max, restored.t_max.cpu()])
+    if extra is not None:
+        x = torch.cat([x_n, extra.x_0.to(x_n)])
+        levels = torch.cat([t_n, torch.full((len(extra.x_0),), CLEAN)])
+        t_max = torch.cat([t_max, extra.t_max.cpu()])
     randomness = Randomness(generator, len(x))
     u, xi = randomness.uniform(), randomness.normal(x)
     t = draw_times(schedule, levels, u, options.t_sampling, t_max)
@@ -344,8 +344,8 @@ def ambient_objective(
         weight = snr_weight(schedule, levels, t, options.weighting, options.snr_gamma, options.balance_cap)
         weighted = per_sample * weight.to(per_sample)
     losses = Losses(ambient=per_sample[:count], t=t[:count], total=weighted[:count].sum() / max(1, count))
-    if restored is not None:
-        losses.restored, losses.name = per_sample[count:], restored.name
+    if extra is not None:
+        losses.extra, losses.name = per_sample[count:], extra.name
         losses.total = losses.total + options.restore_weight * weighted[count:].mean()
     if options.consistency_weight > 0 and count:
         n = min(count, options.consistency_batch or count)

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdxl_ambient.devices import Placement
-from sdxl_ambient.errors import ImagesMissing, ModelError, PreviewError
+from sdxl_ambient.errors import ImagesMissing, ModelError, ProbeError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import list_images, load_rgb
 from sdxl_ambient.images.sources import Log
@@ -117,7 +117,7 @@ def encode_candidates(
     for i, picture in enumerate(tqdm(candidates, desc="encoding images", unit="image", mininterval=1)):
         image = load_rgb(picture.record.path)
         if content_hash(image) != picture.content:
-            raise PreviewError(f"{picture.record.path} changed while it was being encoded")
+            raise ProbeError(f"{picture.record.path} changed while it was being encoded")
         pixels, corner = geometry.apply(image, picture.content)
         latents.append(encode_image(vae, pixels))
         if i in shown:

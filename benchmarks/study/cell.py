@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.private_training import train_dp_lora
-from benchmarks.record import ROOT, where
+from benchmarks.record import ROOT, environment_of_run
 from benchmarks.script import train_here
 from benchmarks.study.grid import COMMON, Cell
 from eval.attacks.membership import attack_figures
@@ -210,7 +210,7 @@ def run(cell: Cell, folders: Folders) -> Path:
             "controls": {"fd_pixels_train_to_heldout": _control(evaluation)},
             "cost": cost,
             "lengths": lengths,
-            "environment": where(),
+            "environment": environment_of_run(),
         },
     )
     return path

@@ -135,8 +135,8 @@ def _less_told(table: Sequence[dict], size: int) -> list[dict]:
         return []
     controls = [r for r in table if r["size"] == size and r["sampler"] == "full"]
     for clean in (r for r in controls if r["method"] in ("clean", "clean_early")):
-        where = "by its held-out loss" if clean["method"] == "clean_early" else f"after {clean['steps']} steps"
-        says = f"{size} images: {label(row)}: attacks tell less than on plain fine-tuning stopped {where} (AUC)"
+        stopped = "by its held-out loss" if clean["method"] == "clean_early" else f"after {clean['steps']} steps"
+        says = f"{size} images: {label(row)}: attacks tell less than on plain fine-tuning stopped {stopped} (AUC)"
         figure = f"{number(row['auc'])} against {number(clean['auc'])}"
         made.append(_claim(says, contrast(row, clean, "auc_by_seed", 1.0), figure))
     return made

@@ -44,8 +44,8 @@ def full_tables(table: Sequence[dict]) -> str:
     parts = []
     for size in sorted({row["size"] for row in table}):
         seeds = sorted({len(row["seeds"]) for row in table if row["size"] == size})
-        told = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-        parts.append(f"**{size} images, {told}**\n\n{markdown(table, lambda r, size=size: r['size'] == size)}")
+        caption = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+        parts.append(f"**{size} images, {caption}**\n\n{markdown(table, lambda r, size=size: r['size'] == size)}")
     return "\n\n".join(parts)
 
 

@@ -46,7 +46,7 @@ def annotate(settings: AnnotateSettings, log: Log = print) -> dict[str, Any]:
     """Judge every untrusted image and write the result. Returns annotations.json.
 
     Raises:
-        ImagesMissing, ImageError, ModelError, AnnotateError, PreviewError: with one line that says what is wrong.
+        ImagesMissing, ImageError, ModelError, AnnotateError, ProbeError: with one line that says what is wrong.
     """
     base, device = settings.pretrained_model_name_or_path, resolve_device(settings.device)
     check_sdxl(base, settings.revision)

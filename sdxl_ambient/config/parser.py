@@ -175,9 +175,9 @@ def _check(name: str, value, metadata) -> None:
             raise OptionError(f"--{name}: {v} is above the largest allowed value, {high}")
 
 
-def _unknown(name: str, known, where: str) -> OptionError:
+def _unknown(name: str, known, source: str) -> OptionError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return OptionError(f"{where}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return OptionError(f"{source}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,13 +268,13 @@ def read_yaml(path: str | Path) -> dict:
     return values
 
 
-def build_options(cls: type[T], values: dict, where: str = "options") -> T:
+def build_options(cls: type[T], values: dict, source: str = "options") -> T:
     """Make ``cls`` from a mapping, with every key and value checked. Raises OptionError."""
     types, fields = _types(cls), _fields(cls)
     converted = {}
     for name, value in values.items():
         if name not in fields:
-            raise _unknown(str(name), fields, where)
+            raise _unknown(str(name), fields, source)
         converted[name] = _convert(name, value, types[name])
         _check(name, converted[name], fields[name].metadata)
     options = cls(**converted)

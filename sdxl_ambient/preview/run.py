@@ -217,7 +217,7 @@ def make_preview(settings: PreviewSettings, log: Log = print) -> dict[str, Any]:
     """Make a preview, finish an interrupted one, or confirm that the one there is what is wanted. Returns preview.json.
 
     Raises:
-        ImagesMissing, ImageError, ModelError, PreviewError: with one line that says what is wrong.
+        ImagesMissing, ImageError, ModelError, ProbeError, PreviewError: with one line that says what is wrong.
     """
     output, device = Path(settings.output_dir), resolve_device(settings.device)
     stored, record = read_preview(output), recorded(settings)

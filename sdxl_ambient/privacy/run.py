@@ -75,7 +75,7 @@ def assess(settings: PrivacySettings, log: Log = print) -> dict[str, Any]:
     """All figures, as ``--output_file`` holds them.
 
     Raises:
-        ImagesMissing, ImageError, ModelError, PreviewError, PrivacyError: with one line that says what is wrong.
+        ImagesMissing, ImageError, ModelError, ProbeError, PrivacyError: with one line that says what is wrong.
     """
     schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
     if max(settings.t_n) >= schedule.num_timesteps:

@@ -1,4 +1,4 @@
-"""Save, rotate, find and resume training states; export what users load. Every file is written whole or not at all."""
+"""Save, rotate, find and check training states. Every file is written whole or not at all."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class CleanLevels:
         """A batch's clean latents, in every step."""
         assert self.condition is not None, "rows are shown with a caption"
         generators, conditioning = self.generators(batch), self.condition(batch)
-        return ExtraBatch(self.restored(batch), conditioning, generators, batch.contents)
+        return ExtraBatch(self.clean_rows(batch), conditioning, generators, batch.contents)
 
     def commit(self) -> None:
         """Nothing: what a step is given follows from its number alone."""
@@ -94,34 +94,34 @@ class CleanLevels:
     def load(self, folder: Path) -> None:
         """Nothing, as for :meth:`commit`."""
 
-    def restored(self, batch: Batch) -> ExtraRows:
+    def clean_rows(self, batch: Batch) -> ExtraRows:
         """The clean latents of a batch as rows of the objective, each trained at t ≤ its picture's own t_n."""
         return ExtraRows(batch.x_n, torch.tensor([self.t_n[content] for content in batch.contents]), "clean")
 
 
 def check_clean(store: LatentStore, noisy: LatentStore) -> None:
     """Raises StoreError where ``store`` isn't the clean latents of what ``noisy`` protects: one line that says in what."""
-    said = f"the store of clean latents {store.folder}"
+    name = f"the store of clean latents {store.folder}"
     protected = {i["content"]: i["time_ids"] for i in noisy.images if i["t_n"] is not None}
     clean = {i["content"]: i["time_ids"] for i in store.images}
     if any(i["t_n"] is not None for i in store.images):
-        raise StoreError(f"{said} holds noisy ones; give another --clean_latents_dir")
+        raise StoreError(f"{name} holds noisy ones; give another --clean_latents_dir")
     if store.lineage:
-        raise StoreError(f"{said} holds restored samples; give another --clean_latents_dir")
+        raise StoreError(f"{name} holds restored samples; give another --clean_latents_dir")
     missing, more = protected.keys() - clean.keys(), clean.keys() - {i["content"] for i in noisy.images}
     if missing or more:
         raise StoreError(
-            f"{said} is not of the images in {noisy.folder}: it lacks {len(missing)} and has {len(more)} others; give "
+            f"{name} is not of the images in {noisy.folder}: it lacks {len(missing)} and has {len(more)} others; give "
             "another --clean_latents_dir"
         )
     moved = sum(clean[content] != ids for content, ids in protected.items())
-    if moved or settings(store) != settings(noisy):
+    if moved or latent_settings(store) != latent_settings(noisy):
         what = f"{moved} of its images are cropped otherwise" if moved else "its VAE, geometry or schedule is another"
-        raise StoreError(f"{said} was made with other settings than {noisy.folder}: {what}")
+        raise StoreError(f"{name} was made with other settings than {noisy.folder}: {what}")
     if len(noisy.groups) > 1:
         raise StoreError("--low_noise clean needs images of one size: the store was made with --aspect_ratio_buckets")
 
 
-def settings(store: LatentStore) -> dict:
+def latent_settings(store: LatentStore) -> dict:
     """What shapes a store's latents beside the noise."""
     return {name: value for name, value in store.manifest["fingerprint"]["latent"].items() if name != "t_n"}

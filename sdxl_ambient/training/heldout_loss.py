@@ -34,8 +34,12 @@ def band_edges(schedule: NoiseSchedule, t_n: int, bands: int) -> list[tuple[int,
 
 @dataclass(frozen=True)
 class BandSettings:
-    """bands: equal parts of the times above t_n. batch_size: pictures per process and forward pass. loss_space: as in
-    :class:`sdxl_ambient.objective.ObjectiveOptions`."""
+    """How the losses of bands are taken.
+
+    bands: equal parts of the times above t_n.
+    batch_size: pictures per process and forward pass.
+    loss_space: as in :class:`sdxl_ambient.objective.ObjectiveOptions`.
+    """
 
     bands: int
     batch_size: int

@@ -33,7 +33,9 @@ from sdxl_ambient.training.validation import Validation
 class Data:
     """What is trained on.
 
-    store: of noisy latents. heldout: likewise, for the held-out loss; None without. schedule: the base model's.
+    store: of noisy latents.
+    heldout: likewise, for the held-out loss; None without.
+    schedule: the base model's.
     presentation: how pictures are shown.
     """
 
@@ -48,8 +50,10 @@ class Run:
     """Everything that a run's steps share.
 
     extra: rows that follow the noisy ones, for ``--low_noise restore`` and ``clean``.
-    average: averaged weights, where they are exported or draw samples. skipped: steps that were left out.
-    record: what a resume must agree in. progress: what a checkpoint says of where the run is.
+    average: averaged weights, where they are exported or draw samples.
+    skipped: steps that were left out.
+    record: what a resume must agree in.
+    progress: what a checkpoint says of where the run is.
     """
 
     options: TrainOptions
@@ -98,9 +102,9 @@ class Run:
     def batches(self, first: int) -> Iterator[tuple[Batch, Batch | None]]:
         """Each micro-step's noisy samples, and those of the extra rows where there are any."""
         stream, workers = self.stream(first), self.options.dataloader_num_workers
-        noisy = loader(self.data.store, stream, workers)
         extra = self.extra.batches(stream.start, stream.stop, workers) if self.extra else itertools.repeat(None)
-        return zip(noisy, extra, strict=False)
+        for noisy in loader(self.data.store, stream, workers):
+            yield noisy, next(extra)  # as many as there are noisy ones: an end before theirs is an error
 
     def evaluating(self) -> AbstractContextManager:
         """Within it the weights are those that are exported and validated, which may be averages."""

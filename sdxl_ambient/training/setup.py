@@ -114,22 +114,25 @@ def build_average(options: TrainOptions, model: TrainableModel) -> EMA | None:
     return None
 
 
+def condition_of(model: TrainableModel, accelerator: Accelerator) -> Callable[[Batch], Conditioning]:
+    """A batch → what the UNet is shown of it, on the device."""
+    return lambda batch: model.conditioning(batch, accelerator.device)
+
+
 def build_extra(
-    options: TrainOptions, accelerator: Accelerator, data: Data, model: TrainableModel, teacher: EMA | None
+    options: TrainOptions, accelerator: Accelerator, data: Data, model: TrainableModel
 ) -> PosteriorBuffer | CleanLevels | None:
-    """The rows that ``--low_noise`` trains at t ≤ t_n; ``teacher`` draws those that are restored."""
+    """The rows that ``--low_noise`` trains at t ≤ t_n; those that are restored get their teacher in :func:`set_up`.
 
-    def condition(batch: Batch) -> Conditioning:
-        return model.conditioning(batch, accelerator.device)
-
+    Raises:
+        StoreError: a store that such rows can't be made from.
+    """
     place = options.seed, accelerator.process_index, accelerator.num_processes
     if options.low_noise == "restore":
-        assert teacher is not None
-        by = Teacher(teacher, data.schedule, condition, model.dtype, options.restore_start)
-        return PosteriorBuffer(data.store, restore_settings(options), *place, by)
+        return PosteriorBuffer(data.store, restore_settings(options), *place)
     if options.low_noise == "clean":
         latents = LatentStore(options.stores["clean_latents_dir"], presentation=data.presentation)
-        return CleanLevels(latents, data.store, options.clean_per_batch, *place, condition)
+        return CleanLevels(latents, data.store, options.clean_per_batch, *place, condition_of(model, accelerator))
     return None
 
 
@@ -149,13 +152,15 @@ def set_up(
     accelerator.register_for_checkpointing(lr_scheduler)
     if options.finetune == "lora" and not is_sharded(accelerator):
         register_lora_hooks(accelerator, model.unet, model.text_encoders or None)
+    extra = build_extra(options, accelerator, data, model)  # before the averages, since it may refuse
     average = teacher = build_average(options, model)
     if average is not None:
         accelerator.register_for_checkpointing(average)
     if options.low_noise == "restore" and options.restore_teacher == "base":
         teacher = EMA(model.modules, options.ema_decay)  # never updated: the weights that training started from
         accelerator.register_for_checkpointing(teacher)
-    extra = build_extra(options, accelerator, data, model, teacher)
+    if isinstance(extra, PosteriorBuffer) and teacher is not None:
+        extra.teacher = Teacher(teacher, data.schedule, condition_of(model, accelerator), model.dtype, options.restore_start)
     validation = Validation(options, accelerator, model, data.schedule, data.store, data.heldout, quick)
     more = extra.record if isinstance(extra, CleanLevels) else {}
     record = run_record(options, data.store, samples_per_step(options, accelerator), model.record | more)

@@ -86,7 +86,7 @@ class TrainingStep:
         rows, contents = (more.rows, more.contents) if more is not None else (None, [])
         x_n = batch.x_n.to(device)
         losses = ambient_objective(denoise, run.data.schedule, x_n, batch.t_n, generators, self._objective(), rows, teacher)
-        self.seen += [(batch.contents, losses.ambient), (contents, losses.restored)]
+        self.seen += [(batch.contents, losses.ambient), (contents, losses.extra)]
         self.total = self.total + losses.total.detach()
         if self.fused and not math.isfinite(self.total):
             raise FloatingPointError(f"step {self.step + 1}: the loss is {float(losses.total)}; lower --learning_rate")

@@ -192,7 +192,7 @@ def test_antithetic_pairs_have_opposite_noise_and_the_mean_of_their_losses():
     xi = (x_t[:5] - middle) / nu[:, None, None, None].float()
     each = [ambient_loss(lambda x, t: x.sin(), schedule, both, levels, t[:5], sign * xi) for sign in (1, -1)]
     want = (each[0] + each[1]) / 2
-    torch.testing.assert_close(torch.cat([losses.ambient, losses.restored]), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([losses.ambient, losses.extra]), want, rtol=1e-4, atol=1e-5)
     weighted = want * snr_weight(schedule, levels, t[:5], "balanced").float()
     total = weighted[:3].mean() + weighted[3:].mean() + 0.5 * losses.consistency.mean()
     torch.testing.assert_close(losses.total, total, rtol=1e-4, atol=1e-5)
@@ -254,15 +254,15 @@ def test_restored_samples_have_the_plain_loss_at_their_own_levels():
 
     options = ObjectiveOptions(restore_weight=0.7, t_sampling="near", loss_space="x_n")
     losses = ambient_objective(denoise, schedule, x_n, t_n, generators(5), options, ExtraRows(x_0, t_max))
-    assert len(seen) == 1 and len(losses.ambient) == 2 and len(losses.restored) == 3
+    assert len(seen) == 1 and len(losses.ambient) == 2 and len(losses.extra) == 3
     x_t, t = seen[0]
     assert bool((t[2:] <= t_max).all()) and bool((t[:2] > t_n).all()) and t[4] == 0
-    torch.testing.assert_close(losses.total, losses.ambient.mean() + 0.7 * losses.restored.mean())
+    torch.testing.assert_close(losses.total, losses.ambient.mean() + 0.7 * losses.extra.mean())
     for i, generator in enumerate(generators(5)[2:]):
         randomness = Randomness([generator], 1)
         u, xi = randomness.uniform(), randomness.normal(x_0[:1])
         alone = ambient_loss(lambda x, t: x.sin(), schedule, x_0[i : i + 1], times(CLEAN), t[2 + i : 3 + i], xi, "x_n")
-        torch.testing.assert_close(alone[0], losses.restored[i])
+        torch.testing.assert_close(alone[0], losses.extra[i])
         assert t[2 + i] == int(u * (t_max[i] + 1))
     plain = ambient_objective(lambda x, t: x.sin(), schedule, x_n, t_n, generators(2), ObjectiveOptions(t_sampling="near"))
     assert torch.equal(plain.t, losses.t)

@@ -84,3 +84,15 @@ def test_imports_stand_at_the_top(trees):
     # Of functions in one another, the innermost is meant.
     late = {name for name in late if not any(other.startswith(f"{name}.") for other in late)}
     assert sorted(late - LATE) == []
+
+
+def test_variables_are_named_by_what_they_hold(trees):
+    """Not by a question or a speaker's word, which fits anything."""
+    vague = {"told", "how", "where", "mine", "asked", "say"}
+    named_so = set()
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            name = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else getattr(node, "arg", None)
+            if name in vague and not isinstance(node, ast.keyword):
+                named_so.add(f"{module}: {name}")
+    assert sorted(named_so) == []

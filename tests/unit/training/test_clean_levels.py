@@ -126,7 +126,7 @@ def test_no_row_is_trained_above_its_own_pictures_level(folder, schedule):
     shown, times = set(), []
     latents = latents_in(folder / "clean")
     for batch in levels.batches(0, 50):
-        rows = levels.restored(batch)
+        rows = levels.clean_rows(batch)
         for x_0, content, flipped in zip(rows.x_0, batch.contents, batch.flipped, strict=True):
             assert torch.equal(x_0, latents[content].flip(-1) if flipped else latents[content])
 
