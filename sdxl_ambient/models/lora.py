@@ -46,22 +46,6 @@ def lora_targets(targets: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for target in targets for name in LORA_TARGETS.get(target, [target])))
 
 
-def describe(options) -> dict:
-    """What a resume must agree in, out of the training options: a LoRA of another strength or start is another run.
-
-    {} for a full fine-tune. Of a LoRA that training starts from (``--lora``), the file decides the rest; see
-    :func:`sdxl_ambient.formats.attach.start_from`.
-    """
-    if options.finetune != "lora":
-        return {}
-    record = {"lora_dropout": options.lora_dropout, "train_text_encoder": options.train_text_encoder}
-    if options.lora is None:
-        record |= {n: getattr(options, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
-        record["lora_alpha"] = float(options.lora_alpha or options.rank)
-        record["lora_targets"] = sorted(lora_targets(options.lora_targets))
-    return record
-
-
 def add_lora(
     unet: UNet2DConditionModel,
     *,

@@ -16,8 +16,9 @@ from sdxl_ambient.formats.peft import save_lora, save_unet
 from sdxl_ambient.models.conditioning import encode_tokens
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
-from sdxl_ambient.models.lora import add_lora, add_text_lora, describe, trainable_to_float32
+from sdxl_ambient.models.lora import add_lora, add_text_lora, trainable_to_float32
 from sdxl_ambient.store.batches import Batch
+from sdxl_ambient.training.record import lora_record
 
 
 @dataclass
@@ -106,7 +107,7 @@ def load_trainable(options: TrainOptions, accelerator: Accelerator, zero_empty: 
     unet = load_unet(
         base, dtype=dtype, revision=revision, variant=variant, quantize=options.quantize_base, device=accelerator.device
     )
-    trainable = TrainableModel(unet, dtype, {"finetune": options.finetune, **describe(options)}, zero_empty=zero_empty)
+    trainable = TrainableModel(unet, dtype, {"finetune": options.finetune, **lora_record(options)}, zero_empty=zero_empty)
     if options.train_text_encoder:
         encoders = load_encoders(base, text_dtype=dtype, revision=revision, variant=variant)
         trainable.text_encoders = encoders.text_encoders

@@ -11,6 +11,7 @@ from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import CheckpointError, InterchangeError
 from sdxl_ambient.formats.find import lora_file
 from sdxl_ambient.formats.record import public_info, read_training_info
+from sdxl_ambient.models.lora import lora_targets
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.store.checks import common_t_n, observed_t_n
 from sdxl_ambient.store.reader import LatentStore
@@ -19,6 +20,22 @@ from sdxl_ambient.training.settings import objective_settings, restore_settings
 _SAME = ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")
 _SAME_SHOWN = ("random_flip", "proportion_empty_prompts")
 _SAME_RESTORE = ("restore_start", "restore_teacher")
+
+
+def lora_record(options: TrainOptions) -> dict:
+    """What a resume must agree in, out of the training options: a LoRA of another strength or start is another run.
+
+    {} for a full fine-tune. Of a LoRA that training starts from (``--lora``), the file decides the rest; see
+    :func:`sdxl_ambient.formats.attach.start_from`.
+    """
+    if options.finetune != "lora":
+        return {}
+    record = {"lora_dropout": options.lora_dropout, "train_text_encoder": options.train_text_encoder}
+    if options.lora is None:
+        record |= {n: getattr(options, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
+        record["lora_alpha"] = float(options.lora_alpha or options.rank)
+        record["lora_targets"] = sorted(lora_targets(options.lora_targets))
+    return record
 
 
 def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int, weights: dict) -> dict:

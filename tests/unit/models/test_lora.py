@@ -22,11 +22,11 @@ from sdxl_ambient.models.lora import (
     add_lora,
     add_text_lora,
     changes_base,
-    describe,
     lora_targets,
     rebase,
 )
 from sdxl_ambient.training.checkpoint import register_lora_hooks, save_checkpoint
+from sdxl_ambient.training.record import lora_record
 
 INFO = {"t_n": 500, "low_noise": "skip"}
 CAPTIONS = ["penguin", "a red apple on a table", ""]
@@ -155,13 +155,13 @@ def options(**changes):
 
 
 def test_what_a_resume_must_agree_in():
-    assert describe(options()) == describe(options(lora_alpha=4, lora_targets=LORA_TARGETS["attention"][::-1]))
+    assert lora_record(options()) == lora_record(options(lora_alpha=4, lora_targets=LORA_TARGETS["attention"][::-1]))
     others = [dict(rank=8, lora_alpha=4), dict(lora_alpha=8), dict(lora_targets=["linear"]), dict(lora_dropout=0.1)]
     others += [dict(use_dora=True), dict(use_rslora=True), dict(init_lora_weights="pissa"), dict(train_text_encoder=True)]
     for other in others:
-        assert describe(options(**other)) != describe(options()), other
-    assert describe(options(finetune="full")) == {}
-    assert describe(options(lora="x.safetensors")) == {"lora_dropout": 0.0, "train_text_encoder": False}
+        assert lora_record(options(**other)) != lora_record(options()), other
+    assert lora_record(options(finetune="full")) == {}
+    assert lora_record(options(lora="x.safetensors")) == {"lora_dropout": 0.0, "train_text_encoder": False}
 
 
 # -- a base that has lost a part to the LoRA --------------------------------------------------------------------
