@@ -19,7 +19,7 @@ from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import check_geometry, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.provenance import hash_json, versions, write_json
-from sdxl_ambient.store.deduplicate import handle_near_duplicates
+from sdxl_ambient.store.deduplicate import MAXIMUM_REPORTED, handle_near_duplicates
 from sdxl_ambient.store.lineage import refuse_restored
 from sdxl_ambient.store.observation import draw_z, key_id, noise_key
 from sdxl_ambient.store.plan import fingerprint, make_plan, plan_of, shards
@@ -38,7 +38,6 @@ from sdxl_ambient.store.second_observation import reconcile_plan
 from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.store.shards import readable, write_shard
 
-MAXIMUM_REPORTED = 20
 LatentMaker = Callable[[Entry, Record], torch.Tensor]  # what the store holds of a planned picture
 
 

@@ -73,7 +73,7 @@ class Run:
     @property
     def output(self) -> Path:
         """The folder for results."""
-        return Path(self.options.output_dir or ".")
+        return Path(self.options.output_dir)
 
     @property
     def samples_per_step(self) -> int:

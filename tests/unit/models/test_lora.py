@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from support.tuned import unet_inputs
 
 from sdxl_ambient.errors import CheckpointError, ModelError
 from sdxl_ambient.formats.peft import load_lora_state, lora_state, save_lora
 from sdxl_ambient.formats.record import lora_metadata
 from sdxl_ambient.models.conditioning import encode_prompts, encode_tokens, tokenize
-from sdxl_ambient.models.denoiser import Conditioning, Denoiser
+from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.lora import (
     INITS,
@@ -44,14 +45,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def inputs(unet):
-    generator = torch.Generator().manual_seed(0)
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    conditioning = Conditioning(
-        torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator),
-        torch.randn(2, pooled, generator=generator),
-        torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
-    )
-    return torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([3, 900]), conditioning
+    return unet_inputs(unet)
 
 
 @torch.no_grad()
