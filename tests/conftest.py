@@ -22,6 +22,14 @@ from sdxl_ambient.store.settings import StoreSettings
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@pytest.fixture(autouse=True)
+def private_home(tmp_path_factory, monkeypatch) -> Path:
+    """A folder of keys and register for each test alone; the user's own stays as it is. Processes that a test starts see it."""
+    folder = tmp_path_factory.mktemp("home") / "sdxl_ambient"
+    monkeypatch.setenv("SDXL_AMBIENT_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def miniature() -> Path:
     """The miniature SDXL pipeline, in diffusers format."""
