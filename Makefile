@@ -14,6 +14,8 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval,test]'
 	touch $@
 
+# The noise key of the demonstration lies with it, and leaves your own folder of keys alone.
+demo: export SDXL_AMBIENT_HOME := $(CURDIR)/$(DEMO)/home
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_sdxl_ambient.py --config_file configs/mini_lora.yaml \
 	  --t_n none --low_noise skip --output_dir $(DEMO)/lora_clean --resume_from_checkpoint latest

@@ -30,6 +30,14 @@ class NoiseKeyError(UserError, ValueError):
     """A key file that can't be used. The message never holds the key."""
 
 
+class RegisterError(UserError, RuntimeError):
+    """A register of observations that is lost, or can't be read or written."""
+
+
+class LockedError(UserError, RuntimeError):
+    """A folder that another run writes. The message names its host, its process, and since when."""
+
+
 class ModelError(UserError, ValueError):
     """A model that is missing, damaged, or not SDXL."""
 

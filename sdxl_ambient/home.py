@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_config_path
 
-from sdxl_ambient.errors import UserError
+from sdxl_ambient.errors import OptionError, UserError
 
 VARIABLE = "SDXL_AMBIENT_HOME"
 KEY_BYTES = 32
@@ -41,6 +41,17 @@ def private_home() -> Path:
 def home_lock(wait: float = _WAIT) -> FileLock:
     """The lock on the folder, held while a secret or the register is made."""
     return FileLock(private_home() / ".lock", timeout=wait)
+
+
+def check_home(*artefacts: str | Path | None) -> None:
+    """Raises OptionError where the folder of keys lies inside something that is made to be shared."""
+    here = home().resolve()
+    for folder in filter(None, artefacts):
+        if here.is_relative_to(Path(folder).resolve()):
+            raise OptionError(
+                f"{VARIABLE}: {str(home())!r} holds keys and lies inside {str(folder)!r}, which is made to be shared; keep "
+                "it elsewhere"
+            )
 
 
 def secret(name: str) -> bytes:

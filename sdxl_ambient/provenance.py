@@ -87,6 +87,31 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+CHECKSUM = "checksum"
+
+
+def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with the hash of its content as the field ``checksum``, whole or not at all."""
+    content = {name: v for name, v in value.items() if name != CHECKSUM}
+    write_json(path, {**content, CHECKSUM: hash_json(content)})
+
+
+def read_sealed(path: str | Path) -> Any:
+    """What :func:`write_sealed` wrote, without the checksum.
+
+    Raises:
+        ValueError: no JSON object, or not as it was written.
+        KeyError: it has no checksum.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    seal = value.pop(CHECKSUM)
+    if seal != hash_json(value):
+        raise ValueError(f"{path} is not as it was written")
+    return value
+
+
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Name every leaf in which two manifests differ, as ``key: stored value, wanted value``."""
     found = []

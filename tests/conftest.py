@@ -1,6 +1,7 @@
 """Shared by all tests: the shipped miniature SDXL, a few of its pictures, and a machine without a network."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 # One thread for each of several processes, which would wait for each other. A worker inherits what the first process sets.
@@ -22,9 +23,21 @@ from sdxl_ambient.store.settings import StoreSettings
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# For fixtures that several tests share; each test has its own below.
+os.environ["SDXL_AMBIENT_HOME"] = tempfile.mkdtemp(prefix="sdxl_ambient_tests_")
+
+
+@pytest.fixture
+def tmp_path(tmp_path) -> Path:
+    """A folder with no other test's folder beside it, since stores look around for others."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory, monkeypatch) -> Path:
-    """A folder of keys and register for each test alone; the user's own stays as it is. Processes that a test starts see it."""
+    """A folder of keys and register for each test and the processes that it starts. The user's own stays as it is."""
     folder = tmp_path_factory.mktemp("home") / "sdxl_ambient"
     monkeypatch.setenv("SDXL_AMBIENT_HOME", str(folder))
     return folder

@@ -8,7 +8,10 @@ from pathlib import Path
 from sdxl_ambient.config.parser import option, redeclare
 from sdxl_ambient.config.shared import ImageOptions, ModelOptions, check_writable
 from sdxl_ambient.errors import OptionError
+from sdxl_ambient.home import check_home
 from sdxl_ambient.levels import MAXIMUM_T_N
+
+KEY_OPTIONS = ("noise_key", "noise_key_file")  # which no artefact records
 
 
 @dataclass
@@ -53,13 +56,20 @@ class DataOptions(ModelOptions):
         minimum=0,
         maximum=MAXIMUM_T_N,
     )
+    noise_key: str = option(
+        "kept",
+        "the key that the noise is made from: kept in your configuration folder (python -m sdxl_ambient.key shows where), "
+        "or none, one that is never written, so that no later run can observe these images again. Whoever has the key can "
+        "remove the noise",
+        choices=("kept", "none"),
+    )
     noise_key_file: str | None = option(
-        None,
-        "file with the key that the noise is made from, for a rebuild with the same noise; created with mode 600 if "
-        "missing. By default the key is random and never written. Whoever has it can remove the noise",
+        None, "file with the key in place of the kept one; created with mode 600 if missing", metavar="PATH"
     )
     allow_second_observation: bool = option(
-        False, "draw new noise for images that a noisy store already holds; two draws can be averaged"
+        False,
+        "observe images again that were observed with another key, VAE, size or crop, or draw a store anew; two independent "
+        "draws can be averaged",
     )
     shard_size: int = option(256, "images or captions per stored file", minimum=1)
 
@@ -86,6 +96,10 @@ class DataOptions(ModelOptions):
             raise OptionError("--t_n: none excludes --pre_noised; the level of the noisy latents is needed")
 
     def validate_key(self, *artefacts: str | None) -> None:
+        if self.noise_key == "kept":
+            check_home(*artefacts)
+        elif self.noise_key_file is not None:
+            raise OptionError("--noise_key: 'none' excludes --noise_key_file; allowed is one of them")
         if self.noise_key_file is None:
             return
         key = Path(self.noise_key_file).resolve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.data import DataOptions
+from sdxl_ambient.config.data import KEY_OPTIONS, DataOptions
 from sdxl_ambient.config.groups import (
     HubOptions,
     LifeOptions,
@@ -162,5 +162,5 @@ class TrainOptions(
 
     def scalars(self) -> dict:
         """Options as trackers take them, without the place of the key."""
-        flat = {k: ", ".join(v) if isinstance(v, list) else v for k, v in asdict(self).items() if k != "noise_key_file"}
+        flat = {k: ", ".join(v) if isinstance(v, list) else v for k, v in asdict(self).items() if k not in KEY_OPTIONS}
         return {k: "none" if v is None else v for k, v in flat.items()}

@@ -28,7 +28,7 @@ from sdxl_ambient.store.lineage import lowered
 from sdxl_ambient.store.plan import shards
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.records import Entry, Plan, Prompts
-from sdxl_ambient.store.shards import readable, write_shard
+from sdxl_ambient.store.shards import Shard, look_at, write_latent_shard
 
 
 def draw_lower(
@@ -113,7 +113,7 @@ def _first_caption(entry: Entry) -> Entry:
 def whole(path: Path, names: Sequence[str]) -> bool:
     """Whether a shard is there. A damaged one is drawn again, which gives the same samples: they follow from the seed."""
     try:
-        return readable(path, names)
+        return look_at(path, names) is Shard.WHOLE
     except StoreError:
         return False
 
@@ -134,7 +134,7 @@ def write_samples(output: Path, todo: list[tuple[str, list[Entry]]], draw: Resto
             for indices in draw.batches(entries):
                 tensors |= draw.restored(indices)
                 bar.update(len(indices))
-            write_shard(output / name, tensors)
+            write_latent_shard(output / name, tensors)
 
 
 def prompts_of(store: LatentStore) -> Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import torch
@@ -17,12 +18,16 @@ from sdxl_ambient.loop.provenance import check_base, check_history, next_round, 
 from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.noise import NoiseSchedule
-from sdxl_ambient.provenance import differences, read_json, versions, write_json
+from sdxl_ambient.provenance import differences, versions, write_sealed
+from sdxl_ambient.store.build import hashes_of, locked_on_main
 from sdxl_ambient.store.checks import format_store_levels
 from sdxl_ambient.store.lineage import lineage_of, lowered
+from sdxl_ambient.store.plan import place, shards
 from sdxl_ambient.store.reader import LatentStore
+from sdxl_ambient.store.reconcile import compare
 from sdxl_ambient.store.records import Entry, Manifest, Plan, Round
-from sdxl_ambient.store.second_observation import compare
+from sdxl_ambient.store.shards import remove_leftovers, remove_mark
+from sdxl_ambient.store.validate import read_manifest, read_plan
 
 
 def make_plan(store: LatentStore, new: Round, shard_size: int) -> Plan:
@@ -35,7 +40,8 @@ def make_plan(store: LatentStore, new: Round, shard_size: int) -> Plan:
     return {
         "fingerprint": {**marks, "latent": {**marks["latent"], "t_n": t_m}},
         "shard_size": shard_size,
-        "images": images,
+        "images": place(images, shard_size),
+        "store_id": uuid.uuid4().hex,
         "restored": [*store.lineage, new],
     }
 
@@ -46,24 +52,29 @@ def reconcile_restored_plan(output: Path, wanted: Plan) -> Plan:
     Raises:
         StoreError: a store of something else, or a damaged one.
     """
-    path = output / "plan.json"
-    if not path.exists():
+    stored = read_plan(output)
+    if stored is None:
         if next(output.glob("latents-*.safetensors"), None) is not None:
             raise StoreError(f"{output} holds latents but no plan.json, so what they are can't be told; use another folder")
         return wanted
-    try:
-        stored: Plan = read_json(path)
-        differing = compare(stored, wanted)
-        for number, pair in enumerate(zip(lineage_of(stored), lineage_of(wanted), strict=True), 1):
-            # Another version of the software goes on, since the version that began is recorded.
-            old, new = ({k: v for k, v in a_round.items() if k != "versions"} for a_round in pair)
-            differing += differences(old, new, f"round {number}: ")
-        lineage = lineage_of(stored)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged, or of another number of rounds ({error}); use another folder") from None
+    lineage, rounds = lineage_of(stored), lineage_of(wanted)
+    if len(lineage) != len(rounds):
+        raise StoreError(f"the store {output} is of another number of rounds; use another folder")
+    differing = compare(stored, wanted)
+    if {i["content"] for i in stored["images"]} != {i["content"] for i in wanted["images"]}:
+        differing.append(
+            f"images: {len(stored['images'])} are planned, the store that is restored has {len(wanted['images'])}"
+        )
+    for number, pair in enumerate(zip(lineage, rounds, strict=True), 1):
+        # Another version of the software goes on, since the version that began is recorded.
+        old, new = ({k: v for k, v in a_round.items() if k != "versions"} for a_round in pair)
+        differing += differences(old, new, f"round {number}: ")
     if differing:
         raise StoreError(f"the store {output} is of something else ({'; '.join(differing)}); use another folder")
-    return {**wanted, "shard_size": stored["shard_size"], "restored": lineage}
+    known = {i["content"]: i["shard"] for i in stored["images"]}  # pyright: ignore[reportTypedDictNotRequiredAccess]
+    size = stored["shard_size"]
+    images = place(wanted["images"], size, known)
+    return {**wanted, "images": images, "shard_size": size, "store_id": stored["store_id"], "restored": lineage}  # pyright: ignore[reportTypedDictNotRequiredAccess]
 
 
 def decide(settings: LoopSettings, store: LatentStore, schedule: NoiseSchedule, processes: int, log: Log) -> Plan:
@@ -85,7 +96,9 @@ def decide(settings: LoopSettings, store: LatentStore, schedule: NoiseSchedule, 
     new = next_round(settings, store, info, foreign)
     size = max(1, min(store.manifest["shard_size"], -(-len(store) // processes)))
     plan = reconcile_restored_plan(Path(settings.output_dir), make_plan(store, new, size))
-    write_json(Path(settings.output_dir) / "plan.json", plan)
+    if left := remove_leftovers(Path(settings.output_dir)):
+        log(f"note: {left} files of an interrupted write are deleted from {settings.output_dir}")
+    write_sealed(Path(settings.output_dir) / "plan.json", plan)
     return plan
 
 
@@ -121,6 +134,14 @@ def restore_store(settings: LoopSettings, state: PartialState | None = None, log
     output, store = Path(settings.output_dir), LatentStore(settings.latents_dir)
     check_sdxl(settings.pretrained_model_name_or_path, settings.revision)
     schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
+    store.verify(quiet=not state.is_main_process)
+    with locked_on_main(output, log, state):
+        return _restore(settings, store, schedule, output, state, log)
+
+
+def _restore(
+    settings: LoopSettings, store: LatentStore, schedule: NoiseSchedule, output: Path, state: PartialState, log: Log
+) -> Manifest:
     plan = decide_on_main(settings, store, schedule, state, log)
     if todo := missing_shards(output, plan, state):
         device = state.device or torch.device("cpu")
@@ -130,14 +151,17 @@ def restore_store(settings: LoopSettings, state: PartialState | None = None, log
     manifest = manifest_of(store, plan)
     if state.is_main_process:
         share_texts(store, output)
-        write_json(output / "manifest.json", manifest)
+        manifest["sha256"] = hashes_of(output, plan, prompts_of(store))
+        write_sealed(output / "manifest.json", manifest)
+        for name, _ in shards(plan):
+            remove_mark(output / name)
         counts = manifest["counts"]
         log(
             f"{output}: {counts['restored']} images restored to t_n = {settings.t_n}; {counts['taken_over']} at or below it "
             f"and {counts['clean']} clean ones taken over as they were"
         )
     state.wait_for_everyone()
-    return manifest
+    return manifest if state.is_main_process else read_manifest(output)
 
 
 def manifest_of(store: LatentStore, plan: Plan) -> Manifest:
@@ -147,6 +171,7 @@ def manifest_of(store: LatentStore, plan: Plan) -> Manifest:
     own = {"skipped": 0, "restored": restored, "taken_over": len(plan["images"]) - restored - clean, "clean": clean}
     return {
         **plan,
+        "sha256": {},
         "counts": {**store.manifest["counts"], **own},
         "skipped": [],
         "near_duplicates": None,

@@ -3,8 +3,9 @@
 from sdxl_ambient.store.batches import Batch, Stream, collate, loader, small_groups
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.checks import check_stores, common_t_n, format_store_levels, levels_of, observed_t_n
+from sdxl_ambient.store.keys import NoiseKey, noise_key
 from sdxl_ambient.store.lineage import format_levels, is_store, lineage_of, observed_levels, restored_levels
-from sdxl_ambient.store.observation import draw_z, key_id, noise_key
+from sdxl_ambient.store.observation import draw_z
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.store.records import Entry, Fingerprint, Manifest, Plan, Round
 from sdxl_ambient.store.scan import Scanned, content_hash
@@ -16,6 +17,7 @@ __all__ = [
     "Fingerprint",
     "LatentStore",
     "Manifest",
+    "NoiseKey",
     "Plan",
     "Presentation",
     "Round",
@@ -31,7 +33,6 @@ __all__ = [
     "format_levels",
     "format_store_levels",
     "is_store",
-    "key_id",
     "levels_of",
     "lineage_of",
     "loader",

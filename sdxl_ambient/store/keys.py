@@ -10,10 +10,9 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from sdxl_ambient.errors import NoiseKeyError, UserError
+from sdxl_ambient.errors import NoiseKeyError, RegisterError, UserError
 from sdxl_ambient.home import KEY_BYTES, home, secret, secret_file
-
-KEPT = "noise.key"
+from sdxl_ambient.store.register import KEPT, open_register
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,19 @@ def noise_key(which: str = "kept", file: str | Path | None = None) -> NoiseKey:
     if which == "none":
         return NoiseKey(secrets.token_bytes(KEY_BYTES), kept=False)
     try:
-        return NoiseKey(secret(KEPT) if file is None else secret_file(Path(file)), kept=True)
+        return NoiseKey(_kept() if file is None else secret_file(Path(file)), kept=True)
+    except RegisterError:
+        raise
     except (UserError, OSError) as error:
         option = "--noise_key kept" if file is None else "--noise_key_file"
         raise NoiseKeyError(f"{option}: {error}") from None
+
+
+def _kept() -> bytes:
+    if not kept_path().exists():
+        with open_register():  # which is made first, so that a key without one tells of a loss
+            pass
+    return secret(KEPT)
 
 
 def shared_key(which: str, file: str | Path | None, state: PartialState) -> NoiseKey:
@@ -62,7 +70,7 @@ def shared_key(which: str, file: str | Path | None, state: PartialState) -> Nois
     if state.is_main_process:
         try:
             found = [noise_key(which, file)]
-        except NoiseKeyError as error:
+        except UserError as error:
             found = [str(error)]
     if state.num_processes > 1:
         broadcast_object_list(found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.images.geometry import Geometry
@@ -16,7 +17,7 @@ from sdxl_ambient.provenance import hash_bytes, hash_json, hash_tensors
 from sdxl_ambient.store.records import Entry, Fingerprint, LatentSettings, Plan, TextSettings
 from sdxl_ambient.store.scan import Scanned
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENS = "tokens.safetensors"
 
 
@@ -95,7 +96,39 @@ def own_level(record: Record, t_n: int | None) -> int | None:
     return None if level == CLEAN else level
 
 
+def latent_hash_of(latent: LatentSettings, entry: Entry) -> str:
+    """What a picture's latent is, as a hash: VAE, schedule, the picture's size, its crop and the size it is brought to.
+
+    The noise path and the register of observations go by it. The level isn't in it.
+    """
+    settings = {name: latent.get(name) for name in ("vae", "scaling_factor", "schedule")}
+    return hash_json({**settings, "time_ids": entry["time_ids"]})
+
+
 def shards(plan: Plan) -> list[tuple[str, list[Entry]]]:
-    """File name and entries of every latent shard."""
-    size, images = plan["shard_size"], plan["images"]
-    return [(f"latents-{k // size:05d}.safetensors", images[k : k + size]) for k in range(0, len(images), size)]
+    """File name and entries of every latent shard, in the order of their names."""
+    found: dict[str, list[Entry]] = {}
+    for entry in plan["images"]:
+        found.setdefault(entry["shard"], []).append(entry)  # pyright: ignore[reportTypedDictNotRequiredAccess] - placed
+    return sorted(found.items())
+
+
+def place(entries: Sequence[Entry], size: int, known: Mapping[str, str] | None = None, first: int = 0) -> list[Entry]:
+    """The entries with the shard of each: the known one of its content, or new ones of ``size``, numbered from ``first``."""
+    known, placed, new = known or {}, [], 0
+    for entry in entries:
+        shard = known.get(entry["content"])
+        if shard is None:
+            shard, new = shard_name(first + new // size), new + 1
+        placed.append({**entry, "shard": shard})
+    return placed
+
+
+def shard_name(number: int) -> str:
+    return f"latents-{number:05d}.safetensors"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of a shard by its file's name; None for another file."""
+    match = re.fullmatch(r"latents-([0-9]{5,9})\.safetensors", name)
+    return int(match[1]) if match else None

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from sdxl_ambient.errors import ModelError
+from sdxl_ambient.errors import ModelError, StoreError
 from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.conditioning import encode_prompts, is_truncated, tokenize
 from sdxl_ambient.models.load import Encoders
@@ -18,7 +17,7 @@ from sdxl_ambient.provenance import hash_bytes, hash_json, hash_tensors
 from sdxl_ambient.store.plan import TOKENS
 from sdxl_ambient.store.records import Counts, Prompts
 from sdxl_ambient.store.scan import Check, Scanned
-from sdxl_ambient.store.shards import write_shard
+from sdxl_ambient.store.shards import check_shard, header_hashes, write_shard
 
 PROMPT_BATCH = 16
 
@@ -42,7 +41,7 @@ def write_texts(
     captions[hash_bytes(b"")] = ""
     # Keep writing tokens once a store has them, so that a later run with --train_text_encoder finds them.
     keep_tokens = keep_tokens or (output_dir / TOKENS).exists()
-    prompts: Prompts = {"prompts": write_prompts(output_dir, captions, encoders, shard_size, state, check)}
+    prompts: Prompts = {"prompts": write_prompts(output_dir, captions, encoders, shard_size, state, log, check)}
     state.wait_for_everyone()
     if keep_tokens:
         prompts["tokens"] = TOKENS
@@ -59,6 +58,7 @@ def write_prompts(
     encoders: Encoders,
     size: int,
     state: PartialState,
+    log: Log,
     check: Check = lambda: None,
 ) -> dict[str, str]:
     """Embed every distinct caption that no shard holds yet. Returns caption hash → file name, over all processes.
@@ -69,10 +69,13 @@ def write_prompts(
     file_of: dict[str, str] = {}
     for path in sorted(output_dir.glob(f"prompts-{models}-*.safetensors")):
         try:
-            with safe_open(str(path), "pt") as file:
-                file_of.update({k.split(".")[0]: path.name for k in file.keys()})
-        except SafetensorError:
-            continue  # damaged; its captions are embedded again, which draws nothing
+            hashes = header_hashes(path)
+            check_shard(path, hashes)
+        except StoreError as error:
+            # Embedding anew draws nothing.
+            log(f"note: {error}; its captions are embedded again")
+            continue
+        file_of.update({name.split(".")[0]: path.name for name in hashes})
     state.wait_for_everyone()  # all see the same files before anyone adds one
     missing = sorted(set(captions) - set(file_of))
     size = max(1, min(size, -(-len(missing) // state.num_processes)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +13,18 @@ from typing import Any, TypedDict
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from sdxl_ambient.errors import StoreError
 from sdxl_ambient.images.geometry import Size, bucket_counts, mirrored, size_of
 from sdxl_ambient.levels import CLEAN
-from sdxl_ambient.provenance import hash_bytes, hash_json, read_json
+from sdxl_ambient.provenance import hash_bytes, hash_json
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.store.lineage import lineage_of, observed_levels, public_lineage
 from sdxl_ambient.store.plan import shards
 from sdxl_ambient.store.records import Entry, Manifest
+from sdxl_ambient.store.shards import check_shard, tensor_hash
+from sdxl_ambient.store.validate import read_manifest
 
 EMPTY = hash_bytes(b"")  # the caption of a sample that is shown without one
 MAXIMUM_OPEN = 64  # shards that a process keeps open
@@ -63,17 +68,14 @@ class LatentStore(Dataset[Item]):
 
     def __init__(self, folder: str | Path, limit: int | None = None, presentation: Presentation | None = None):
         self.folder, self.presentation = Path(folder), presentation or Presentation()
-        if not (self.folder / "manifest.json").is_file():
-            raise StoreError(f"{self.folder} is not a finished store of latents: it has no manifest.json")
-        try:
-            self.manifest: Manifest = read_json(self.folder / "manifest.json")
-            self.images: list[Entry] = self.manifest["images"][:limit]
-            self._file_of = {i["content"]: name for name, entries in shards(self.manifest) for i in entries}
-            self._prompts, self._tokens = self.manifest["prompts"], self.manifest.get("tokens")
-            self.observed = observed_levels(self.manifest)
-            self.lineage = lineage_of(self.manifest)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.folder / 'manifest.json'} is damaged: {error}") from None
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.images: list[Entry] = self.manifest["images"][:limit]
+        self._file_of = {i["content"]: name for name, entries in shards(self.manifest) for i in entries}
+        self._prompts, self._tokens = self.manifest["prompts"], self.manifest.get("tokens")
+        self._hashes = self.manifest["sha256"]
+        self.observed = observed_levels(self.manifest)
+        self.lineage = lineage_of(self.manifest)
+        self._verified = False
         if self.presentation.empty_prompts and not self.presentation.zero_empty and EMPTY not in self._prompts:
             raise StoreError(
                 f"{self.folder} was made by an earlier version, without the empty prompt; run again with the images"
@@ -125,9 +127,28 @@ class LatentStore(Dataset[Item]):
 
     def _tensor(self, file: str, name: str) -> torch.Tensor:
         try:
-            return self._file(file).get_tensor(name)
+            tensor = self._file(file).get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{self.folder / file} is damaged: {error}") from None
+        if not self._verified and tensor_hash(name, tensor) != self._hashes[file].get(name):
+            raise StoreError(f"{self.folder / file} is damaged: the tensor {name[:12]} is not as it was written")
+        return tensor
+
+    def verify(self, part: int = 0, parts: int = 1, *, quiet: bool = False) -> None:
+        """Check every bit of the store's tensors, in threads; of ``parts`` processes, each its own.
+
+        Without it each tensor is checked whenever it is read, which costs as much again at every pass.
+
+        Raises:
+            StoreError: naming the file that is damaged.
+        """
+        files = sorted(self._hashes.items())[part::parts]
+        size_in = {i["content"]: size_of(i) for i in self.manifest["images"]}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            done = pool.map(lambda file: check_shard(self.folder / file[0], file[1], size_in), files)
+            for _ in tqdm(done, "checking shards", len(files), unit="shard", disable=quiet, mininterval=1, delay=1):
+                pass
+        self._verified = True
 
     def __getitem__(self, index: tuple[int, int]) -> Item:
         position, number = index

@@ -50,9 +50,11 @@ class _Entry(TypedDict):
 class Entry(_Entry, total=False):
     """One picture of a store: the hash of its pixels, SDXL's time ids, its level (None: clean), hashes of its captions.
 
-    ``observed_t_n``, in stores of restored samples alone, is the level of the one observation behind it.
+    ``shard`` is the file that its latent lies in, from the moment that the plan is on disk. ``observed_t_n``, in stores of
+    restored samples alone, is the level of the one observation behind it.
     """
 
+    shard: str
     observed_t_n: int | None
 
 
@@ -102,10 +104,14 @@ class _Plan(TypedDict):
 class Plan(_Plan, total=False):
     """plan.json: what a store will hold.
 
-    ``key_id`` tells noise keys apart, None for a key that is kept nowhere. ``restored`` is the lineage of restored samples.
+    ``key_id`` tells noise keys apart, None for a key that is kept nowhere. ``store_id`` is a random name by which the
+    register of observations knows the store. ``second_observation`` says that other noise of some pictures existed and that
+    this was allowed. ``restored`` is the lineage of restored samples.
     """
 
     key_id: str | None
+    store_id: str
+    second_observation: bool
     restored: list[Round]
 
 
@@ -142,8 +148,16 @@ class Prompts(_Prompts, total=False):
     tokens: str
 
 
+Hashes = dict[str, dict[str, str]]  # file → tensor → SHA-256 of its name, dtype, shape and bytes
+
+
 class Manifest(Plan, Prompts):
-    """manifest.json of a finished store: its plan, its captions, and what was counted, skipped and found alike."""
+    """manifest.json of a finished store: its plan, its captions, and what was counted, skipped and found alike.
+
+    ``sha256`` has the hash of every tensor that the store consists of.
+    """
+
+    sha256: Hashes
 
     counts: dict[str, int]
     skipped: list[Skipped]

@@ -27,6 +27,7 @@ class StoreSettings:
     pre_noised: bool = False
     instance_prompt: str | None = None
     near_duplicates: str = "report"
+    noise_key: str = "kept"
     noise_key_file: str | None = None
     allow_second_observation: bool = False
     shard_size: int = 256

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from sdxl_ambient.config.data import KEY_OPTIONS
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.models.load import check_sdxl, load_schedule
@@ -175,7 +176,7 @@ def announce(run: Run, first: int) -> None:
     """Write down the options, open the trackers, and say what will be trained after ``first`` steps."""
     options, accelerator, store = run.options, run.accelerator, run.data.store
     if accelerator.is_main_process:
-        shared = {k: v for k, v in asdict(options).items() if k != "noise_key_file"}
+        shared = {k: v for k, v in asdict(options).items() if k not in KEY_OPTIONS}
         write_json(run.output / "options.json", {"options": shared, "environment": environment()})
     if options.report_to != "none":
         accelerator.init_trackers("sdxl_ambient", config=options.scalars())

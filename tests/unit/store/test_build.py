@@ -23,11 +23,14 @@ from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.latents import main
 from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.models.vae import encode_image
-from sdxl_ambient.provenance import hash_bytes, hash_json
+from sdxl_ambient.provenance import hash_bytes
 from sdxl_ambient.store.build import build_store
-from sdxl_ambient.store.observation import draw_z, noise_key
+from sdxl_ambient.store.keys import noise_key
+from sdxl_ambient.store.observation import draw_z
+from sdxl_ambient.store.plan import latent_hash_of
 from sdxl_ambient.store.scan import content_hash
 from sdxl_ambient.store.settings import StoreSettings
+from sdxl_ambient.store.shards import tensor_hash
 
 # -- raw pixels => latents ------------------------------------------------------------------------------------
 
@@ -99,23 +102,23 @@ def test_the_command_fails_in_one_line(emoji, miniature, tmp_path, capsys, more,
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_shards(emoji, miniature, tmp_path):
-    """A limit on the size of files stands in for a full disk: a shard of one latent fits, prompt embeddings do not."""
+    """A limit on the size of files stands in for a full disk: a shard of two latents fits, prompt embeddings do not."""
     store = tmp_path / "s"
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     run = subprocess.run(
-        [sys.executable, "-m", "sdxl_ambient.latents", *command(emoji, store, miniature, "--shard_size", "1")],
+        [sys.executable, "-m", "sdxl_ambient.latents", *command(emoji, store, miniature, "--shard_size", "2")],
         env=environment(), capture_output=True, text=True, timeout=120, preexec_fn=limit,
     )  # fmt: skip
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 2 and last.startswith("sdxl_ambient.latents: error: "), run.stderr[-2000:]
     assert "prompts-" in last and "can't be written" in last and "Traceback" not in run.stderr
     assert len(latents_in(store)) == 6 and not (store / "manifest.json").exists()
-    assert not list(store.glob(".*"))
+    assert {p.name for p in store.glob(".*")} == {".lock"}
     before = latents_in(store)
-    assert main(command(emoji, store, miniature, "--shard_size", "1")) == 0
+    assert main(command(emoji, store, miniature, "--shard_size", "2")) == 0
     assert equal(latents_in(store), before)
 
 
@@ -145,7 +148,9 @@ def test_shards_hold_float32_and_nothing_but_tensors(build, emoji, tmp_path):
     build(emoji, tmp_path / "s")
     for path in (tmp_path / "s").glob("latents-*"):
         with safe_open(path, "pt") as file:
-            assert not file.metadata()
+            hashes = file.metadata().pop("sha256")
+            assert json.loads(hashes) == {name: tensor_hash(name, file.get_tensor(name)) for name in file.keys()}
+            assert list(file.metadata()) == ["sha256"]
     assert {t.dtype for t in latents_in(tmp_path / "s").values()} == {torch.float32}
 
 
@@ -169,16 +174,18 @@ def noise_of(store: Path, images: Path, encoders, schedule) -> dict[str, torch.T
     return {c: (noisy[c] - schedule.alpha(t) * clean[c]) / schedule.sigma(t) for c, t in t_n.items()}
 
 
-def test_a_uniform_store_is_drawn_as_ever(build, emoji, tmp_path, encoders, schedule):
-    """z follows from the key, the settings with the store's t_n, and the content: bit for bit what older stores hold."""
+def test_the_noise_is_the_pictures_path(build, emoji, tmp_path, encoders, schedule):
+    """z follows from the key, what the latent is, the content and the level, whatever else is set."""
     manifest = build(emoji, tmp_path / "s", noise_key_file=tmp_path / "key")
-    key, what = noise_key(tmp_path / "key"), hash_json(manifest["fingerprint"]["latent"])
+    key = noise_key("kept", tmp_path / "key").secret
+    entries = {i["content"]: i for i in manifest["images"]}
     assert set(manifest["fingerprint"]["latent"]) == {
         *("vae", "scaling_factor", "schedule", "resolution", "center_crop", "t_n")
     }  # fmt: skip
     stored = latents_in(tmp_path / "s")
     for content, x_0 in clean_latents(emoji, encoders).items():
-        z = draw_z(key, what, content, x_0.shape).float()
+        what = latent_hash_of(manifest["fingerprint"]["latent"], entries[content])
+        z = draw_z(key, what, content, schedule, 500, x_0.shape).float()
         assert torch.equal(stored[content], schedule.observe(x_0[None], torch.tensor([500]), z[None])[0])
 
 
@@ -196,17 +203,24 @@ def test_pictures_are_stored_at_their_own_levels(build, emoji, tmp_path, encoder
     assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
 
 
-def test_one_picture_at_two_levels_has_independent_noise(build, emoji, tmp_path, encoders, schedule):
-    """Under one key and one --t_n, with the levels told by the column: the same z could be solved for the picture."""
-    noise = []
+def test_one_picture_at_two_levels_is_one_path(build, emoji, tmp_path, encoders, schedule):
+    """Under one key, with the levels told by the column: x at 600 is x at 300 with fresh noise, in float32."""
+    stored = {}
     for level in (300, 600):
         contents = with_levels(emoji, *[level] * 6)
-        store = tmp_path / str(level) / "s"
-        build(emoji, store, t_n_column="level", noise_key_file=tmp_path / "key")
-        z = noise_of(store, emoji, encoders, schedule)
-        noise.append(torch.stack([z[c] for c in contents]).flatten(1).numpy())
-    correlations = np.corrcoef(np.concatenate(noise))
-    assert np.abs(correlations - np.eye(12)).max() < 5 / np.sqrt(1024)
+        build(emoji, tmp_path / str(level) / "s", t_n_column="level")
+        stored[level] = latents_in(tmp_path / str(level) / "s")
+    r, nu = schedule.transition(torch.tensor([300]), torch.tensor([600]))
+    low, high = (
+        {t: noise_of(tmp_path / str(t) / "s", emoji, encoders, schedule) for t in (300, 600)}[t] for t in (300, 600)
+    )
+    xi = [((stored[600][c].double() - r * stored[300][c]) / nu).flatten() for c in contents]
+    assert stats.kstest(torch.cat(xi).numpy(), "norm").pvalue > 1e-4
+    z = torch.cat([low[c].flatten() for c in contents])
+    assert abs(np.corrcoef(z, torch.cat(xi))[0, 1]) < 5 / np.sqrt(len(z))
+    same = np.corrcoef(z, torch.cat([high[c].flatten() for c in contents]))[0, 1]
+    v = [1 / schedule.snr(torch.tensor(t)) for t in (300, 600)]
+    assert same == pytest.approx(float((v[0] / v[1]).sqrt()), abs=0.03)
 
 
 def test_copies_of_a_picture_must_have_one_level(build, emoji, tmp_path):

@@ -8,7 +8,7 @@ from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import list_images, load_rgb
 from sdxl_ambient.models.conditioning import encode_prompts
 from sdxl_ambient.models.load import load_encoders
-from sdxl_ambient.store.plan import fingerprint, make_plan, shards
+from sdxl_ambient.store.plan import fingerprint, make_plan, place, shard_name, shard_number, shards
 from sdxl_ambient.store.scan import content_hash, scan
 
 
@@ -27,7 +27,22 @@ def test_the_plan_does_not_depend_on_the_order_of_the_pictures(photographs):
     pictures, _ = scan(list_images(photographs), None, PartialState())
     plans = [make_plan(MARKS, order, Geometry(64), 2) for order in (pictures, pictures[::-1])]
     assert plans[0] == plans[1]
-    assert [len(entries) for _, entries in shards(plans[0])] == [2, 1]
+    assert all("shard" not in entry for entry in plans[0]["images"])
+
+
+def test_pictures_stay_in_their_shards_and_new_ones_get_new_shards(photographs):
+    pictures, _ = scan(list_images(photographs), None, PartialState())
+    entries = make_plan(MARKS, pictures, Geometry(64), 2)["images"]
+    plan = {"images": place(entries, 2)}
+    assert [(name, len(some)) for name, some in shards(plan)] == [(shard_name(0), 2), (shard_name(1), 1)]
+    known = {entries[1]["content"]: shard_name(4)}
+    grown = {"images": place(entries, 1, known, first=5)}
+    assert [(name, [e["content"] for e in some]) for name, some in shards(grown)] == [
+        (shard_name(4), [entries[1]["content"]]),
+        (shard_name(5), [entries[0]["content"]]),
+        (shard_name(6), [entries[2]["content"]]),
+    ]
+    assert shard_number(shard_name(123)) == 123 and shard_number("../latents-00001.safetensors") is None
 
 
 def test_duplicates_are_one_image_with_all_captions(photographs, tmp_path):

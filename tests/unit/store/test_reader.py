@@ -1,6 +1,5 @@
 """A finished store as a data set: how its pictures are shown, what names it, and what is said of a damaged one."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from sdxl_ambient.images.geometry import mirrored
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.posterior import sample_posterior
+from sdxl_ambient.provenance import read_sealed, write_sealed
 from sdxl_ambient.randomness import Randomness
 from sdxl_ambient.store.batches import Stream, collate, loader
 from sdxl_ambient.store.reader import EMPTY, LatentStore, Presentation
@@ -113,9 +113,9 @@ def test_by_default_nothing_is_drawn(bucketed, monkeypatch):
 
 
 def test_a_store_without_the_empty_prompt_is_refused_where_it_is_needed(copied):
-    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest = read_sealed(copied / "manifest.json")
     del manifest["prompts"][EMPTY]
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(copied / "manifest.json", manifest)
     LatentStore(copied)
     assert LatentStore(copied, presentation=Presentation(empty_prompts=1.0))[0, 0]["embeds"].abs().max() == 0
     with pytest.raises(StoreError, match="was made by an earlier version, without the empty prompt; run again with the im"):
@@ -172,9 +172,10 @@ def test_a_picture_is_the_same_in_every_epoch(store):
 
 
 def test_clean_and_mixed_stores_have_a_level_per_sample(copied):
-    manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["images"][0]["t_n"], manifest["images"][1]["t_n"] = None, 0
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("plan.json", "manifest.json"):
+        value = read_sealed(copied / name)
+        value["images"][0]["t_n"], value["images"][1]["t_n"] = None, 0
+        write_sealed(copied / name, value)
     data = LatentStore(copied)
     assert [data[(0, i)]["t_n"] for i in range(3)] == [CLEAN, 0, 500]
 
