@@ -143,6 +143,15 @@ class Register:
         where, values = ("", ()) if key_id is None else (" WHERE key_id = ?", (key_id,))
         return next(iter(self._read("SELECT COUNT(DISTINCT picture) FROM observations" + where, values)))[0]
 
+    def dump(self) -> list[tuple]:
+        """Every row, for a backup."""
+        return self._read("SELECT * FROM observations")
+
+    def load(self, rows: Sequence[tuple]) -> None:
+        """Rows of a backup."""
+        with self._writing():
+            self._db.executemany("INSERT OR IGNORE INTO observations VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
     def _read(self, query: str, values: Iterable = ()) -> list:
         try:
             return self._db.execute(query, tuple(values)).fetchall()
@@ -184,8 +193,8 @@ class Register:
 
 
 @contextmanager
-def open_register() -> Iterator[Register]:
-    """The user's register, made where this user has neither register nor keys.
+def open_register(make: bool = False) -> Iterator[Register]:
+    """The user's register, made where this user has neither register nor keys, or where it is to be made anew.
 
     Raises:
         RegisterError: it is lost, damaged, or can't be written.
@@ -193,7 +202,7 @@ def open_register() -> Iterator[Register]:
     with home_lock():
         path, key = register_path(), private_home() / SECRET
         # A key's file is made after the register.
-        if not path.exists() and (key.exists() or (home() / KEPT).exists()):
+        if not make and not path.exists() and (key.exists() or (home() / KEPT).exists()):
             raise RegisterError(f"the register of observations {str(path)!r} is lost. {_REBUILD}")
         new = not path.exists()
         try:
@@ -237,5 +246,5 @@ def new_register() -> Path | None:
             os.replace(path, aside)
         for name in (f"{FILE}-wal", f"{FILE}-shm", SECRET):
             (path.parent / name).unlink(missing_ok=True)
-    with open_register():
+    with open_register(make=True):
         return aside
