@@ -13,7 +13,13 @@ from support.stores import environment
 from sdxl_ambient.errors import LockedError
 from sdxl_ambient.locks import LOCK, OWNER, locked
 
-HOLD = "import sys, time; from sdxl_ambient.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from sdxl_ambient.locks import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def holder(folder):
