@@ -39,7 +39,7 @@ def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 
         adapter = read_adapter(lora, dict(pipe.unet.config))
         for part in adapter.parts:
             _load_part(getattr(pipe, part), part, adapter)
-    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"the LoRA {str(lora)!r} can't be loaded: {one_line(error)}") from None
     _check_whole(pipe, adapter, lora)
     _check_strength(pipe, adapter, lora)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-
-from sdxl_ambient.errors import InterchangeError, ModelError, one_line
+from sdxl_ambient.errors import InterchangeError
 from sdxl_ambient.formats.files import link, new_folder, part_state, write_tensors
 from sdxl_ambient.formats.find import UNET_FILE, part_files, unet_file, unet_folder
 from sdxl_ambient.formats.names import unet_shapes
@@ -22,7 +20,7 @@ from sdxl_ambient.formats.record import (
     public_info,
     read_training_info,
 )
-from sdxl_ambient.models.load import LOADING_ERRORS, check_sdxl, load_unet_file, unet_config
+from sdxl_ambient.models.load import base_folder, check_sdxl, load_unet_file, unet_config
 from sdxl_ambient.provenance import read_json, write_json
 
 _DESCRIPTIONS = (".json", ".txt", ".model")  # configurations and tokenizers; weights are taken by their own names
@@ -66,16 +64,6 @@ def export_unet(
         parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
         return _write_pipeline(output, folder, parts, state, unet_folder(unet), info)
     return _write_single_file(output, folder, state, config, {**facts, **info}, dtype, title)
-
-
-def base_folder(base: str, revision: str | None) -> Path:
-    """The base model's folder; of one on the Hub, that in the cache, into which it is downloaded if need be."""
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(DiffusionPipeline.download(base, revision=revision, use_safetensors=True))
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{base!r} can't be downloaded: {one_line(error)}") from None
 
 
 def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Tensor]:
