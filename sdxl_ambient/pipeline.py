@@ -95,8 +95,12 @@ def _base_networks(
 
 
 def adapter_t_n(path: str | Path) -> int | None:
-    """The noise level t_n (timestep) that an adapter or UNet was trained at; None for clean data or an unknown history."""
-    return read_training_info(path).get("t_n")
+    """The noise level t_n (timestep) that an adapter or UNet was trained at.
+
+    None for clean data, for images of several levels, and for an unknown history.
+    """
+    t_n = read_training_info(path).get("t_n")
+    return t_n if isinstance(t_n, int) else None
 
 
 # -- sampling ----------------------------------------------------------------------

@@ -33,7 +33,9 @@ def check_finite(
             raise error(f"{source}: {name} is missing")
         if not is_finite(tensor):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise error(f"{source}: {name} holds NaN or infinity in {kind}, so the weights are damaged or don't fit in {kind}")
+            raise error(
+                f"{source}: {name} holds NaN or infinity in {kind}, so the weights are damaged or don't fit in {kind}"
+            )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
