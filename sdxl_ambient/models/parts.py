@@ -31,16 +31,21 @@ def load_part(kind: Any, name_or_path: str | Path, what: str, **keywords: Any) -
         keywords: for ``from_pretrained``; those that are None are left out.
     """
     source, keywords = f"the {what} of {str(name_or_path)!r}", {k: v for k, v in keywords.items() if v is not None}
-    is_network = isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+    more = {"output_loading_info": True} if _is_network(kind, torch.nn.Module) else {}
     try:
-        if not is_network:
-            return kind.from_pretrained(str(name_or_path), **keywords)
-        network, report = kind.from_pretrained(str(name_or_path), output_loading_info=True, **keywords)
+        loaded = kind.from_pretrained(str(name_or_path), **keywords, **more)
     except LOADING_ERRORS as error:
         raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
-    check_report(report, source, nothing_more=issubclass(kind, _NOTHING_MORE))
+    if not more:
+        return loaded
+    network, report = loaded
+    check_report(report, source, nothing_more=_is_network(kind, *_NOTHING_MORE))
     check_finite(network.state_dict(), source)
     return network
+
+
+def _is_network(kind: Any, *classes: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, classes)
 
 
 def check_report(report: dict[str, Any], source: str, *, nothing_more: bool = False) -> None:
