@@ -14,6 +14,10 @@ class OptionError(UserError, ValueError):
     """A wrong option. The message names the option, its value, and what is allowed."""
 
 
+class JsonError(UserError, ValueError):
+    """JSON that can't be read: damaged, not in UTF-8, nested too deeply, or with what is no JSON. The message says which."""
+
+
 class ImageError(UserError, ValueError):
     """An image that can't be used. The message is the reason."""
 

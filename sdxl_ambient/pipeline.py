@@ -19,10 +19,11 @@ from sdxl_ambient.formats.find import unet_file
 from sdxl_ambient.formats.load_lora import load_lora
 from sdxl_ambient.formats.names import LORA_PARTS
 from sdxl_ambient.formats.record import read_training_info
-from sdxl_ambient.models.load import check_sdxl, load_unet, load_unet_file
+from sdxl_ambient.models.load import base_folder, check_sdxl, load_text_encoder, load_unet, load_unet_file
 from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_part
 
 SAMPLERS = ("full", "early_stop", "hybrid")
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def load_pipeline(
@@ -53,32 +54,53 @@ def load_pipeline(
     if lora is not None and unet is not None:
         raise ValueError("give a LoRA or a fully fine-tuned UNet, not both")
     check_sdxl(pretrained_model_name_or_path, revision)
+    folder = base_folder(pretrained_model_name_or_path, revision, variant)
     parts: dict[str, torch.nn.Module] = {}
     if unet is not None:
-        file, base = unet_file(unet), pretrained_model_name_or_path
-        parts["unet"] = load_unet_file(file, base, dtype=dtype, revision=revision) if file else load_unet(unet, dtype=dtype)
+        file = unet_file(unet)
+        parts["unet"] = load_unet_file(file, folder, dtype=dtype) if file else load_unet(unet, dtype=dtype)
     if vae is not None:
         parts["vae"] = load_part(AutoencoderKL, vae, "VAE", use_safetensors=True, **in_precision(dtype))
-    pipe = load_part(
-        StableDiffusionXLPipeline,
-        pretrained_model_name_or_path,
-        "pipeline",
-        revision=revision,
-        variant=variant,
-        use_safetensors=True,
-        add_watermarker=False,
-        **in_precision(dtype),
-        **parts,
-    )
+    parts |= _base_networks(folder, dtype, variant, [name for name in _NETWORKS if name not in parts])
+    # Its own loader draws weights that are missing at random, and looks at none: it gets all networks from ours.
+    pipe = load_part(StableDiffusionXLPipeline, folder, "pipeline", add_watermarker=False, **in_precision(dtype), **parts)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         load_lora(pipe, lora, lora_scale)
     return pipe
 
 
+def _base_networks(
+    folder: Path, dtype: torch.dtype, variant: str | None, names: Sequence[str]
+) -> dict[str, torch.nn.Module]:
+    """The base's own networks, whole and finite. One without a file of the variant is taken without it, as diffusers does.
+
+    Raises:
+        ModelError: one that is missing or damaged, or a variant that none of them has.
+    """
+    having = [name for name in _NETWORKS if any(f".{variant}" in f.name for f in (folder / name).glob("*.safetensors"))]
+    if variant is not None and not having:
+        raise ModelError(f"the pipeline of {str(folder)!r} can't be loaded: it holds no files of the variant {variant!r}")
+    networks: dict[str, torch.nn.Module] = {}
+    for name in names:
+        own = variant if name in having else None
+        if name == "unet":
+            networks[name] = load_unet(folder, dtype=dtype, variant=own)
+        elif name == "vae":
+            keywords = {"subfolder": name, "variant": own, "use_safetensors": True, **in_precision(dtype)}
+            networks[name] = load_part(AutoencoderKL, folder, "VAE", **keywords)
+        else:
+            networks[name] = load_text_encoder(folder, name, dtype=dtype, variant=own)
+    return networks
+
+
 def adapter_t_n(path: str | Path) -> int | None:
-    """The noise level t_n (timestep) that an adapter or UNet was trained at; None for clean data or an unknown history."""
-    return read_training_info(path).get("t_n")
+    """The noise level t_n (timestep) that an adapter or UNet was trained at.
+
+    None for clean data, for images of several levels, and for an unknown history.
+    """
+    t_n = read_training_info(path).get("t_n")
+    return t_n if isinstance(t_n, int) else None
 
 
 # -- sampling ----------------------------------------------------------------------

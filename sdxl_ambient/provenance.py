@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
+import stat
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 from sdxl_ambient import __version__
+from sdxl_ambient.errors import JsonError
 
+MOST_JSON = 1 << 30  # bytes; the plan of a store of a million pictures has less than half of it
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
 
 
@@ -79,12 +85,77 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file. A damaged one is a ValueError that names the file."""
+def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
+    """Read a JSON file of at most ``most`` bytes.
+
+    Raises:
+        JsonError: it names the file; see :func:`parse_json`.
+        OSError: a file that isn't there, or can't be read.
+    """
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        # A pipe would be waited for.
+        raise JsonError(f"{path} is not valid JSON: it is no file")
+    if status.st_size > most:
+        raise JsonError(f"{path} is not valid JSON: {status.st_size:,} bytes, more than the {most:,} that are read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Standard JSON: no NaN or infinity, no key twice in an object, no half of a surrogate pair.
+
+    Args:
+        text: bytes are UTF-8.
+        source: what the message names.
+
+    Raises:
+        JsonError: anything else, or objects nested so deeply that Python can't hold them.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(
+            decoded, parse_constant=_no_constant, parse_float=_finite_float, object_pairs_hook=_without_repeats
+        )
+        # UTF-8 has none, so that it must be spelled out.
+        if (not isinstance(text, bytes) or _ESCAPED_SURROGATE.search(decoded)) and not _is_text(value):
+            raise ValueError("half of a surrogate pair, which is no text")
+    except UnicodeDecodeError as error:
+        raise JsonError(f"{source} is not valid JSON: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise JsonError(f"{source} is not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise JsonError(f"{source} is not valid JSON: {error}") from None
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in value if names.count(name) > 1)
+        raise ValueError(f"the key {repeated[:60]!r} twice in one object")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all texts in a JSON value can be written in UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 CHECKSUM = "checksum"
@@ -120,8 +191,15 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: stored {old!r}, wanted {new!r}")
+            found.append(f"{prefix}{key}: stored {_shown(old)}, wanted {_shown(new)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except RecursionError:  # read from a file that nests further than it can be shown
+        return "something nested deeply"
 
 
 def versions() -> dict[str, str]:

@@ -6,16 +6,18 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdxl_ambient.errors import InterchangeError, one_line
 from sdxl_ambient.formats.find import part_files
+from sdxl_ambient.formats.record import DAMAGED_FILE
+from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.provenance import atomic
 
 _NO_HASH = "0" * 64
@@ -66,11 +68,48 @@ def link(source: Path, target: Path) -> None:
 
 
 def part_state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one part of a pipeline, as they are stored. Raises InterchangeError."""
+    """All tensors of one part of a pipeline, as they are stored, all finite. Raises InterchangeError."""
     state: dict[str, torch.Tensor] = {}
-    try:
-        for file in part_files(folder):
-            state.update(load_file(str(file)) if file.suffix == ".safetensors" else {})
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InterchangeError(f"{folder} can't be read: {one_line(error)}") from None
+    for file in part_files(folder):
+        if file.suffix == ".safetensors":
+            state.update(read_tensors(file))
     return state
+
+
+def read_tensors(file: Path, besides: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, all finite.
+
+    Args:
+        besides: the ending of names that the reader looks at itself.
+
+    Raises:
+        InterchangeError: unreadable, or NaN or infinity in it.
+    """
+    try:
+        state = load_file(str(file))
+    except DAMAGED_FILE as error:
+        raise InterchangeError(f"{file} can't be read: {one_line(error)}") from None
+    looked_at = ((n, t) for n, t in state.items() if besides is None or not n.endswith(besides))
+    check_finite(looked_at, str(file), InterchangeError)
+    return state
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """The tensors of all .safetensors files among ``files`` are finite; one is held in memory at a time.
+
+    Raises:
+        InterchangeError: one that can't be read, or NaN or infinity in it.
+    """
+    for file in files:
+        if file.suffix == ".safetensors":
+            _check_file(file)
+
+
+def _check_file(file: Path) -> None:
+    try:
+        with safe_open(str(file), "pt") as opened:
+            check_finite(((name, opened.get_tensor(name)) for name in opened.keys()), str(file), InterchangeError)
+    except InterchangeError:
+        raise
+    except DAMAGED_FILE as error:
+        raise InterchangeError(f"{file} can't be read: {one_line(error)}") from None

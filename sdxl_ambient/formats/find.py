@@ -87,14 +87,24 @@ def part_files(folder: Path) -> list[Path]:
     Variants (``fp16``, …) and other formats are passed over.
 
     Raises:
-        InterchangeError: none there.
+        InterchangeError: none there, or a damaged index.
     """
     for name in _PART_FILES:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
-            return [index, *(folder / shard for shard in sorted(set(read_json(index)["weight_map"].values())))]
+            return [index, *(folder / shard for shard in _shards(index))]
     raise InterchangeError(f"{folder} holds no {' or '.join(_PART_FILES)}; other files of weights are not read")
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index lists, each beside it."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = set(places.values()) if isinstance(places, dict) and all(isinstance(n, str) for n in places.values()) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise InterchangeError(f"{index} can't be read: its weight_map doesn't name .safetensors files beside it")
+    return sorted(names)
 
 
 def _safetensors(file: Path) -> Path:

@@ -14,6 +14,7 @@ from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.formats.adapter import Adapter
 from sdxl_ambient.formats.peft import in_file, lora_config
 from sdxl_ambient.formats.read import read_adapter
+from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.models.load import LOADING_ERRORS
 
 ADAPTER = "adapter"  # what the LoRA is called in the pipeline
@@ -39,7 +40,7 @@ def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 
         adapter = read_adapter(lora, dict(pipe.unet.config))
         for part in adapter.parts:
             _load_part(getattr(pipe, part), part, adapter)
-    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"the LoRA {str(lora)!r} can't be loaded: {one_line(error)}") from None
     _check_whole(pipe, adapter, lora)
     _check_strength(pipe, adapter, lora)
@@ -70,6 +71,8 @@ def _check_whole(pipe: StableDiffusionXLPipeline, adapter: Adapter, lora: str | 
         model = getattr(pipe, part)
         weights = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
         loaded |= {f"{part}.{in_file(part, name)}": tensor for name, tensor in weights.items()}
+    # In half precision a large weight becomes infinite.
+    check_finite({n: t for n, t in loaded.items() if n in state and not t.is_meta}, f"the LoRA {str(lora)!r}")
     missing = [name for name, tensor in state.items() if name not in loaded or not _is_same(loaded[name], tensor)]
     if missing:
         examples = f"{', '.join(missing[:2])}{', …' if len(missing) > 2 else ''}"

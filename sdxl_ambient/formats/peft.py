@@ -17,11 +17,12 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 
-from sdxl_ambient.errors import CheckpointError
+from sdxl_ambient.errors import CheckpointError, InterchangeError
 from sdxl_ambient.formats.adapter import Adapter
+from sdxl_ambient.formats.files import read_tensors
 from sdxl_ambient.formats.names import LORA_PARTS
 from sdxl_ambient.formats.record import ARCHITECTURE, INFO_FILE, LORA_FILE, model_metadata, public_info
 from sdxl_ambient.models.lora import changes_base, on_the_base, rebase, taken_apart
@@ -145,12 +146,12 @@ def load_lora_state(unet, path: str | Path, text_encoders: Sequence | None = Non
     """Put a saved LoRA's weights into the adapters that the models already have (a resume adds no second one).
 
     Raises:
-        CheckpointError: unreadable, or of another rank, other targets or other parts; nothing is loaded then.
+        CheckpointError: unreadable, not finite, or of another rank, other targets or other parts; nothing is loaded then.
     """
     try:
-        stored = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from None
+        stored = read_tensors(Path(path))
+    except InterchangeError as error:
+        raise CheckpointError(str(error)) from None
     parts = lora_parts(unet, text_encoders)
     want = {f"{part}.{n}": w.shape for part, model in parts.items() for n, w in _for_file(part, model)[0].items()}
     if have := stored.keys() - want.keys() or want.keys() - stored.keys():

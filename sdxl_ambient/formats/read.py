@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from sdxl_ambient.errors import CheckpointError, InterchangeError, one_line
 from sdxl_ambient.formats.adapter import Adapter, Weights
+from sdxl_ambient.formats.files import read_tensors
 from sdxl_ambient.formats.find import lora_file
 from sdxl_ambient.formats.names import KOHYA_PREFIXES, LAYOUTS, LORA_PARTS, unet_names, unet_shapes
-from sdxl_ambient.formats.record import lora_metadata, public_info, read_training_info
+from sdxl_ambient.formats.record import DAMAGED_FILE, lora_metadata, public_info, read_training_info
 
 _TENSORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
 # What follows a module's name: in peft, in diffusers' training scripts, and in its first ones, which named attention's
@@ -32,8 +33,11 @@ _PROCESSORS = {
     "unet": {"to_out": "to_out.0"},
     "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 }
-_TEXT_MODULE = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
-_KOHYA_TEXT_MODULE = re.compile(r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_((?:q|k|v|out)_proj|fc[12])")
+# Of the two text encoders one has 12 layers, the other 32.
+_TEXT_MODULE = re.compile(r"encoder\.layers\.\d{1,2}\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+_PATTERN = re.compile(r"(\^?)((?:[A-Za-z0-9_.]|\\\.)+)\$?")
+_KOHYA_TEXT_MODULE = re.compile(r"text_model_encoder_layers_(\d{1,2})_(self_attn|mlp)_((?:q|k|v|out)_proj|fc[12])")
+_LARGEST = torch.finfo(torch.float32).max  # in which a LoRA is scaled
 # What of peft's configuration says that a module does more than up·down, and the value with which it doesn't.
 _PLAIN = {"lora_bias": False, "fan_in_fan_out": False, "modules_to_save": None, "layer_replication": None}
 _PLAIN |= {"trainable_token_indices": None, "target_parameters": None, "use_qalora": False, "use_bdlora": None}
@@ -52,12 +56,11 @@ def read_adapter(lora: str | Path, config: Mapping | None = None) -> Adapter:
             strength.
     """
     file = lora_file(lora)
+    state = read_tensors(file, besides=".alpha")  # of which the message says the value
     try:
-        state, metadata, info = load_file(str(file)), lora_metadata(file), public_info(read_training_info(file))
+        metadata, info = lora_metadata(file), public_info(read_training_info(file))
     except CheckpointError as error:
         raise InterchangeError(str(error)) from None
-    except (OSError, SafetensorError) as error:
-        raise InterchangeError(f"{file} can't be read: {one_line(error)}") from None
     kohya = any(name.startswith("lora_") for name in state)
     try:
         parts = _from_kohya(state, config) if kohya else _from_peft(state, metadata)
@@ -78,13 +81,12 @@ def _from_peft(state: dict[str, torch.Tensor], metadata: dict) -> dict[str, dict
         if kind in tensors:
             raise InterchangeError(f"{part}.{module} has two {kind} weights; the file mixes two layouts")
         tensors[kind] = tensor
+    strengths = {part: _Strengths(part, metadata) for part in dict.fromkeys(part for part, _ in modules)}
     parts: dict[str, dict[str, Weights]] = {}
     for (part, module), tensors in modules.items():
         _check_pair(f"{part}.{module}", tensors)
-        config = {k.removeprefix(f"{part}."): v for k, v in metadata.items() if k.startswith(f"{part}.")}
-        _check_plain(part, config)
         magnitude = tensors["magnitude"].reshape(-1) if "magnitude" in tensors else None
-        alpha = _peft_alpha(part, module, len(tensors["down"]), config)
+        alpha = strengths[part].alpha(module, len(tensors["down"]))
         parts.setdefault(part, {})[module] = Weights(tensors["down"], tensors["up"], alpha, magnitude)
     return _in_order(parts)
 
@@ -102,9 +104,17 @@ def _peft_name(name: str) -> tuple[str, str, str]:
     return part, f"{start}{dot}{_PROCESSORS['unet' if part == 'unet' else 'text'].get(last, last)}", _ENDINGS[ending]
 
 
-def _check_pair(module: str, tensors: dict) -> None:
+def _check_pair(module: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Both factors are there, and every tensor has numbers and sides."""
     if missing := [kind for kind in ("down", "up") if kind not in tensors]:
         raise InterchangeError(f"{module} has no {missing[0]} weight; the file is incomplete")
+    for kind, tensor in tensors.items():
+        if not tensor.numel() or (kind == "alpha" and tensor.numel() > 1) or (kind != "alpha" and not tensor.ndim):
+            wanted = "a single number is needed" if kind == "alpha" else "that is no matrix"
+            raise InterchangeError(f"{module} has a {kind} of shape {tuple(tensor.shape)}; {wanted}")
+        if tensor.is_complex() or (kind != "alpha" and not tensor.is_floating_point()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InterchangeError(f"{module} has a {kind} of {dtype}, which is no weight's")
 
 
 def _check_plain(part: str, config: dict) -> None:
@@ -112,26 +122,73 @@ def _check_plain(part: str, config: dict) -> None:
         raise InterchangeError(f"the {part}'s adapter is {config['peft_type']}, not a LoRA")
     for name, plain in _PLAIN.items():
         if config.get(name, plain) not in (plain, None):
-            raise InterchangeError(f"the {part}'s LoRA has {name} = {config[name]}, for which kohya's format has no name")
+            raise InterchangeError(
+                f"the {part}'s LoRA has {name} = {reprlib.repr(config[name])}, for which kohya's format has no name"
+            )
 
 
-def _peft_alpha(part: str, module: str, rank: int, config: dict) -> float:
-    """Such that alpha / rank is peft's factor, which with rsLoRA is α/√rank. Without a configuration it is 1."""
-    if not config:
-        return float(rank)
+class _Strengths:
+    """What peft's configuration of one part says of each module's rank and alpha.
 
-    def value_of(pattern: str, default: str) -> float:
-        values = config.get(pattern) or {}
-        # peft's own rule, on the name that the module has in the model.
-        for name in (module,) if part == "unet" else (f"text_model.{module}", module):
-            if (key := get_pattern_key(list(values), name)) in values:
-                return values[key]
-        return config.get(default, 8)  # peft's own default, of both
+    Raises:
+        InterchangeError: an adapter that does more than up·down, or values that are no numbers.
+    """
 
-    if (configured := value_of("rank_pattern", "r")) != rank:
-        raise InterchangeError(f"{part}.{module} is of rank {rank}, but of rank {configured} by its configuration")
-    alpha = float(value_of("alpha_pattern", "lora_alpha"))
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+    def __init__(self, part: str, metadata: dict):
+        self.part = part
+        self.config = {k.removeprefix(f"{part}."): v for k, v in metadata.items() if k.startswith(f"{part}.")}
+        _check_plain(part, self.config)
+        self.patterns = {name: self._literal(name) for name in ("rank_pattern", "alpha_pattern")}
+
+    def alpha(self, module: str, rank: int) -> float:
+        """Such that alpha / rank is peft's factor, which with rsLoRA is α/√rank. Without a configuration it is 1."""
+        if not self.config:
+            return float(rank)
+        name = f"{self.part}.{module}"
+        configured = _number(f"the rank of {name}", self._value_of("rank_pattern", "r", module))
+        if configured != rank:
+            raise InterchangeError(f"{name} is of rank {rank}, but of rank {configured:g} by its configuration")
+        alpha = _number(f"the alpha of {name}", self._value_of("alpha_pattern", "lora_alpha", module))
+        return alpha * rank**0.5 if self.config.get("use_rslora") else alpha
+
+    def _value_of(self, pattern: str, default: str, module: str) -> object:
+        """By the first pattern that fits the module, as in peft, else the value for all."""
+        values = self.patterns[pattern]
+        # On the name that the module has in the model.
+        for name in (module,) if self.part == "unet" else (f"text_model.{module}", module):
+            parts = name.split(".")
+            fitting = [f"^{name}", *(".".join(parts[i:]) for i in range(len(parts)))]
+            if found := [values[one] for one in fitting if one in values]:
+                return min(found, key=lambda placed: placed[0])[1]
+        return self.config.get(default, 8)  # peft's own default, of both
+
+    def _literal(self, pattern: str) -> dict[str, tuple[int, object]]:
+        """Name, or end of one, → its pattern's place in the list and value.
+
+        peft takes patterns for regular expressions, which can be made to run for ever. In files there are names, their ends
+        after a dot, and diffusers' whole names after ^; no others are read.
+        """
+        values = self.config.get(pattern) or {}
+        if not isinstance(values, dict):
+            raise InterchangeError(f"the {self.part}'s {pattern} is {reprlib.repr(values)}, not a value for each name")
+        literal: dict[str, tuple[int, object]] = {}
+        for place, (key, value) in enumerate(values.items()):
+            if (match := _PATTERN.fullmatch(key)) is None:
+                raise InterchangeError(
+                    f"the {self.part}'s {pattern} has {reprlib.repr(key)}; only names of modules and their endings are "
+                    "read, no expressions"
+                )
+            literal.setdefault(match[1] + match[2].replace("\\.", "."), (place, value))
+        return literal
+
+
+def _number(subject: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InterchangeError(f"{subject} is {reprlib.repr(value)} by its configuration, not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InterchangeError(f"{subject} is too large a number in its configuration") from None
 
 
 def _from_kohya(state: dict[str, torch.Tensor], config: Mapping | None) -> dict[str, dict[str, Weights]]:
@@ -190,7 +247,7 @@ def _dora_scale(module: str, scale: torch.Tensor, outputs: int) -> torch.Tensor:
 def _check(part: str, module: str, weights: Weights, config: Mapping | None) -> None:
     """The module exists, the shapes fit it, and the numbers are finite."""
     name = f"{part}.{module}"
-    if not torch.isfinite(torch.tensor(weights.alpha)):
+    if not math.isfinite(weights.alpha) or abs(weights.alpha) > _LARGEST:
         raise InterchangeError(f"{name} has alpha = {weights.alpha}")
     down, up = tuple(weights.down.shape), tuple(weights.up.shape)
     if part != "unet":
@@ -243,5 +300,5 @@ def _names(path: Path) -> Iterable[str]:
     try:
         with safe_open(str(path), "pt") as file:
             return list(file.keys())
-    except (OSError, SafetensorError) as error:
+    except DAMAGED_FILE as error:
         raise InterchangeError(f"{path} can't be read: {one_line(error)}") from None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 
-from sdxl_ambient.errors import CheckpointError
-from sdxl_ambient.provenance import read_json
+from sdxl_ambient.errors import CheckpointError, JsonError, one_line
+from sdxl_ambient.levels import MAXIMUM_T_N
+from sdxl_ambient.provenance import parse_json, read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 INFO_FILE = "training.json"
@@ -17,6 +19,13 @@ INFO_KEY = "sdxl_ambient"  # the same information inside an adapter's own file, 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"  # as ModelSpec names SDXL; "/lora" is appended as kohya's scripts do
 GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's name for the original release's names
 STATE_FILE = "checkpoint.json"
+# What the safetensors library raises for files that are damaged, or made to be.
+DAMAGED_FILE = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError)
+MIXED = "mixed"  # t_n of training on images of several noise levels
+_MOST_INFO = 1 << 24  # bytes; some hundred are usual
+# Of what is recorded, the types of what is computed with; an earlier or later version may record more.
+_INFO_TYPES = {"t_n": (int, str), "step": (int,), "prediction_type": (str,), "finetune": (str,), "low_noise": (str,)}
+_WORDS = {int: "a whole number", str: "a text"}
 MODEL_FILE = "model.safetensors"  # a fully fine-tuned UNet in a training state, as accelerate stores it
 
 
@@ -71,11 +80,11 @@ def read_training_info(path: str | Path) -> dict:
     """
     path = Path(path)
     if path.is_file():
-        own = _json(_metadata(path).get(INFO_KEY), path) if path.suffix == ".safetensors" else {}
+        own = _own_info(path) if path.suffix == ".safetensors" else {}
         return own or (read_training_info(path.parent) if path.name in (LORA_FILE, MODEL_FILE) else {})
     if info := _info_file(path):
         return info
-    if (path / LORA_FILE).is_file() and (info := _json(_metadata(path / LORA_FILE).get(INFO_KEY), path / LORA_FILE)):
+    if (path / LORA_FILE).is_file() and (info := _own_info(path / LORA_FILE)):
         return info
     if path.name == "unet":
         return read_training_info(path.parent)
@@ -87,25 +96,59 @@ def read_training_info(path: str | Path) -> dict:
 
 def _info_file(folder: Path) -> dict:
     path = folder / INFO_FILE
-    return _json(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
-
-
-def _json(text: str | None, path: Path) -> dict:
     try:
-        record = json.loads(text or "{}")
-    except ValueError:
-        record = None
+        return _checked_info(read_json(path, _MOST_INFO), path) if path.is_file() else {}
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{path} can't be read: {one_line(error)}") from None
+
+
+def _own_info(file: Path) -> dict:
+    """What a file of weights itself says of its training."""
+    return _checked_info(_json_object(_metadata(file).get(INFO_KEY), file, "what it says of its training"), file)
+
+
+def _json_object(text: str | None, path: Path, subject: str) -> dict:
+    try:
+        record = parse_json(text or "{}", subject)
+    except JsonError as error:
+        raise CheckpointError(f"{path} can't be read: {one_line(error)}") from None
     if not isinstance(record, dict):
-        raise CheckpointError(f"{path} can't be read: what it says of its training is not a JSON object")
+        raise CheckpointError(f"{path} can't be read: {subject} is not a JSON object")
     return record
+
+
+def _checked_info(info: object, path: Path) -> dict:
+    """A record of training. Of what others take from it, the types are right.
+
+    Raises:
+        CheckpointError: they aren't.
+    """
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path} can't be read: what it says of its training is not a JSON object")
+    for name, kinds in _INFO_TYPES.items():
+        value = info.get(name)
+        if value is not None and type(value) not in kinds:  # true is no number here
+            words = " or ".join(_WORDS[kind] for kind in kinds)
+            raise CheckpointError(f"{path} can't be read: its {name} is {_shown(value)}, not {words}")
+    t_n, step = info.get("t_n"), info.get("step")
+    if t_n is not None and t_n != MIXED and (isinstance(t_n, str) or not 0 <= t_n <= MAXIMUM_T_N):
+        possible = f"possible are 0 to {MAXIMUM_T_N} and {MIXED!r}"
+        raise CheckpointError(f"{path} can't be read: its t_n is {_shown(t_n)}; {possible}")
+    if step is not None and step < 0:
+        raise CheckpointError(f"{path} can't be read: its step is {_shown(step)}, which is below 0")
+    return info
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value)
 
 
 def _metadata(file: Path) -> dict[str, str]:
     try:
         with safe_open(str(file), "pt") as opened:
             return opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} can't be read: {error}") from None
+    except DAMAGED_FILE as error:
+        raise CheckpointError(f"{file} can't be read: {one_line(error)}") from None
 
 
 def lora_metadata(file: str | Path) -> dict:
@@ -116,7 +159,7 @@ def lora_metadata(file: str | Path) -> dict:
             a loader would take the rank for alpha, and evaluate a LoRA of another strength.
     """
     file = Path(file)
-    config = _json(_metadata(file).get(LORA_ADAPTER_METADATA_KEY), file)
+    config = _json_object(_metadata(file).get(LORA_ADAPTER_METADATA_KEY), file, "its LoRA's configuration")
     if not config and (file.parent / STATE_FILE).is_file() and not _alpha_is_rank(file.parent.parent / "options.json"):
         raise CheckpointError(
             f"{file} was saved without its alpha by an earlier version, so its strength is unknown; "

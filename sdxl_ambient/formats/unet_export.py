@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
-from sdxl_ambient.errors import InterchangeError, ModelError, one_line
-from sdxl_ambient.formats.files import link, new_folder, part_state, write_tensors
+from sdxl_ambient.errors import InterchangeError, ModelError
+from sdxl_ambient.formats.files import check_files, link, new_folder, part_state, write_tensors
 from sdxl_ambient.formats.find import UNET_FILE, part_files, unet_file, unet_folder
 from sdxl_ambient.formats.names import unet_shapes
 from sdxl_ambient.formats.original import original_model
@@ -22,7 +21,7 @@ from sdxl_ambient.formats.record import (
     public_info,
     read_training_info,
 )
-from sdxl_ambient.models.load import LOADING_ERRORS, check_sdxl, load_unet_file, unet_config
+from sdxl_ambient.models.load import base_folder, check_sdxl, load_unet_file, unet_config
 from sdxl_ambient.provenance import read_json, write_json
 
 _DESCRIPTIONS = (".json", ".txt", ".model")  # configurations and tokenizers; weights are taken by their own names
@@ -68,16 +67,6 @@ def export_unet(
     return _write_single_file(output, folder, state, config, {**facts, **info}, dtype, title)
 
 
-def base_folder(base: str, revision: str | None) -> Path:
-    """The base model's folder; of one on the Hub, that in the cache, into which it is downloaded if need be."""
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(DiffusionPipeline.download(base, revision=revision, use_safetensors=True))
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{base!r} can't be downloaded: {one_line(error)}") from None
-
-
 def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Tensor]:
     """The UNet's tensors by diffusers' names, as many and of the shapes that the base's configuration says.
 
@@ -90,22 +79,42 @@ def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Ten
     wanted, shapes = unet_shapes(config), {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wanted != shapes:
         other = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+        have, want = (one.get(other[0], "nothing") for one in (shapes, wanted))
         raise InterchangeError(
             f"the UNet {path} is incomplete, or of another architecture than that of {base}: {len(other)} weights differ, "
-            f"such as {other[0]}"
+            f"such as {other[0]} (shape: {have} instead of {want})"
         )
     return state
 
 
 def _base_facts(base: Path, config: dict) -> dict:
     """What the base says of every UNet that is trained from it, under the names in training.json."""
-    scheduler, vae = (read_json(base / p / f"{n}.json") for p, n in (("scheduler", "scheduler_config"), ("vae", "config")))
     side = config.get("sample_size")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = 2 ** (_vae_levels(base) - 1)
     return {
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+        "prediction_type": _scheduler(base).get("prediction_type", "epsilon"),
         **({"resolution": side * factor} if isinstance(side, int) else {}),
     }
+
+
+def _scheduler(base: Path) -> dict:
+    return _configuration(base / "scheduler" / "scheduler_config.json")
+
+
+def _vae_levels(base: Path) -> int:
+    """How many resolutions the base's VAE has."""
+    file = base / "vae" / "config.json"
+    widths = _configuration(file).get("block_out_channels")
+    if not isinstance(widths, list) or not 0 < len(widths) < 10:
+        raise ModelError(f"{file} can't be read: its block_out_channels are not a list of the VAE's widths")
+    return len(widths)
+
+
+def _configuration(file: Path) -> dict:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} can't be read: it is not a JSON object")
+    return content
 
 
 def _write_pipeline(
@@ -115,6 +124,10 @@ def _write_pipeline(
 
     ``own``: the folder that the UNet's weights lie in and are linked from; None to write them.
     """
+    for part in parts:
+        # Linked as they are, the weights are looked at here.
+        if part != "unet" and _has_weights(base / part):
+            check_files(part_files(base / part))
     with new_folder(output) as folder:
         shutil.copyfile(base / "model_index.json", folder / "model_index.json")
         for part in parts:
@@ -135,10 +148,14 @@ def _copy_part(source: Path, target: Path, weights: bool) -> None:
     for file in sorted(source.iterdir()):
         if file.suffix in _DESCRIPTIONS and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
-    # Tokenizers and schedulers have other names for theirs.
-    if weights and (source / "config.json").is_file():
+    if weights and _has_weights(source):
         for file in part_files(source):
             link(file, target / file.name)
+
+
+def _has_weights(part: Path) -> bool:
+    # Tokenizers and schedulers have other names for their configurations.
+    return (part / "config.json").is_file()
 
 
 def _write_single_file(
@@ -154,9 +171,9 @@ def _write_single_file(
     state = original_model(
         {"unet": unet, **{part: part_state(base / part) for part in ("vae", "text_encoder", "text_encoder_2")}},
         config=config,
-        vae_levels=len(read_json(base / "vae" / "config.json")["block_out_channels"]),
+        vae_levels=_vae_levels(base),
         predicts_v=info["prediction_type"] == "v_prediction",
-        zero_snr=bool(read_json(base / "scheduler" / "scheduler_config.json").get("rescale_betas_zero_snr")),
+        zero_snr=bool(_scheduler(base).get("rescale_betas_zero_snr")),
         dtype=dtype,
     )
     metadata = model_metadata(info, ARCHITECTURE, GENERATIVE_MODELS, title or (None if "t_n" in info else output.stem))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models import quantization
+from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_config, load_part
 from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.noise import NoiseSchedule
@@ -41,6 +42,20 @@ def check_sdxl(name_or_path: str | Path, revision: str | None = None) -> dict[st
     if index.get("text_encoder", [None])[0] is None:
         raise ModelError(f"{str(name_or_path)!r} has one text encoder only: the SDXL refiner can't be fine-tuned here")
     return index
+
+
+def base_folder(base: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+    """The base model's folder; of one on the Hub, that in the cache, into which it is downloaded if need be.
+
+    Raises:
+        ModelError: one that can't be downloaded.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(DiffusionPipeline.download(str(base), revision=revision, variant=variant, use_safetensors=True))
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{str(base)!r} can't be downloaded: {one_line(error)}") from None
 
 
 def unet_config(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -115,14 +130,19 @@ def load_unet_file(
             config_revision=revision,
             **in_precision(dtype),
         )
-    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: {one_line(error)}") from None
     state = unet.state_dict()
-    if len(weights) != len(state) or any(tensor.is_meta for tensor in state.values()):
-        # diffusers leaves out what it doesn't know, and leaves empty what isn't there.
+    # diffusers leaves out what it doesn't know, and leaves empty what isn't there.
+    missing = sorted(name for name, tensor in state.items() if tensor.is_meta)
+    if missing or len(weights) != len(state):
+        unknown = sorted(weights.keys() - state.keys()) if weights.keys() & state.keys() else []
+        named = [f"{name} is {word}" for names, word in ((missing, "missing"), (unknown, "unknown")) for name in names[:1]]
         raise ModelError(
-            f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: it holds {len(weights)} weights instead of {len(state)}"
+            f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: "
+            + ", ".join([f"it holds {len(weights)} weights instead of {len(state)}", *named])
         )
+    check_finite(state, f"the UNet {str(path)!r}")
     return unet
 
 
@@ -184,24 +204,41 @@ def load_encoders(
     def load_tokenizer(part: str) -> Any:
         return load_part(AutoTokenizer, name_or_path, part, subfolder=part, revision=revision)
 
-    def load_text_encoder(kind: Any, name: str, part: str) -> Any:
-        encoder = load_part(
-            kind,
-            name_or_path,
-            name,
-            subfolder=part,
-            dtype=text_dtype,
-            revision=revision,
-            variant=variant,
-            use_safetensors=True,
-        )
-        return encoder.requires_grad_(False).eval()
+    def load_encoder(part: str) -> Any:
+        return load_text_encoder(name_or_path, part, dtype=text_dtype, revision=revision, variant=variant)
 
     return Encoders(
         vae=load_vae(name_or_path, vae, revision=revision, variant=variant),
         tokenizers=(load_tokenizer("tokenizer"), load_tokenizer("tokenizer_2")),
-        text_encoders=(
-            load_text_encoder(CLIPTextModel, "text encoder", "text_encoder"),
-            load_text_encoder(CLIPTextModelWithProjection, "second text encoder", "text_encoder_2"),
-        ),
+        text_encoders=(load_encoder("text_encoder"), load_encoder("text_encoder_2")),
     )
+
+
+def load_text_encoder(
+    name_or_path: str | Path,
+    part: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """The text encoder ``text_encoder`` or ``text_encoder_2``, frozen, in evaluation mode.
+
+    Raises:
+        ModelError: one that is missing or damaged.
+    """
+    kind, what = {
+        "text_encoder": (CLIPTextModel, "text encoder"),
+        "text_encoder_2": (CLIPTextModelWithProjection, "second text encoder"),
+    }[part]
+    encoder = load_part(
+        kind,
+        name_or_path,
+        what,
+        subfolder=part,
+        dtype=dtype,
+        revision=revision,
+        variant=variant,
+        use_safetensors=True,
+    )
+    return encoder.requires_grad_(False).eval()

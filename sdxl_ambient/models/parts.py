@@ -10,22 +10,58 @@ import torch
 from safetensors import SafetensorError
 
 from sdxl_ambient.errors import ModelError, one_line
+from sdxl_ambient.models.finite import check_finite
 
-LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, LookupError)
+# Of damaged files: a configuration of other types is a TypeError or an AttributeError somewhere in the libraries.
+LOADING_ERRORS = (
+    OSError, SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError, MemoryError
+)  # fmt: skip
+# Of parts whose every tensor is used. Text encoders' files may hold more: positions, or another's projection.
+_NOTHING_MORE = (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
 
 
 def load_part(kind: Any, name_or_path: str | Path, what: str, **keywords: Any) -> Any:
     """``kind.from_pretrained`` with every failure turned into a one-line ModelError.
+
+    Of a network all weights must be there and finite; the libraries draw missing ones at random, with a warning at most.
 
     Args:
         kind: a class of diffusers or transformers.
         what: the part's name in the message.
         keywords: for ``from_pretrained``; those that are None are left out.
     """
+    source, keywords = f"the {what} of {str(name_or_path)!r}", {k: v for k, v in keywords.items() if v is not None}
+    more = {"output_loading_info": True} if _is_network(kind, torch.nn.Module) else {}
     try:
-        return kind.from_pretrained(str(name_or_path), **{k: v for k, v in keywords.items() if v is not None})
+        loaded = kind.from_pretrained(str(name_or_path), **keywords, **more)
     except LOADING_ERRORS as error:
-        raise ModelError(f"the {what} of {str(name_or_path)!r} can't be loaded: {one_line(error)}") from None
+        raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
+    if not more:
+        return loaded
+    network, report = loaded
+    check_report(report, source, nothing_more=_is_network(kind, *_NOTHING_MORE))
+    check_finite(network.state_dict(), source)
+    return network
+
+
+def _is_network(kind: Any, *classes: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, classes)
+
+
+def check_report(report: dict[str, Any], source: str, *, nothing_more: bool = False) -> None:
+    """Every weight of a network came from its file, and, with ``nothing_more``, the file holds no other. Raises ModelError.
+
+    Args:
+        report: what ``from_pretrained`` returns with ``output_loading_info``.
+        source: what the message names first.
+    """
+    kinds = {"missing_keys": "missing", "mismatched_keys": "of another shape", "unexpected_keys": "unknown"}
+    for key, problem in kinds.items():
+        # A mismatched one comes with both shapes.
+        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in report.get(key) or ())
+        if names and (nothing_more or key != "unexpected_keys"):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"{source} can't be used: {names[0]}{more} {'are' if more else 'is'} {problem}")
 
 
 def in_precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
