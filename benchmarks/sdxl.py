@@ -30,14 +30,22 @@ def sdxl(dtype):
         CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
                        projection_dim=1280, hidden_act="gelu")
     )  # fmt: skip
-    torch.set_default_dtype(torch.float32)
+    vae = sdxl_vae(dtype=torch.float32)
+    torch.set_default_dtype(before)
+    encoders = Encoders(vae, (), (first, second))
+    for module in (vae, first, second):
+        module.requires_grad_(False).eval()
+    return unet, encoders, 128, 2048, 1280
+
+
+def sdxl_vae(dtype) -> AutoencoderKL:
+    """SDXL's VAE with random weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     blocks: dict[str, Any] = dict(  # diffusers annotates tuples of any length as of length one
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     vae = AutoencoderKL(layers_per_block=2, latent_channels=4, sample_size=1024, **blocks)
     torch.set_default_dtype(before)
-    encoders = Encoders(vae, (), (first, second))
-    for module in (vae, first, second):
-        module.requires_grad_(False).eval()
-    return unet, encoders, 128, 2048, 1280
+    return vae.requires_grad_(False).eval()
