@@ -19,11 +19,11 @@ LOCK, OWNER = ".lock", ".lock.json"
 
 
 @contextmanager
-def locked(folder: str | Path, say: Callable[[str], None] = print, *, hold: bool = True) -> Iterator[None]:
+def locked(folder: str | Path, log: Callable[[str], None] = print, *, hold: bool = True) -> Iterator[None]:
     """Hold a folder, which is made if it isn't there, so that no second run writes into it.
 
     One process of a run holds it. With ``hold`` false nothing is done, for the run's others. The operating system frees the
-    lock when its process ends, however it ends; ``say`` is told where that was without a word.
+    lock when its process ends, however it ends; ``log`` is told where that was without a word.
 
     Raises:
         LockedError: another run holds it; the message has its host, its process and since when.
@@ -42,7 +42,7 @@ def locked(folder: str | Path, say: Callable[[str], None] = print, *, hold: bool
         raise LockedError(f"{folder} is being written by {_told(owner)}; wait for its end, or use another folder") from None
     try:
         if owner.exists():
-            say(f"note: {folder} was being written by {_told(owner)}, which ended without a word; going on from there")
+            log(f"note: {folder} was being written by {_told(owner)}, which ended without a word; going on from there")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(owner, {"host": socket.gethostname(), "process": os.getpid(), "since": now})
         yield

@@ -23,8 +23,16 @@ from sdxl_ambient.store.settings import StoreSettings
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-# For fixtures that several tests share; each test has its own below.
+# The user's own folder of keys stays as it is, whatever a test forgets.
 os.environ["SDXL_AMBIENT_HOME"] = tempfile.mkdtemp(prefix="sdxl_ambient_tests_")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_home(tmp_path_factory):
+    """A folder of keys and register for what the tests of a file share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_AMBIENT_HOME", str(tmp_path_factory.mktemp("home") / "sdxl_ambient"))
+        yield
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def tmp_path(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory, monkeypatch) -> Path:
-    """A folder of keys and register for each test and the processes that it starts. The user's own stays as it is."""
+    """A folder of keys and register for each test and the processes that it starts."""
     folder = tmp_path_factory.mktemp("home") / "sdxl_ambient"
     monkeypatch.setenv("SDXL_AMBIENT_HOME", str(folder))
     return folder

@@ -111,20 +111,20 @@ def _check_entry(entry: Mapping[str, Any], restored: bool) -> None:
     content = entry["content"]
     if not isinstance(content, str) or not _HASH.fullmatch(content):
         raise ValueError(f"images: content {content!r} is not a SHA-256")
-    where = f"images: {content[:12]}"
-    _check_level(entry["t_n"], f"{where}: t_n")
+    image = f"images: {content[:12]}"
+    _check_level(entry["t_n"], f"{image}: t_n")
     if restored:
-        _check_level(entry["observed_t_n"], f"{where}: observed_t_n")
+        _check_level(entry["observed_t_n"], f"{image}: observed_t_n")
     ids = entry["time_ids"]
     if not isinstance(ids, list) or len(ids) != 6 or not all(_whole(i, 0, _MAXIMUM_SIDE) for i in ids):
-        raise ValueError(f"{where}: time_ids are {ids!r}; allowed are six whole numbers of pixels")
+        raise ValueError(f"{image}: time_ids are {ids!r}; allowed are six whole numbers of pixels")
     if not all(ids[4:]):
-        raise ValueError(f"{where}: time_ids end in {ids[4:]}, which is no size of a latent")
+        raise ValueError(f"{image}: time_ids end in {ids[4:]}, which is no size of a latent")
     captions = entry["captions"]
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-        raise ValueError(f"{where}: captions are {captions!r}")
+        raise ValueError(f"{image}: captions are {captions!r}")
     if not isinstance(entry["shard"], str) or shard_number(entry["shard"]) is None:
-        raise ValueError(f"{where}: shard {entry['shard']!r} is no file of latents")
+        raise ValueError(f"{image}: shard {entry['shard']!r} is no file of latents")
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -149,9 +149,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"sha256: {name!r} is no file of a store, or its hashes are none")
 
 
-def _check_level(t_n: Any, where: str) -> None:
+def _check_level(t_n: Any, name: str) -> None:
     if t_n is not None and not _whole(t_n, 0, MAXIMUM_T_N):
-        raise ValueError(f"{where} is {t_n!r}; allowed are null and timesteps from 0 to {MAXIMUM_T_N}")
+        raise ValueError(f"{name} is {t_n!r}; allowed are null and timesteps from 0 to {MAXIMUM_T_N}")
 
 
 def _whole(value: Any, least: int, most: int) -> bool:
