@@ -80,12 +80,12 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     """Set up, resume, loop, save."""
     from sdxl_ambient.hub.upload import check_hub, repository
     from sdxl_ambient.training.dry_run import dry_run
-    from sdxl_ambient.training.model import load_trainable
     from sdxl_ambient.training.resume import resume
     from sdxl_ambient.training.run import max_train_steps
     from sdxl_ambient.training.setup import (
         announce,
         build_lr_scheduler,
+        build_model,
         build_optimizer,
         open_data,
         prepare_process,
@@ -102,7 +102,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     look = quick_look(options, accelerator, stack)  # before the rest, since it may refuse
 
     data = open_data(options, accelerator, interruption)
-    model = load_trainable(options, accelerator, data.presentation.zero_empty)
+    model = build_model(options, accelerator, data)
     optimizer = build_optimizer(options, accelerator, model)
     lr_scheduler = build_lr_scheduler(options, optimizer, max_train_steps(options, accelerator, data.store))
     *model.prepared, optimizer = accelerator.prepare(*model.modules, optimizer)

@@ -16,25 +16,26 @@ from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.store.checks import common_t_n, observed_t_n
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.settings import objective_settings, restore_settings
+from sdxl_ambient.training.weights import WeightSettings
 
 _SAME = ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")
 _SAME_SHOWN = ("random_flip", "proportion_empty_prompts")
 _SAME_RESTORE = ("restore_start", "restore_teacher")
 
 
-def lora_record(options: TrainOptions) -> dict:
-    """What a resume must agree in, out of the training options: a LoRA of another strength or start is another run.
+def lora_record(weights: WeightSettings) -> dict:
+    """What a resume must agree in, out of a LoRA's settings: a LoRA of another strength or start is another run.
 
     {} for a full fine-tune. Of a LoRA that training starts from (``--lora``), the file decides the rest; see
     :func:`sdxl_ambient.formats.attach.start_from`.
     """
-    if options.finetune != "lora":
+    if weights.finetune != "lora":
         return {}
-    record = {"lora_dropout": options.lora_dropout, "train_text_encoder": options.train_text_encoder}
-    if options.lora is None:
-        record |= {n: getattr(options, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
-        record["lora_alpha"] = float(options.lora_alpha or options.rank)
-        record["lora_targets"] = sorted(lora_targets(options.lora_targets))
+    record = {"lora_dropout": weights.lora_dropout, "train_text_encoder": weights.train_text_encoder}
+    if weights.lora is None:
+        record |= {n: getattr(weights, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
+        record["lora_alpha"] = float(weights.alpha)
+        record["lora_targets"] = sorted(lora_targets(weights.lora_targets))
     return record
 
 

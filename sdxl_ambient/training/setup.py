@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.models.load import check_sdxl, load_schedule
@@ -25,7 +26,7 @@ from sdxl_ambient.training.clean_levels import CleanLevels
 from sdxl_ambient.training.distributed import check_sharding, is_sharded, tell_deepspeed
 from sdxl_ambient.training.ema import EMA
 from sdxl_ambient.training.interruption import Interruption, Skipped
-from sdxl_ambient.training.model import TrainableModel
+from sdxl_ambient.training.model import TrainableModel, load_trainable
 from sdxl_ambient.training.optimizers import FusedBackward, make_optimizer, parse_extra
 from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
 from sdxl_ambient.training.record import run_record
@@ -33,6 +34,7 @@ from sdxl_ambient.training.run import Data, Run, samples_per_step
 from sdxl_ambient.training.settings import objective_settings, restore_settings
 from sdxl_ambient.training.stores import open_stores
 from sdxl_ambient.training.validation import Validation
+from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
 
 def prepare_process(options: TrainOptions, accelerator: Accelerator) -> None:
@@ -69,6 +71,16 @@ def open_data(options: TrainOptions, accelerator: Accelerator, interruption: Int
     for line in check_stores(store, heldout, schedule, options.low_noise):
         accelerator.print(line)
     return Data(store, heldout, schedule, presentation)
+
+
+def build_model(options: TrainOptions, accelerator: Accelerator, data: Data) -> TrainableModel:
+    """The weights that are trained.
+
+    Raises:
+        ModelError, InterchangeError: with one line that says what of the base model or of ``--lora`` is wrong.
+    """
+    base, weights = settings_of(BaseModel, options), settings_of(WeightSettings, options)
+    return load_trainable(base, weights, accelerator, data.presentation.zero_empty)
 
 
 def build_optimizer(options: TrainOptions, accelerator: Accelerator, model: TrainableModel) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from support.pictures import REPOSITORY, copy_emoji
 
 from eval.quick import QuickLook
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.geometry import Geometry
@@ -16,6 +17,7 @@ from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.model import load_trainable
 from sdxl_ambient.training.validation import Validation, _spread
+from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
 DATA = REPOSITORY / "miniature/data"
 
@@ -47,7 +49,8 @@ def told(output, **changes):
 
 @pytest.fixture(scope="module")
 def trainable(accelerator, tmp_path_factory):
-    return load_trainable(told(tmp_path_factory.mktemp("trainee")), accelerator, True)
+    options = told(tmp_path_factory.mktemp("trainee"))
+    return load_trainable(settings_of(BaseModel, options), settings_of(WeightSettings, options), accelerator, True)
 
 
 @pytest.fixture(scope="module")
