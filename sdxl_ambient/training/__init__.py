@@ -7,9 +7,9 @@ from sdxl_ambient.training.extra_rows import ExtraBatch, ExtraSource
 from sdxl_ambient.training.interruption import Interrupted, Interruption
 from sdxl_ambient.training.model import TrainableModel, load_trainable
 from sdxl_ambient.training.optimizers import make_optimizer
-from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
+from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, RestoreOptions, Teacher
 from sdxl_ambient.training.run import Data, Run
-from sdxl_ambient.training.settings import RestoreOptions, objective_settings, restore_settings
+from sdxl_ambient.training.settings import objective_settings, restore_settings
 from sdxl_ambient.training.step import TrainingStep
 from sdxl_ambient.training.validation import Validation
 

@@ -1,26 +1,35 @@
-"""The settings of a run's parts, as plain values, made from its options."""
+"""Options → the settings of a run's parts, which know no options.
+
+With setup.py this is the part of a run's set-up that sees the options; the settings' classes lie beside what uses them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.objective import ObjectiveOptions
+from sdxl_ambient.store.settings import StoreSettings
+from sdxl_ambient.training.posterior_buffer import RestoreOptions
+from sdxl_ambient.training.stores import StoresSettings
+from sdxl_ambient.training.weights import BaseModel
 
 
-@dataclass(frozen=True)
-class RestoreOptions:
-    """How posterior samples are drawn and trained on.
-
-    batch_size: restored samples in each forward pass. refresh: how many of those are drawn anew each time; an image without
-        a sample gets one when its turn comes. steps: evaluations of the chain that draws one.
-    levels: "low" trains them at t ≤ t_n, beside the ambient loss; "all" at every t, in its place.
-    """
-
-    batch_size: int
-    refresh: int
-    steps: int
-    levels: str
+def stores_settings(options: TrainOptions) -> StoresSettings:
+    """Which stores a run has: always that of noisy latents; the others where held-out images or clean latents are used."""
+    stores, buckets = options.stores, (options.aspect_ratio_buckets, options.bucket_reso_steps)
+    geometry = Geometry.parse(options.resolution, options.center_crop, *buckets)
+    return settings_of(
+        StoresSettings,
+        options,
+        base=settings_of(BaseModel, options),
+        latents_dir=stores["latents_dir"],
+        heldout_latents_dir=stores["heldout_latents_dir"] if options.has_heldout else None,
+        clean_latents_dir=stores["clean_latents_dir"] if options.low_noise == "clean" else None,
+        store=settings_of(StoreSettings, options, geometry=geometry, keep_tokens=options.train_text_encoder),
+    )
 
 
 def objective_settings(options: TrainOptions) -> ObjectiveOptions:

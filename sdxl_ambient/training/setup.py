@@ -23,7 +23,7 @@ from sdxl_ambient.store.checks import check_stores, format_store_levels
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.checkpoint import refuse_to_overwrite, register_lora_hooks
 from sdxl_ambient.training.clean_levels import CleanLevels
-from sdxl_ambient.training.distributed import check_sharding, is_sharded, tell_deepspeed
+from sdxl_ambient.training.distributed import ShardingSettings, check_sharding, is_sharded, tell_deepspeed
 from sdxl_ambient.training.ema import EMA
 from sdxl_ambient.training.interruption import Interruption, Skipped
 from sdxl_ambient.training.model import TrainableModel, load_trainable
@@ -31,7 +31,7 @@ from sdxl_ambient.training.optimizers import FusedBackward, make_optimizer, pars
 from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
 from sdxl_ambient.training.record import run_record
 from sdxl_ambient.training.run import Data, Run, samples_per_step
-from sdxl_ambient.training.settings import objective_settings, restore_settings
+from sdxl_ambient.training.settings import objective_settings, restore_settings, stores_settings
 from sdxl_ambient.training.stores import open_stores
 from sdxl_ambient.training.validation import Validation
 from sdxl_ambient.training.weights import BaseModel, WeightSettings
@@ -44,7 +44,7 @@ def prepare_process(options: TrainOptions, accelerator: Accelerator) -> None:
         OptionError: results of an earlier run in the folder, or options that can't be had with spread weights.
     """
     refuse_to_overwrite(options.output_dir, options.resume_from_checkpoint)
-    check_sharding(options, accelerator)
+    check_sharding(settings_of(ShardingSettings, options), accelerator)
     set_seed(options.seed)
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -67,7 +67,7 @@ def open_data(options: TrainOptions, accelerator: Accelerator, interruption: Int
     zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, options.revision)
     presentation = Presentation(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
-    store, heldout = open_stores(options, accelerator, schedule, presentation, interruption.check)
+    store, heldout = open_stores(stores_settings(options), accelerator, schedule, presentation, interruption.check)
     for line in check_stores(store, heldout, schedule, options.low_noise):
         accelerator.print(line)
     return Data(store, heldout, schedule, presentation)
