@@ -12,8 +12,13 @@ from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.objective import ObjectiveOptions
 from sdxl_ambient.store.settings import StoreSettings
+from sdxl_ambient.training.dry_run import DryRunSettings
+from sdxl_ambient.training.heldout_loss import BandSettings
 from sdxl_ambient.training.posterior_buffer import RestoreOptions
+from sdxl_ambient.training.record import RunRecordSettings
+from sdxl_ambient.training.samples import SamplerSettings
 from sdxl_ambient.training.stores import StoresSettings
+from sdxl_ambient.training.validation import ValidationSettings
 from sdxl_ambient.training.weights import BaseModel
 
 
@@ -55,3 +60,37 @@ def restore_settings(options: TrainOptions) -> RestoreOptions:
     count = options.restored_per_batch
     refresh = count // 4 if options.restore_refresh is None else options.restore_refresh
     return RestoreOptions(count, refresh, options.restore_steps, options.restore_levels)
+
+
+def run_record_settings(options: TrainOptions) -> RunRecordSettings:
+    """What a resume must agree in."""
+    return settings_of(
+        RunRecordSettings,
+        options,
+        objective=objective_settings(options),
+        restore=restore_settings(options) if options.low_noise == "restore" else None,
+        optimizer=options.optimizer_name,
+    )
+
+
+def validation_settings(options: TrainOptions) -> ValidationSettings:
+    """What is looked at between steps."""
+    return settings_of(
+        ValidationSettings,
+        options,
+        drawing=settings_of(SamplerSettings, options, base=settings_of(BaseModel, options)),
+        bands=BandSettings(options.heldout_bands, options.train_batch_size, options.loss_space),
+    )
+
+
+def dry_run_settings(options: TrainOptions) -> DryRunSettings:
+    """What a dry run needs beside the run; ``--low_noise`` decides how many rows it adds, and whether they take all."""
+    rows = {"restore": options.restored_per_batch, "clean": options.clean_per_batch}
+    return settings_of(
+        DryRunSettings,
+        options,
+        base=settings_of(BaseModel, options),
+        extra_rows=rows.get(options.low_noise, 0),
+        replace_noisy=options.low_noise == "restore" and options.restore_levels == "all",
+        optimizer=options.optimizer_name,
+    )
