@@ -80,12 +80,12 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     """Set up, resume, loop, save."""
     from sdxl_ambient.hub.upload import check_hub, repository
     from sdxl_ambient.training.dry_run import dry_run
-    from sdxl_ambient.training.model import load_trainable
     from sdxl_ambient.training.resume import resume
-    from sdxl_ambient.training.run import max_train_steps
+    from sdxl_ambient.training.settings import dry_run_settings
     from sdxl_ambient.training.setup import (
         announce,
         build_lr_scheduler,
+        build_model,
         build_optimizer,
         open_data,
         prepare_process,
@@ -102,18 +102,18 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     look = quick_look(options, accelerator, stack)  # before the rest, since it may refuse
 
     data = open_data(options, accelerator, interruption)
-    model = load_trainable(options, accelerator, data.presentation.zero_empty)
+    model = build_model(options, accelerator, data)
     optimizer = build_optimizer(options, accelerator, model)
-    lr_scheduler = build_lr_scheduler(options, optimizer, max_train_steps(options, accelerator, data.store))
+    lr_scheduler = build_lr_scheduler(options, accelerator, data, optimizer)
     *model.prepared, optimizer = accelerator.prepare(*model.modules, optimizer)
     run = set_up(options, accelerator, data, model, optimizer, lr_scheduler, look)
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
-    first = resume(run)
-    announce(run, first)
+    first = resume(run, options.resume_from_checkpoint)
+    announce(options, run, first)
     if options.dry_run:
-        dry_run(run, first)
+        dry_run(run, first, dry_run_settings(options))
         return
 
     # -- loop ---------------------------------------------------------------------------------------------------------
@@ -130,14 +130,14 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
     # -- save ---------------------------------------------------------------------------------------------------------
 
     if not step.interrupted:
-        finish(run, step.step, hub)
+        finish(options, run, step.step, hub)
 
 
-def finish(run: Run, step: int, hub: str | None) -> None:
+def finish(options: TrainOptions, run: Run, step: int, hub: str | None) -> None:
     """Export the weights, and upload them where that is asked for."""
     from sdxl_ambient.hub.upload import push
 
-    options, accelerator = run.options, run.accelerator
+    accelerator = run.accelerator
     accelerator.wait_for_everyone()
     with run.evaluating():
         run.export(run.output, step)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from benchmarks.privacy_budget import Budget, check_opacus, noise_multiplier_of
 from sdxl_ambient.config.parser import build_options, option
 from sdxl_ambient.config.shared import check_writable
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError, StoreError
 from sdxl_ambient.formats.peft import save_lora
 from sdxl_ambient.levels import CLEAN
@@ -32,7 +31,7 @@ from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import Batch, collate
 from sdxl_ambient.store.checks import check_stores, format_store_levels, levels_of
 from sdxl_ambient.store.reader import LatentStore
-from sdxl_ambient.training.record import training_info
+from sdxl_ambient.training.record import InfoSettings, training_info
 
 RECORD_FILE = "dp_lora.json"
 MAXIMUM_PRV = 100.0  # above it opacus's PRV accountant overflows, and its search for the noise never ends
@@ -233,7 +232,8 @@ def open_clean(folder: str, schedule: NoiseSchedule) -> LatentStore:
 def adapter_info(base: str, store: LatentStore, schedule: NoiseSchedule, steps: int, promise: dict) -> dict:
     """What is recorded with the weights: that of any run, and what it promises. Not the data's hash, which one image's
     being there or not decides, and not the seed, which gives the noise away."""
-    info = training_info(TrainOptions(pretrained_model_name_or_path=base), store, schedule, steps)
+    settings = InfoSettings(base, low_noise="skip", loss_space="epsilon", finetune="lora", lora=None, resolution=1024)
+    info = training_info(settings, store, schedule, steps)
     return {**{name: value for name, value in info.items() if name != "data"}, "differential_privacy": promise}
 
 

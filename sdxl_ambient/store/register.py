@@ -140,8 +140,8 @@ class Register:
 
     def pictures(self, key_id: str | None) -> int:
         """How many pictures were observed with a key; with None, how many in all."""
-        where, values = ("", ()) if key_id is None else (" WHERE key_id = ?", (key_id,))
-        return next(iter(self._read("SELECT COUNT(DISTINCT picture) FROM observations" + where, values)))[0]
+        clause, values = ("", ()) if key_id is None else (" WHERE key_id = ?", (key_id,))
+        return next(iter(self._read("SELECT COUNT(DISTINCT picture) FROM observations" + clause, values)))[0]
 
     def dump(self) -> list[tuple]:
         """Every row, for a backup."""

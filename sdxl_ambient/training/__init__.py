@@ -7,13 +7,15 @@ from sdxl_ambient.training.extra_rows import ExtraBatch, ExtraSource
 from sdxl_ambient.training.interruption import Interrupted, Interruption
 from sdxl_ambient.training.model import TrainableModel, load_trainable
 from sdxl_ambient.training.optimizers import make_optimizer
-from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
-from sdxl_ambient.training.run import Data, Run
-from sdxl_ambient.training.settings import RestoreOptions, objective_settings, restore_settings
+from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, RestoreOptions, Teacher
+from sdxl_ambient.training.run import Data, Run, RunSettings
+from sdxl_ambient.training.settings import objective_settings, restore_settings
 from sdxl_ambient.training.step import TrainingStep
-from sdxl_ambient.training.validation import Validation
+from sdxl_ambient.training.validation import Validation, ValidationSettings
+from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
 __all__ = [
+    "BaseModel",
     "EMA",
     "CleanLevels",
     "Data",
@@ -24,10 +26,13 @@ __all__ = [
     "PosteriorBuffer",
     "RestoreOptions",
     "Run",
+    "RunSettings",
     "Teacher",
     "TrainableModel",
     "TrainingStep",
     "Validation",
+    "ValidationSettings",
+    "WeightSettings",
     "check_checkpoint",
     "checkpoints",
     "find_checkpoint",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import DistributedType
 
@@ -21,18 +23,32 @@ _EXCLUDED = {
 }
 
 
+@dataclass(frozen=True)
+class ShardingSettings:
+    """What weights that are spread over processes may exclude. Values of the options of these names."""
+
+    use_ema: bool
+    train_text_encoder: bool
+    fused_backward_pass: bool
+    low_noise: str
+    consistency_teacher: str
+    quantize_base: str
+    init_lora_weights: str
+    optimizer: str
+
+
 def is_sharded(accelerator) -> bool:
     """Whether no process holds all weights."""
     return accelerator.distributed_type in _SHARDED
 
 
-def check_sharding(options, accelerator) -> None:
+def check_sharding(settings: ShardingSettings, accelerator) -> None:
     """Raises OptionError for what can't be had with weights that are spread over processes."""
     if not is_sharded(accelerator):
         return
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     for name, values in _EXCLUDED.items():
-        if (value := getattr(options, name)) in values:
+        if (value := getattr(settings, name)) in values:
             shown = "true" if value is True else repr(value)
             raise OptionError(f"--{name}: {shown} can't be had with {kind}, which spreads the weights; leave it out")
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None

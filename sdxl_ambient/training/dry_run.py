@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -19,17 +20,34 @@ from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.memory import estimate
 from sdxl_ambient.training.optimizers import parse_extra
 from sdxl_ambient.training.run import Run
+from sdxl_ambient.training.weights import BaseModel
 
 RECORD, PICTURE = "dry_run.json", "dry_run.png"
 GIB = 2**30
 
 
-def dry_run(run: Run, first: int) -> dict:
+@dataclass(frozen=True)
+class DryRunSettings:
+    """What a run's memory depends on beside the run itself, and whose VAE shows the first batch.
+
+    extra_rows: rows of a forward pass that ``--low_noise`` adds. replace_noisy: whether they take the noisy ones' place.
+    optimizer, optimizer_args, offload_ema: as the options of these names.
+    """
+
+    base: BaseModel
+    extra_rows: int
+    replace_noisy: bool
+    optimizer: str
+    optimizer_args: list[str]
+    offload_ema: bool
+
+
+def dry_run(run: Run, first: int, settings: DryRunSettings) -> dict:
     """Report what would be trained in ``dry_run.json``, and the first batch's noisy latents, decoded, in ``dry_run.png``.
 
     Nothing clean is shown: the picture is what whoever has the store can see too. ``first``: steps that are done already.
     """
-    options, accelerator, store = run.options, run.accelerator, run.data.store
+    base, accelerator, store = settings.base, run.accelerator, run.data.store
     batch = next(iter(loader(store, run.stream(first))))
     report = {
         "steps": run.max_train_steps,
@@ -38,15 +56,15 @@ def dry_run(run: Run, first: int) -> dict:
         "trained": run.model.trained,
         **of_the_store(store),
         "first_batch": first_batch(store, batch),
-        "memory": memory(run, batch),
+        "memory": memory(run, batch, settings),
     }
     if accelerator.is_main_process:
         write_json(run.output / RECORD, report)
         vae = load_vae(
-            options.pretrained_model_name_or_path,
-            options.pretrained_vae_model_name_or_path,
-            revision=options.revision,
-            variant=options.variant,
+            base.pretrained_model_name_or_path,
+            base.pretrained_vae_model_name_or_path,
+            revision=base.revision,
+            variant=base.variant,
         ).to(accelerator.device)
         with atomic(run.output / PICTURE) as temporary:
             contact_sheet(vae, batch.x_n).save(temporary)
@@ -82,22 +100,22 @@ def first_batch(store: LatentStore, batch: Batch) -> list[dict]:
     ]
 
 
-def memory(run: Run, batch: Batch) -> dict[str, int]:
+def memory(run: Run, batch: Batch, settings: DryRunSettings) -> dict[str, int]:
     """Bytes of one process, part by part; activations are counted in one real forward pass."""
-    options, model, device = run.options, run.model, run.accelerator.device
-    rows = {"restore": options.restored_per_batch, "clean": options.clean_per_batch}.get(options.low_noise, 0)
+    model, device, seed = run.model, run.accelerator.device, run.settings.seed
+    rows = settings.extra_rows
     more = [i % len(batch.x_n) for i in range(rows)]  # as many rows of some pictures as --low_noise adds
 
     def forward() -> torch.Tensor:
-        conditioning, generators, extra = model.conditioning(batch, device), batch.generators(options.seed), None
+        conditioning, generators, extra = model.conditioning(batch, device), batch.generators(seed), None
         x_n, t_n = batch.x_n.to(device), batch.t_n
         if rows:
             extra = ExtraRows(x_n[more], t_n[more].clamp(min=0))
-            if options.low_noise == "restore" and options.restore_levels == "all":
+            if settings.replace_noisy:
                 conditioning, x_n, t_n, generators = conditioning.rows(more), x_n[:0], t_n[:0], []
             else:
                 conditioning = conditioning.followed_by(conditioning.rows(more))
-            generators += [sample_generator(options.seed, "dry run", i) for i in range(rows)]
+            generators += [sample_generator(seed, "dry run", i) for i in range(rows)]
         denoise = Denoiser(model.unet, conditioning, model.dtype)
         with run.accelerator.autocast():
             return ambient_objective(denoise, run.data.schedule, x_n, t_n, generators, run.objective, extra).total
@@ -105,11 +123,11 @@ def memory(run: Run, batch: Batch) -> dict[str, int]:
     return estimate(
         model.modules,
         forward=forward,
-        optimizer=options.optimizer_name,
-        extra=parse_extra(options.optimizer_args),
-        fused_backward_pass=options.fused_backward_pass,
-        use_ema=options.use_ema,
-        offload_ema=options.offload_ema,
+        optimizer=settings.optimizer,
+        extra=parse_extra(settings.optimizer_args),
+        fused_backward_pass=run.settings.fused_backward_pass,
+        use_ema=run.settings.use_ema,
+        offload_ema=settings.offload_ema,
     )
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.formats.attach import start_from
 from sdxl_ambient.formats.peft import save_lora, save_unet
 from sdxl_ambient.models.conditioning import encode_tokens
@@ -19,6 +17,7 @@ from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora, add_text_lora, trainable_to_float32
 from sdxl_ambient.store.batches import Batch
 from sdxl_ambient.training.record import lora_record
+from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
 
 @dataclass
@@ -85,53 +84,32 @@ class TrainableModel:
         return save_lora(self.unet, folder, info, self.text_encoders or None, state=state)
 
 
-class LoraSettings(TypedDict):
-    """What :func:`sdxl_ambient.models.lora.add_lora` and :func:`~sdxl_ambient.models.lora.add_text_lora` are given alike."""
-
-    rank: int
-    alpha: float
-    targets: list[str]
-    dropout: float
-    use_dora: bool
-    use_rslora: bool
-    init: str
-
-
-def load_trainable(options: TrainOptions, accelerator: Accelerator, zero_empty: bool) -> TrainableModel:
+def load_trainable(base: BaseModel, weights: WeightSettings, accelerator: Accelerator, zero_empty: bool) -> TrainableModel:
     """Load the UNet, and the text encoders where they are trained, and make them trainable."""
-    base, revision, variant = options.pretrained_model_name_or_path, options.revision, options.variant
-    lora = options.finetune == "lora"
+    name, revision, variant = base.pretrained_model_name_or_path, base.revision, base.variant
+    lora = weights.finetune == "lora"
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
     # Frozen weights may be half; weights that are trained are float32 and autocast in the forward pass.
     dtype = half.get(accelerator.mixed_precision, torch.float32) if lora else torch.float32
     unet = load_unet(
-        base, dtype=dtype, revision=revision, variant=variant, quantize=options.quantize_base, device=accelerator.device
+        name, dtype=dtype, revision=revision, variant=variant, quantize=weights.quantize_base, device=accelerator.device
     )
-    trainable = TrainableModel(unet, dtype, {"finetune": options.finetune, **lora_record(options)}, zero_empty=zero_empty)
-    if options.train_text_encoder:
-        encoders = load_encoders(base, text_dtype=dtype, revision=revision, variant=variant)
+    trainable = TrainableModel(unet, dtype, {"finetune": weights.finetune, **lora_record(weights)}, zero_empty=zero_empty)
+    if weights.train_text_encoder:
+        encoders = load_encoders(name, text_dtype=dtype, revision=revision, variant=variant)
         trainable.text_encoders = encoders.text_encoders
-    lora_settings = LoraSettings(
-        rank=options.rank,
-        alpha=options.lora_alpha or options.rank,
-        targets=options.lora_targets,
-        dropout=options.lora_dropout,
-        use_dora=options.use_dora,
-        use_rslora=options.use_rslora,
-        init=options.init_lora_weights,
-    )
     if not lora:
         trainable_to_float32(unet.requires_grad_(True))
-    elif options.lora is not None:
-        trainable.record |= start_from(unet, options.lora, trainable.text_encoders, dropout=options.lora_dropout)
+    elif weights.lora is not None:
+        trainable.record |= start_from(unet, weights.lora, trainable.text_encoders, dropout=weights.lora_dropout)
     else:
-        add_lora(unet, **lora_settings)
-    add_text_lora(trainable.text_encoders, **lora_settings)  # but to those that the file has given one
-    if options.enable_xformers_memory_efficient_attention:
+        add_lora(unet, **weights.lora_arguments)
+    add_text_lora(trainable.text_encoders, **weights.lora_arguments)  # but to those that the file has given one
+    if weights.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     for module in trainable.modules:
-        if options.gradient_checkpointing:
+        if weights.gradient_checkpointing:
             names = ("enable_gradient_checkpointing", "gradient_checkpointing_enable")  # diffusers' and transformers'
-            next(getattr(module, name) for name in names if hasattr(module, name))()
+            next(getattr(module, n) for n in names if hasattr(module, n))()
         module.train()
     return trainable

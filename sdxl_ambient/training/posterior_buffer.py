@@ -28,9 +28,23 @@ from sdxl_ambient.randomness import Randomness, sample_generator
 from sdxl_ambient.store.batches import Batch, Stream, loader
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.training.extra_rows import ExtraBatch
-from sdxl_ambient.training.settings import RestoreOptions
 
 FOLDER = "restored"
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """How posterior samples are drawn and trained on.
+
+    batch_size: restored samples in each forward pass. refresh: how many of those are drawn anew each time; an image without
+        a sample gets one when its turn comes. steps: evaluations of the chain that draws one.
+    levels: "low" trains them at t ≤ t_n, beside the ambient loss; "all" at every t, in its place.
+    """
+
+    batch_size: int
+    refresh: int
+    steps: int
+    levels: str
 
 
 @dataclass(frozen=True)

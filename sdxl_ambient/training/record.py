@@ -2,84 +2,132 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import CheckpointError, InterchangeError
 from sdxl_ambient.formats.find import lora_file
 from sdxl_ambient.formats.record import public_info, read_training_info
 from sdxl_ambient.models.lora import lora_targets
 from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.objective import ObjectiveOptions
 from sdxl_ambient.store.checks import common_t_n, observed_t_n
 from sdxl_ambient.store.reader import LatentStore
-from sdxl_ambient.training.settings import objective_settings, restore_settings
+from sdxl_ambient.training.posterior_buffer import RestoreOptions
+from sdxl_ambient.training.weights import WeightSettings
 
 _SAME = ("low_noise", "consistency_teacher", "consistency_every", "consistency_start")
 _SAME_SHOWN = ("random_flip", "proportion_empty_prompts")
 _SAME_RESTORE = ("restore_start", "restore_teacher")
+_SAME_AVERAGES = ("ema_decay", "use_ema")
 
 
-def lora_record(options: TrainOptions) -> dict:
-    """What a resume must agree in, out of the training options: a LoRA of another strength or start is another run.
+@dataclass(frozen=True)
+class RunRecordSettings:
+    """What a resume must agree in, beside the weights and the data.
+
+    objective: what is minimised. restore: how samples are restored; None without. optimizer: its name, whichever option
+    says so. The rest are values of the options of these names.
+    """
+
+    objective: ObjectiveOptions
+    restore: RestoreOptions | None
+    optimizer: str
+    optimizer_args: list[str]
+    seed: int
+    gradient_accumulation_steps: int
+    low_noise: str
+    consistency_teacher: str
+    consistency_every: int
+    consistency_start: int
+    random_flip: bool
+    proportion_empty_prompts: float
+    restore_start: int
+    restore_teacher: str
+    ema_decay: float
+    use_ema: bool
+
+    @property
+    def averages(self) -> bool:
+        """Whether averaged weights have a part in the run."""
+        return self.use_ema or self.consistency_teacher == "ema" or self.restore is not None
+
+
+@dataclass(frozen=True)
+class InfoSettings:
+    """What stands with the weights, beside what their store says. Values of the options of these names."""
+
+    pretrained_model_name_or_path: str
+    low_noise: str
+    loss_space: str
+    finetune: str
+    lora: str | None
+    resolution: int  # where the store has none
+
+
+def lora_record(weights: WeightSettings) -> dict:
+    """What a resume must agree in, out of a LoRA's settings: a LoRA of another strength or start is another run.
 
     {} for a full fine-tune. Of a LoRA that training starts from (``--lora``), the file decides the rest; see
     :func:`sdxl_ambient.formats.attach.start_from`.
     """
-    if options.finetune != "lora":
+    if weights.finetune != "lora":
         return {}
-    record = {"lora_dropout": options.lora_dropout, "train_text_encoder": options.train_text_encoder}
-    if options.lora is None:
-        record |= {n: getattr(options, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
-        record["lora_alpha"] = float(options.lora_alpha or options.rank)
-        record["lora_targets"] = sorted(lora_targets(options.lora_targets))
+    record = {"lora_dropout": weights.lora_dropout, "train_text_encoder": weights.train_text_encoder}
+    if weights.lora is None:
+        record |= {n: getattr(weights, n) for n in ("rank", "use_dora", "use_rslora", "init_lora_weights")}
+        record["lora_alpha"] = float(weights.alpha)
+        record["lora_targets"] = sorted(lora_targets(weights.lora_targets))
     return record
 
 
-def run_record(options: TrainOptions, store: LatentStore, samples_per_step: int, weights: dict) -> dict:
+def run_record(settings: RunRecordSettings, store: LatentStore, samples_per_step: int, weights: dict) -> dict:
     """What a checkpoint must agree in: a resume under another of these would not continue the same run.
 
     ``weights``: what :class:`sdxl_ambient.training.model.TrainableModel` says of what is trained.
     """
-    restores = options.low_noise == "restore"
-    averages = options.use_ema or options.consistency_teacher == "ema" or restores
-    names = [*_SAME, *_SAME_SHOWN, *(_SAME_RESTORE if restores else ()), *(("ema_decay", "use_ema") if averages else ())]
+    names = [
+        *_SAME,
+        *_SAME_SHOWN,
+        *(_SAME_RESTORE if settings.restore else ()),
+        *(_SAME_AVERAGES if settings.averages else ()),
+    ]
     return {
         **weights,
         "store": store.hash,
         **({"restored": store.public_lineage} if store.public_lineage else {}),
-        "seed": options.seed,
+        "seed": settings.seed,
         "samples_per_step": samples_per_step,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "optimizer": options.optimizer_name,
-        "optimizer_args": sorted(options.optimizer_args),
-        **{name: getattr(options, name) for name in names},
-        **asdict(objective_settings(options)),
-        **(asdict(restore_settings(options)) if restores else {}),
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "optimizer": settings.optimizer,
+        "optimizer_args": sorted(settings.optimizer_args),
+        **{name: getattr(settings, name) for name in names},
+        **asdict(settings.objective),
+        **(asdict(settings.restore) if settings.restore else {}),
     }
 
 
-def training_info(options: TrainOptions, store: LatentStore, schedule: NoiseSchedule, step: int) -> dict:
+def training_info(settings: InfoSettings, store: LatentStore, schedule: NoiseSchedule, step: int) -> dict:
     """What is recorded with the weights: t_n, the objective, base model and data by name and hash; of restored samples the
     level that their images were observed at and how they were drawn; of a LoRA that training started from its own record.
     """
-    base = options.pretrained_model_name_or_path
+    base = settings.pretrained_model_name_or_path
     latent, t_n = store.manifest["fingerprint"]["latent"], common_t_n(store)
     return {
         "t_n": t_n,
         "sigma": float(schedule.sigma(torch.tensor([t_n]))[0]) if isinstance(t_n, int) else None,
-        "low_noise": options.low_noise,
-        "loss_space": options.loss_space,
-        "finetune": options.finetune,
+        "low_noise": settings.low_noise,
+        "loss_space": settings.loss_space,
+        "finetune": settings.finetune,
         "base_model": Path(base).name if Path(base).is_dir() else base,
         "data": store.hash,
         **({"observed_t_n": observed_t_n(store), "restored": store.public_lineage} if store.public_lineage else {}),
-        **({"started_from": _record_of(options.lora)} if options.lora is not None else {}),
+        **({"started_from": _record_of(settings.lora)} if settings.lora is not None else {}),
         "images": len(store),
         "prediction_type": schedule.prediction_type,
-        "resolution": latent.get("resolution", options.resolution),
+        "resolution": latent.get("resolution", settings.resolution),
         "step": step,
     }
 

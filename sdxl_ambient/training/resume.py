@@ -6,7 +6,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import CheckpointError
 from sdxl_ambient.provenance import differences
 from sdxl_ambient.training.checkpoint import check_checkpoint, find_checkpoint
@@ -14,15 +13,17 @@ from sdxl_ambient.training.distributed import is_sharded
 from sdxl_ambient.training.run import Run
 
 
-def resume(run: Run) -> int:
+def resume(run: Run, resume_from: str | None) -> int:
     """Load the checkpoint to go on from, if there is one. Returns the optimizer steps that it has behind it, else 0.
+
+    ``resume_from``: ``latest``, a checkpoint's folder or its name; None to start from the beginning.
 
     Raises:
         CheckpointError: see :func:`find_start`.
     """
     accelerator = run.accelerator
     run.progress = {"step": 0}
-    start = find_start(run.output, run.options, run.record, accelerator, is_sharded(accelerator))
+    start = find_start(run.output, resume_from, run.record, accelerator, is_sharded(accelerator))
     if start is not None:
         folder, run.progress = start
         accelerator.load_state(str(folder))
@@ -36,31 +37,32 @@ def resume(run: Run) -> int:
 
 
 def find_start(
-    output: Path, options: TrainOptions, run: dict, accelerator: Accelerator, sharded: bool = False
+    output: Path, resume_from: str | None, record: dict, accelerator: Accelerator, sharded: bool = False
 ) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its progress; None to start from the beginning.
 
     Another number of processes is fine while a step has the same samples: data, times and noise follow from the step alone.
+    ``record``: what the checkpoint must agree in (:func:`sdxl_ambient.training.record.run_record`).
 
     Raises:
         CheckpointError: none that is whole, of another run, or one that this many processes can't go on from.
     """
-    if not options.resume_from_checkpoint:
+    if not resume_from:
         return None
-    folder = find_checkpoint(output, options.resume_from_checkpoint, accelerator.print)
+    folder = find_checkpoint(output, resume_from, accelerator.print)
     if folder is None:
         accelerator.print(f"No checkpoint in {output}: starting from the beginning.")
         return None
     progress = check_checkpoint(folder)["progress"]
     # What an earlier version didn't record can't be compared.
-    known = {name: value for name, value in run.items() if name in progress["run"]}
+    known = {name: value for name, value in record.items() if name in progress["run"]}
     if changed := differences(progress["run"], known):
         raise CheckpointError(f"{folder} is of another run: {'; '.join(changed)}")
-    _check_processes(folder, progress, options, accelerator, sharded)
+    _check_processes(folder, progress, record, accelerator, sharded)
     return folder, progress
 
 
-def _check_processes(folder: Path, progress: dict, options: TrainOptions, accelerator: Accelerator, sharded: bool) -> None:
+def _check_processes(folder: Path, progress: dict, record: dict, accelerator: Accelerator, sharded: bool) -> None:
     now = accelerator.num_processes
     before = progress.get("processes", now)
     if now == before:
@@ -70,9 +72,9 @@ def _check_processes(folder: Path, progress: dict, options: TrainOptions, accele
             f"{folder} was written by {before} processes, which share the weights; {now} can't go on from it. Start {before}"
         )
     what = ["the sums over a batch are in another order"]
-    if options.lora_dropout:
+    if record.get("lora_dropout"):  # a full fine-tune records none
         what.append("--lora_dropout draws anew")
-    if options.low_noise == "restore":
+    if record["low_noise"] == "restore":
         what.append("the processes restore other images")
     accelerator.print(
         f"note: {folder} was written by {before} processes and goes on with {now}: the same data, times and noise, but "

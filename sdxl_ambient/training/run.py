@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ObjectiveOptions
 from sdxl_ambient.store.batches import Batch, Stream, loader
@@ -25,7 +24,7 @@ from sdxl_ambient.training.extra_rows import ExtraSource
 from sdxl_ambient.training.interruption import Skipped
 from sdxl_ambient.training.model import TrainableModel
 from sdxl_ambient.training.optimizers import evaluated
-from sdxl_ambient.training.record import training_info
+from sdxl_ambient.training.record import InfoSettings, training_info
 from sdxl_ambient.training.validation import Validation
 
 
@@ -45,10 +44,32 @@ class Data:
     presentation: Presentation
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """How long a run is, what its steps are made of, and when it is saved. Values of the options of these names."""
+
+    output_dir: str
+    seed: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    max_train_steps: int | None  # None: as many as num_train_epochs has
+    num_train_epochs: int
+    dataloader_num_workers: int
+    max_grad_norm: float
+    fused_backward_pass: bool
+    use_ema: bool
+    consistency_teacher: str
+    consistency_every: int
+    consistency_start: int
+    checkpointing_steps: int
+    checkpoints_total_limit: int | None
+
+
 @dataclass
 class Run:
     """Everything that a run's steps share.
 
+    info: what stands with the weights.
     extra: rows that follow the noisy ones, for ``--low_noise restore`` and ``clean``.
     average: averaged weights, where they are exported or draw samples.
     skipped: steps that were left out.
@@ -56,7 +77,8 @@ class Run:
     progress: what a checkpoint says of where the run is.
     """
 
-    options: TrainOptions
+    settings: RunSettings
+    info: InfoSettings
     accelerator: Accelerator
     data: Data
     model: TrainableModel
@@ -73,26 +95,26 @@ class Run:
     @property
     def output(self) -> Path:
         """The folder for results."""
-        return Path(self.options.output_dir)
+        return Path(self.settings.output_dir)
 
     @property
     def samples_per_step(self) -> int:
         """Noisy samples of an optimizer step, over all processes."""
-        return samples_per_step(self.options, self.accelerator)
+        return samples_per_step(self.settings, self.accelerator)
 
     @property
     def max_train_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return max_train_steps(self.options, self.accelerator, self.data.store)
+        return max_train_steps(self.settings, self.accelerator, self.data.store)
 
     def stream(self, first: int) -> Stream:
         """The order of this process's samples after ``first`` optimizer steps."""
-        options, accelerator, store = self.options, self.accelerator, self.data.store
-        accumulation = options.gradient_accumulation_steps
+        settings, accelerator, store = self.settings, self.accelerator, self.data.store
+        accumulation = settings.gradient_accumulation_steps
         return Stream(
             len(store),
-            options.train_batch_size,
-            options.seed,
+            settings.train_batch_size,
+            settings.seed,
             start=first * accumulation,
             stop=max(first, self.max_train_steps) * accumulation,
             rank_and_size=(accelerator.process_index, accelerator.num_processes),
@@ -101,14 +123,14 @@ class Run:
 
     def batches(self, first: int) -> Iterator[tuple[Batch, Batch | None]]:
         """Each micro-step's noisy samples, and those of the extra rows where there are any."""
-        stream, workers = self.stream(first), self.options.dataloader_num_workers
+        stream, workers = self.stream(first), self.settings.dataloader_num_workers
         extra = self.extra.batches(stream.start, stream.stop, workers) if self.extra else itertools.repeat(None)
         for noisy in loader(self.data.store, stream, workers):
             yield noisy, next(extra)  # as many as there are noisy ones: an end before theirs is an error
 
     def evaluating(self) -> AbstractContextManager:
         """Within it the weights are those that are exported and validated, which may be averages."""
-        if self.options.use_ema and self.average is not None:
+        if self.settings.use_ema and self.average is not None:
             return self.average.weights()
         return evaluated(self.optimizer)
 
@@ -119,7 +141,7 @@ class Run:
         """
         state = full_state(self.accelerator, self.model.wrapped[0])
         if self.accelerator.is_main_process:
-            self.model.export(folder, training_info(self.options, self.data.store, self.data.schedule, step), state)
+            self.model.export(folder, training_info(self.info, self.data.store, self.data.schedule, step), state)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step. Every process calls it."""
@@ -127,23 +149,23 @@ class Run:
         def more(folder: Path) -> None:
             if self.extra:
                 self.extra.save(folder)
-            if is_sharded(self.accelerator) and self.options.finetune == "lora":
+            if is_sharded(self.accelerator) and self.model.record["finetune"] == "lora":
                 self.export(folder, step)
 
         self.progress.update(step=step, skipped=self.skipped.state_dict(), **self.validation.state_dict())
-        info = training_info(self.options, self.data.store, self.data.schedule, step)
+        info = training_info(self.info, self.data.store, self.data.schedule, step)
         with evaluated(self.optimizer):
-            limit = self.options.checkpoints_total_limit
+            limit = self.settings.checkpoints_total_limit
             save_checkpoint(self.accelerator, self.output, step, self.progress, limit, more, info)
 
 
-def samples_per_step(options: TrainOptions, accelerator: Accelerator) -> int:
+def samples_per_step(settings: RunSettings, accelerator: Accelerator) -> int:
     """Noisy samples of an optimizer step, over all processes."""
-    return options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
+    return settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
 
 
-def max_train_steps(options: TrainOptions, accelerator: Accelerator, store: LatentStore) -> int:
+def max_train_steps(settings: RunSettings, accelerator: Accelerator, store: LatentStore) -> int:
     """Optimizer steps of the whole run: as many as are asked for, or those of ``--num_train_epochs``."""
-    if options.max_train_steps:
-        return options.max_train_steps
-    return math.ceil(options.num_train_epochs * len(store) / samples_per_step(options, accelerator))
+    if settings.max_train_steps:
+        return settings.max_train_steps
+    return math.ceil(settings.num_train_epochs * len(store) / samples_per_step(settings, accelerator))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.lora import changes_base
 from sdxl_ambient.models.parts import in_precision, load_part
@@ -22,6 +22,21 @@ from sdxl_ambient.provenance import atomic
 from sdxl_ambient.randomness import sample_generator
 from sdxl_ambient.training.distributed import is_sharded
 from sdxl_ambient.training.model import TrainableModel
+from sdxl_ambient.training.weights import BaseModel
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are drawn. Names are those of options.
+
+    base: whose other parts the pipeline has. t_n: the level that a sampler hands over or stops at; None for clean latents.
+    """
+
+    base: BaseModel
+    t_n: int | None
+    low_noise: str
+    seed: int
+    validation_inference_steps: int
 
 
 class ValidationSampler:
@@ -33,22 +48,22 @@ class ValidationSampler:
     draw all together, and one writes.
     """
 
-    def __init__(self, options: TrainOptions, accelerator: Accelerator, trainable: TrainableModel):
-        self.options, self.accelerator, self.trainable = options, accelerator, trainable
+    def __init__(self, settings: SamplerSettings, accelerator: Accelerator, trainable: TrainableModel):
+        self.settings, self.accelerator, self.trainable = settings, accelerator, trainable
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         self.dtype = half.get(accelerator.mixed_precision, trainable.unet.dtype)  # of what is not trained
 
     @contextmanager
     def pipeline(self):
         """A stock pipeline around the module that is trained, in evaluation mode."""
-        options, trainable = self.options, self.trainable
+        base, trainable = self.settings.base, self.trainable
         names = ("unet", "text_encoder", "text_encoder_2")
         parts: dict[str, torch.nn.Module] = dict(zip(names, trainable.modules, strict=False))
-        if options.pretrained_vae_model_name_or_path is not None:
-            parts["vae"] = load_vae(options.pretrained_model_name_or_path, options.pretrained_vae_model_name_or_path)
+        if base.pretrained_vae_model_name_or_path is not None:
+            parts["vae"] = load_vae(base.pretrained_model_name_or_path, base.pretrained_vae_model_name_or_path)
         pipe = load_part(
-            StableDiffusionXLPipeline, options.pretrained_model_name_or_path, "pipeline", use_safetensors=True,
-            add_watermarker=False, revision=options.revision, variant=options.variant, **in_precision(self.dtype), **parts,
+            StableDiffusionXLPipeline, base.pretrained_model_name_or_path, "pipeline", use_safetensors=True,
+            add_watermarker=False, revision=base.revision, variant=base.variant, **in_precision(self.dtype), **parts,
         )  # fmt: skip
         # SDXL's own VAE overflows in float16.
         pipe.vae.to(torch.float32 if self.dtype == torch.float16 else self.dtype)
@@ -68,7 +83,7 @@ class ValidationSampler:
 
     def sampler(self, name: str) -> str:
         """``auto`` → hybrid where the levels below t_n are the base model's, else full."""
-        skips = self.options.t_n is not None and self.options.low_noise == "skip"
+        skips = self.settings.t_n is not None and self.settings.low_noise == "skip"
         return ("hybrid" if skips else "full") if name == "auto" else name
 
     @torch.no_grad()
@@ -108,10 +123,10 @@ class ValidationSampler:
                         pipe,
                         [prompts[i] for i, _ in some],
                         sampler=sampler,
-                        t_n=self.options.t_n,
+                        t_n=self.settings.t_n,
                         base_unet=base_unet,
-                        generators=[sample_generator(self.options.seed, purpose, i * count + k) for i, k in some],
-                        num_inference_steps=self.options.validation_inference_steps,
+                        generators=[sample_generator(self.settings.seed, purpose, i * count + k) for i, k in some],
+                        num_inference_steps=self.settings.validation_inference_steps,
                         output_type="latent",
                     )
                 assert isinstance(latents, torch.Tensor)
@@ -121,11 +136,11 @@ class ValidationSampler:
 
     def _base_unet(self, sampler: str):
         """The base model's UNet, where switching an adapter off is not enough to have it."""
-        if sampler != "hybrid" or not (self.options.finetune == "full" or changes_base(self.trainable.unet)):
+        if sampler != "hybrid" or not (self.trainable.record["finetune"] == "full" or changes_base(self.trainable.unet)):
             return None
-        options = self.options
-        base, revision, variant = options.pretrained_model_name_or_path, options.revision, options.variant
-        unet = load_unet(base, dtype=self.dtype, revision=revision, variant=variant)
+        base = self.settings.base
+        name, revision, variant = base.pretrained_model_name_or_path, base.revision, base.variant
+        unet = load_unet(name, dtype=self.dtype, revision=revision, variant=variant)
         return unet.to(self.accelerator.device).eval()
 
 

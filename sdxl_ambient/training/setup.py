@@ -14,6 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdxl_ambient.config.data import KEY_OPTIONS
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.models.load import check_sdxl, load_schedule
@@ -23,17 +24,24 @@ from sdxl_ambient.store.checks import check_stores, format_store_levels
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.checkpoint import refuse_to_overwrite, register_lora_hooks
 from sdxl_ambient.training.clean_levels import CleanLevels
-from sdxl_ambient.training.distributed import check_sharding, is_sharded, tell_deepspeed
+from sdxl_ambient.training.distributed import ShardingSettings, check_sharding, is_sharded, tell_deepspeed
 from sdxl_ambient.training.ema import EMA
 from sdxl_ambient.training.interruption import Interruption, Skipped
-from sdxl_ambient.training.model import TrainableModel
+from sdxl_ambient.training.model import TrainableModel, load_trainable
 from sdxl_ambient.training.optimizers import FusedBackward, make_optimizer, parse_extra
 from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
-from sdxl_ambient.training.record import run_record
-from sdxl_ambient.training.run import Data, Run, samples_per_step
-from sdxl_ambient.training.settings import objective_settings, restore_settings
+from sdxl_ambient.training.record import InfoSettings, run_record
+from sdxl_ambient.training.run import Data, Run, RunSettings, max_train_steps, samples_per_step
+from sdxl_ambient.training.settings import (
+    objective_settings,
+    restore_settings,
+    run_record_settings,
+    stores_settings,
+    validation_settings,
+)
 from sdxl_ambient.training.stores import open_stores
 from sdxl_ambient.training.validation import Validation
+from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
 
 def prepare_process(options: TrainOptions, accelerator: Accelerator) -> None:
@@ -43,14 +51,14 @@ def prepare_process(options: TrainOptions, accelerator: Accelerator) -> None:
         OptionError: results of an earlier run in the folder, or options that can't be had with spread weights.
     """
     refuse_to_overwrite(options.output_dir, options.resume_from_checkpoint)
-    check_sharding(options, accelerator)
+    check_sharding(settings_of(ShardingSettings, options), accelerator)
     set_seed(options.seed)
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     tell_deepspeed(
         accelerator,
         batch_size=options.train_batch_size,
-        samples_per_step=samples_per_step(options, accelerator),
+        samples_per_step=samples_per_step(settings_of(RunSettings, options), accelerator),
         max_grad_norm=options.max_grad_norm,
     )
 
@@ -66,15 +74,25 @@ def open_data(options: TrainOptions, accelerator: Accelerator, interruption: Int
     zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, options.revision)
     presentation = Presentation(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
-    store, heldout = open_stores(options, accelerator, schedule, presentation, interruption.check)
+    store, heldout = open_stores(stores_settings(options), accelerator, schedule, presentation, interruption.check)
     for line in check_stores(store, heldout, schedule, options.low_noise):
         accelerator.print(line)
     return Data(store, heldout, schedule, presentation)
 
 
+def build_model(options: TrainOptions, accelerator: Accelerator, data: Data) -> TrainableModel:
+    """The weights that are trained.
+
+    Raises:
+        ModelError, InterchangeError: with one line that says what of the base model or of ``--lora`` is wrong.
+    """
+    base, weights = settings_of(BaseModel, options), settings_of(WeightSettings, options)
+    return load_trainable(base, weights, accelerator, data.presentation.zero_empty)
+
+
 def build_optimizer(options: TrainOptions, accelerator: Accelerator, model: TrainableModel) -> torch.optim.Optimizer:
     """The optimizer of the model's weights, which steps within the backward pass with ``--fused_backward_pass``."""
-    scale = samples_per_step(options, accelerator) if options.scale_lr else 1
+    scale = samples_per_step(settings_of(RunSettings, options), accelerator) if options.scale_lr else 1
 
     def make(groups: list[dict]) -> torch.optim.Optimizer:
         return make_optimizer(
@@ -92,8 +110,10 @@ def build_optimizer(options: TrainOptions, accelerator: Accelerator, model: Trai
     return FusedBackward(make, groups, model.names) if options.fused_backward_pass else make(groups)
 
 
-def build_lr_scheduler(options: TrainOptions, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """The learning rate over ``steps`` optimizer steps.
+def build_lr_scheduler(
+    options: TrainOptions, accelerator: Accelerator, data: Data, optimizer: torch.optim.Optimizer
+) -> LRScheduler:
+    """The learning rate over the optimizer steps of the whole run.
 
     It is stepped by hand. Accelerate would advance one that it prepared once per process.
     """
@@ -101,7 +121,7 @@ def build_lr_scheduler(options: TrainOptions, optimizer: torch.optim.Optimizer, 
         options.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=0 if options.optimizer == "adamw_schedulefree" else options.lr_warmup_steps,
-        num_training_steps=steps,
+        num_training_steps=max_train_steps(settings_of(RunSettings, options), accelerator, data.store),
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,
     )
@@ -162,19 +182,30 @@ def set_up(
         accelerator.register_for_checkpointing(teacher)
     if isinstance(extra, PosteriorBuffer) and teacher is not None:
         extra.teacher = Teacher(teacher, data.schedule, condition_of(model, accelerator), model.dtype, options.restore_start)
-    validation = Validation(options, accelerator, model, data.schedule, data.store, data.heldout, quick)
+    settings = settings_of(RunSettings, options)
     more = extra.record if isinstance(extra, CleanLevels) else {}
-    record = run_record(options, data.store, samples_per_step(options, accelerator), model.record | more)
-    skipped = Skipped(options.max_skipped_steps)
-    objective = objective_settings(options)
+    samples = samples_per_step(settings, accelerator)
+    watched = data.schedule, data.store, data.heldout
     return Run(
-        options, accelerator, data, model, optimizer, lr_scheduler, objective, extra, average, validation, skipped, record
+        settings=settings,
+        info=settings_of(InfoSettings, options),
+        accelerator=accelerator,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        objective=objective_settings(options),
+        extra=extra,
+        average=average,
+        validation=Validation(validation_settings(options), accelerator, model, *watched, quick),
+        skipped=Skipped(options.max_skipped_steps),
+        record=run_record(run_record_settings(options), data.store, samples, model.record | more),
     )
 
 
-def announce(run: Run, first: int) -> None:
+def announce(options: TrainOptions, run: Run, first: int) -> None:
     """Write down the options, open the trackers, and say what will be trained after ``first`` steps."""
-    options, accelerator, store = run.options, run.accelerator, run.data.store
+    accelerator, store = run.accelerator, run.data.store
     if accelerator.is_main_process:
         shared = {k: v for k, v in asdict(options).items() if k not in KEY_OPTIONS}
         write_json(run.output / "options.json", {"options": shared, "environment": environment()})

@@ -36,7 +36,7 @@ class TrainingStep:
 
     def __init__(self, run: Run, first: int, interruption: Interruption):
         self.run, self.step, self.interruption, self.interrupted = run, first, interruption, False
-        self.fused = run.options.fused_backward_pass  # it changes the weights in the backward pass
+        self.fused = run.settings.fused_backward_pass  # it changes the weights in the backward pass
         self.parameters = [p for group in run.optimizer.param_groups for p in group["params"]]  # sharding replaced them
         self.finite = True
         self.context = ExitStack()
@@ -71,16 +71,16 @@ class TrainingStep:
         Raises:
             FloatingPointError: a loss that isn't finite, where the backward pass would change the weights at once.
         """
-        run, options = self.run, self.run.options
+        run, settings = self.run, self.run.settings
         device = run.accelerator.device
-        denoise, generators = run.model.denoiser(batch, device), batch.generators(options.seed)
+        denoise, generators = run.model.denoiser(batch, device), batch.generators(settings.seed)
         more = run.extra.rows(extra, self.step) if run.extra and extra is not None else None
         if more is not None:
             batch = batch.first(0) if more.replace else batch
             generators = [*generators[: len(batch.x_n)], *more.generators]
             denoise = denoise.rows(slice(len(batch.x_n))).followed_by(more.conditioning)
         teacher = None
-        if options.consistency_teacher == "ema":
+        if settings.consistency_teacher == "ema":
             assert run.average is not None
             teacher = Denoiser(run.average, denoise.conditioning, denoise.dtype)
         rows, contents = (more.rows, more.contents) if more is not None else (None, [])
@@ -95,8 +95,8 @@ class TrainingStep:
 
     def _objective(self) -> ObjectiveOptions:
         """Without the consistency loss in steps where it isn't due."""
-        options, objective = self.run.options, self.run.objective
-        due = self.step >= options.consistency_start and self.step % options.consistency_every == 0
+        settings, objective = self.run.settings, self.run.objective
+        due = self.step >= settings.consistency_start and self.step % settings.consistency_every == 0
         return objective if due else replace(objective, consistency_weight=0.0)
 
     def update(self, losses: Losses) -> None:
@@ -121,10 +121,10 @@ class TrainingStep:
 
     def _gradients_are_finite(self) -> bool:
         """Clip the gradients. Whether they are finite, in all processes, or the gradient scaler's affair."""
-        accelerator, options = self.run.accelerator, self.run.options
+        accelerator, settings = self.run.accelerator, self.run.settings
         if self.fused:
             return True
-        norm = as_number(accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm or math.inf))
+        norm = as_number(accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf))
         if norm is None or math.isfinite(norm):
             return True
         images, broken = gather_object(not_finite(self.seen)), gather_object([not math.isfinite(self.total)])
@@ -139,7 +139,7 @@ class TrainingStep:
         """Means over processes, and over the micro-steps of an optimizer step; and whether any process should stop."""
         accelerator = self.run.accelerator
         stop = torch.tensor(float(self.interruption.reason is not None), device=accelerator.device)
-        share = self.run.options.gradient_accumulation_steps
+        share = self.run.settings.gradient_accumulation_steps
         for name, value in accelerator.gather({**losses.means(), "stop": stop}).items():
             self.scalars[name] = self.scalars.get(name, 0.0) + float(value.mean()) / share
 
@@ -186,6 +186,6 @@ class TrainingStep:
             if run.validation.due(self.step, last):
                 with run.evaluating():
                     enough = run.validation.run(run.model.wrapped[0], self.step, last, run.export)
-            if self.step % run.options.checkpointing_steps == 0 or last or told_to_stop or enough:
+            if self.step % run.settings.checkpointing_steps == 0 or last or told_to_stop or enough:
                 self.rescue.save(self.step)
         return enough

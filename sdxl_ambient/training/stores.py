@@ -6,17 +6,16 @@ They hold noisy latents, but for the one of ``--low_noise clean``, which is a fo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from sdxl_ambient.config.settings import settings_of
-from sdxl_ambient.config.training import TrainOptions
-from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.store.settings import StoreSettings
+from sdxl_ambient.training.weights import BaseModel
 
 UNPROTECTED = (
     "warning: --low_noise clean keeps CLEAN latents, which decode to the images, in {folder} and trains on them at "
@@ -24,47 +23,68 @@ UNPROTECTED = (
 )
 
 
+@dataclass(frozen=True)
+class StoresSettings:
+    """Which stores a run has, and what they are made of. Names are those of options.
+
+    latents_dir, heldout_latents_dir, clean_latents_dir: the stores' folders; None for one that the run doesn't have.
+    train_data_dir, heldout_data_dir, heldout_split: the pictures, as the options of these names.
+    store: how pictures become a store of noisy latents; it names the data set where there is one.
+    """
+
+    base: BaseModel
+    latents_dir: Path
+    heldout_latents_dir: Path | None
+    clean_latents_dir: Path | None
+    train_data_dir: str | None
+    heldout_data_dir: str | None
+    heldout_split: str | None
+    store: StoreSettings
+
+    @property
+    def to_build(self) -> list[tuple[str | None, Path, StoreSettings]]:
+        """Folder of pictures, store and settings of each store that pictures are given for."""
+        has_images = self.train_data_dir is not None or self.store.dataset_name is not None
+        wanted = []
+        if has_images:
+            wanted.append((self.train_data_dir, self.latents_dir, self.store))
+        if self.heldout_latents_dir and (self.heldout_data_dir is not None or self.heldout_split is not None):
+            own = heldout_of(self.store, self.heldout_data_dir, self.heldout_split)
+            wanted.append((self.heldout_data_dir, self.heldout_latents_dir, own))
+        if self.clean_latents_dir and has_images:
+            # Last, since the noisy one may be refused.
+            wanted.append((self.train_data_dir, self.clean_latents_dir, clean_of(self.store)))
+        return wanted
+
+
 def open_stores(
-    options: TrainOptions, accelerator, schedule, presentation: Presentation, check: Callable[[], None] = lambda: None
+    settings: StoresSettings, accelerator, schedule, presentation: Presentation, check: Callable[[], None] = lambda: None
 ) -> tuple[LatentStore, LatentStore | None]:
     """The stores of noisy latents for training and for the held-out loss, made first where images were given.
 
     With ``--low_noise clean`` the one of clean latents is made too, and the run says so. ``check`` is called between
     pictures, and may raise.
     """
-    train, heldout, clean = (options.stores[n] for n in ("latents_dir", "heldout_latents_dir", "clean_latents_dir"))
-    settings = settings_of(StoreSettings, options, geometry=geometry_of(options), keep_tokens=options.train_text_encoder)
-    todo = []
-    if options.has_images:
-        todo.append((options.train_data_dir, train, settings))
-    if options.heldout_data_dir is not None or options.heldout_split is not None:
-        todo.append((options.heldout_data_dir, heldout, heldout_of(options, settings)))
-    if options.low_noise == "clean":
-        accelerator.print(UNPROTECTED.format(folder=clean))
-        if options.has_images:
-            todo.append((options.train_data_dir, clean, clean_of(settings)))  # last: the noisy one may be refused
-    if todo:
+    if settings.clean_latents_dir is not None:
+        accelerator.print(UNPROTECTED.format(folder=settings.clean_latents_dir))
+    if to_build := settings.to_build:
         accelerator.print("Encoding the images to noisy latents, once (a store that is there is checked and reused).")
+        base = settings.base
         encoders = load_encoders(
-            options.pretrained_model_name_or_path,
-            vae=options.pretrained_vae_model_name_or_path,
-            revision=options.revision,
-            variant=options.variant,
+            base.pretrained_model_name_or_path,
+            vae=base.pretrained_vae_model_name_or_path,
+            revision=base.revision,
+            variant=base.variant,
         ).to(accelerator.device)
-        for data_dir, store, wanted in todo:
+        for data_dir, store, wanted in to_build:
             build_store(data_dir, store, encoders, schedule, wanted, log=accelerator.print, check=check)
         # VAE and text encoders are out of memory from here on.
         del encoders
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    held = LatentStore(heldout) if options.has_heldout else None
-    return LatentStore(train, presentation=presentation), held
-
-
-def geometry_of(options: TrainOptions) -> Geometry:
-    """How pictures are resized and cropped."""
-    buckets = options.aspect_ratio_buckets, options.bucket_reso_steps
-    return Geometry.parse(options.resolution, options.center_crop, *buckets)
+    heldout = settings.heldout_latents_dir
+    held = LatentStore(heldout) if heldout is not None else None
+    return LatentStore(settings.latents_dir, presentation=presentation), held
 
 
 def clean_of(settings: StoreSettings) -> StoreSettings:
@@ -76,12 +96,12 @@ def clean_of(settings: StoreSettings) -> StoreSettings:
     return replace(settings, t_n=None, t_n_column=None, noise_key_file=None, near_duplicates=near)
 
 
-def heldout_of(options: TrainOptions, settings: StoreSettings) -> StoreSettings:
-    """Settings for the held-out images: a folder, or another split.
+def heldout_of(settings: StoreSettings, data_dir: str | None, split: str | None) -> StoreSettings:
+    """Settings for the held-out images: a folder, or another ``split`` of the data set.
 
     Near-duplicates among them are left alone, since nothing is trained on them.
     """
     settings = replace(settings, near_duplicates="ignore")
-    if options.heldout_data_dir is not None:
+    if data_dir is not None:
         return replace(settings, dataset_name=None)
-    return replace(settings, dataset_split=options.heldout_split)
+    return replace(settings, dataset_split=split)

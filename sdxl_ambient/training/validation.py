@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import EulerDiscreteScheduler
 
-from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.load import list_images
 from sdxl_ambient.levels import CLEAN
@@ -25,9 +24,34 @@ from sdxl_ambient.store.checks import common_t_n, levels_of
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.training.heldout_loss import BandSettings, EarlyStopping, Losses, band_edges, band_losses, compare, scalars
 from sdxl_ambient.training.model import TrainableModel
-from sdxl_ambient.training.samples import ValidationSampler, track_images
+from sdxl_ambient.training.samples import SamplerSettings, ValidationSampler, track_images
 
 HELDOUT_FILE, MEMORIZATION_FILE = "heldout_loss.json", "memorization.json"
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What is looked at, how often, and when it ends the run. Names are those of options.
+
+    drawing: how images are drawn, at the level that the options say. prompts: all of them, also those of a file.
+    bands: how the held-out loss is taken.
+    """
+
+    output_dir: str
+    drawing: SamplerSettings
+    prompts: list[str]
+    num_validation_images: int
+    validation_steps: int
+    validation_sampler: list[str]
+    bands: BandSettings
+    heldout_samples: int
+    early_stopping: int | None
+    max_denoising_gap: float | None
+    memorization_every: int | None
+    memorization_images: int
+    train_data_dir: str | None
+    caption_column: str
+    instance_prompt: str | None
 
 
 class Validation:
@@ -42,7 +66,7 @@ class Validation:
 
     def __init__(
         self,
-        options: TrainOptions,
+        settings: ValidationSettings,
         accelerator: Accelerator,
         trainable: TrainableModel,
         schedule: NoiseSchedule,
@@ -50,33 +74,34 @@ class Validation:
         heldout: LatentStore | None,
         quick: Callable[[Path], dict] | None = None,
     ):
-        self.options, self.accelerator, self.schedule, self.quick = options, accelerator, schedule, quick
-        self.output, self.heldout = Path(options.output_dir), heldout
+        self.settings, self.accelerator, self.schedule, self.quick = settings, accelerator, schedule, quick
+        self.output, self.heldout = Path(settings.output_dir), heldout
         self.store = LatentStore(store.folder, presentation=Presentation())  # as they are: with captions, not mirrored
         # Handing over, or stopping, at the lowest level of the store leaves no level that training never saw. A store that
         # was given has levels of its own, whatever --t_n says.
         lowest = levels_of(store)[0]
-        self.drawing = ValidationSampler(replace(options, t_n=None if lowest == CLEAN else lowest), accelerator, trainable)
-        self.samplers = list(dict.fromkeys(self.drawing.sampler(s) for s in options.validation_sampler))
+        drawing = replace(settings.drawing, t_n=None if lowest == CLEAN else lowest)
+        self.drawing = ValidationSampler(drawing, accelerator, trainable)
+        self.samplers = list(dict.fromkeys(self.drawing.sampler(s) for s in settings.validation_sampler))
         self._check_samplers()
         self.trainable = trainable
-        self.stopping = EarlyStopping(options.early_stopping, options.max_denoising_gap)
+        self.stopping = EarlyStopping(settings.early_stopping, settings.max_denoising_gap)
         self.memorization: list[dict] = []
         self.start: Losses | None = None  # of the weights that training starts from
 
     def _check_samplers(self) -> None:
-        options, level = self.options, self.drawing.options.t_n
-        samplers = [("validation_sampler", s) for s in self.samplers if options.prompts]
-        samplers += [("memorization_every", self.drawing.sampler("auto"))] if options.memorization_every else []
+        settings, drawing = self.settings, self.drawing.settings
+        level, steps = drawing.t_n, drawing.validation_inference_steps
+        samplers = [("validation_sampler", s) for s in self.samplers if settings.prompts]
+        samplers += [("memorization_every", self.drawing.sampler("auto"))] if settings.memorization_every else []
         partial = [(flag, name) for flag, name in samplers if name != "full"]
         if not partial:
             return
         flag, name = partial[0]
         if level is None:
             raise OptionError(f"--{flag}: {name!r} needs a noise level; allowed for clean latents is full")
-        base, revision = options.pretrained_model_name_or_path, options.revision
+        base, revision = drawing.base.pretrained_model_name_or_path, drawing.base.revision
         scheduler = load_part(EulerDiscreteScheduler, base, "scheduler", subfolder="scheduler", revision=revision)
-        steps = options.validation_inference_steps
         first = timestep_grid(euler_like(scheduler), steps)[0]
         if level >= first:
             raise OptionError(
@@ -112,7 +137,7 @@ class Validation:
     def _take_start(self, start: Losses, same: bool, step: int | None) -> None:
         """Losses of other pictures or bands can't be compared with those to come, which then begin anew."""
         self.start = start
-        shapes = [(len(pictures), self.options.heldout_bands) for _, pictures in self._pictures()]
+        shapes = [(len(pictures), self.settings.bands.bands) for _, pictures in self._pictures()]
         if not same or [tuple(x.shape) for x in (start.heldout, start.train)] != shapes:
             self.start, self.stopping.records = None, []
             self.accelerator.print(
@@ -123,8 +148,8 @@ class Validation:
     # -- what is due ----------------------------------------------------------------------
 
     def due(self, step: int, last: bool) -> bool:
-        every = self.options.memorization_every
-        return last or step % self.options.validation_steps == 0 or (every is not None and step % every == 0)
+        every = self.settings.memorization_every
+        return last or step % self.settings.validation_steps == 0 or (every is not None and step % every == 0)
 
     def run(self, unet, step: int, last: bool, export: Callable[[Path, int], None]) -> str | None:
         """Everything that is due after ``step``. All processes call it. Returns why training should stop, if it should.
@@ -132,13 +157,13 @@ class Validation:
         Args:
             unet: as it is trained, in its wrapper. export: writes the current weights into a folder.
         """
-        options, reason = self.options, None
-        if last or step % options.validation_steps == 0:
+        settings, reason = self.settings, None
+        if last or step % settings.validation_steps == 0:
             if self.heldout is not None:
                 reason = self._losses(unet, step, export)
-            if options.prompts:
+            if settings.prompts:
                 self._images(step)
-        if options.memorization_every and (last or step % options.memorization_every == 0):
+        if settings.memorization_every and (last or step % settings.memorization_every == 0):
             self._memorization(step)
         self.accelerator.wait_for_everyone()
         return None if last else reason
@@ -151,18 +176,17 @@ class Validation:
     def _pictures(self) -> list[tuple[LatentStore, list[int]]]:
         """The held-out and the training pictures that losses are taken of: as many of each, where there are."""
         assert self.heldout is not None
-        most = min(self.options.heldout_samples, len(self.heldout))
+        most = min(self.settings.heldout_samples, len(self.heldout))
         return [(store, spread(range(len(store)), most)) for store in (self.heldout, self.store)]
 
     def _measure(self, unet) -> Losses:
-        options, accelerator = self.options, self.accelerator
-        settings = BandSettings(options.heldout_bands, options.train_batch_size, options.loss_space)
+        bands, accelerator = self.settings.bands, self.accelerator
 
         def denoiser(batch: Batch) -> Denoiser:
             return Denoiser(unet, self.trainable.conditioning(batch, accelerator.device), self.trainable.dtype)
 
         return Losses(*(
-            band_losses(accelerator, unet, denoiser, self.schedule, store, pictures, settings)
+            band_losses(accelerator, unet, denoiser, self.schedule, store, pictures, bands)
             for store, pictures in self._pictures()
         ))  # fmt: skip
 
@@ -187,24 +211,24 @@ class Validation:
         level = common_t_n(self.heldout)
         if isinstance(level, str) or level != common_t_n(self.store):  # "mixed"
             return None
-        return band_edges(self.schedule, CLEAN if level is None else level, self.options.heldout_bands)
+        return band_edges(self.schedule, CLEAN if level is None else level, self.settings.bands.bands)
 
     def _images(self, step: int) -> None:
-        options, drawn = self.options, {}
+        settings, drawn = self.settings, {}
         for name in self.samplers:
             folder = self.output / "validation" / f"step-{step:06d}" / name
-            files = self.drawing.draw(folder, options.prompts, options.num_validation_images, name)
-            drawn |= {f"{name}: {p}": f for p, f in zip(options.prompts, files, strict=True)}
+            files = self.drawing.draw(folder, settings.prompts, settings.num_validation_images, name)
+            drawn |= {f"{name}: {p}": f for p, f in zip(settings.prompts, files, strict=True)}
         if self.accelerator.is_main_process:
             track_images(self.accelerator, drawn, step)
 
     def _memorization(self, step: int) -> None:
         """Draw with training captions, and compare: the share of copies and its excess over held-out images."""
-        options = self.options
-        assert options.train_data_dir is not None, "validated with --memorization_every"
-        records = list_images(options.train_data_dir, options.caption_column)
-        captions = [r.captions[0] if r.captions else options.instance_prompt or "" for r in records]
-        prompts = _spread(captions, options.memorization_images)
+        settings = self.settings
+        assert settings.train_data_dir is not None, "validated with --memorization_every"
+        records = list_images(settings.train_data_dir, settings.caption_column)
+        captions = [r.captions[0] if r.captions else settings.instance_prompt or "" for r in records]
+        prompts = _spread(captions, settings.memorization_images)
         folder = self.output / "memorization" / f"step-{step:06d}"
         self.drawing.draw(folder, prompts, 1, self.drawing.sampler("auto"), purpose="memorization")
         if self.accelerator.is_main_process:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from support.pictures import copy_emoji
 from support.running import ENV, ROOT, arguments, assert_identical, assert_same_updates, no_lora_yet, train_here
 
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
-from sdxl_ambient.training.distributed import as_number, check_sharding
+from sdxl_ambient.training.distributed import ShardingSettings, as_number, check_sharding
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -117,9 +118,10 @@ def test_deepspeed_trains_and_saves(emoji, tmp_path, stage, finetune):
 def test_what_sharded_weights_can_not_do_is_refused(changes, message):
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+    settings = settings_of(ShardingSettings, TrainOptions(**changes))
     with pytest.raises(OptionError, match=message):
-        check_sharding(TrainOptions(**changes), accelerator)
-    check_sharding(TrainOptions(**changes), SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+        check_sharding(settings, accelerator)
+    check_sharding(settings, SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
 
 
 def test_a_norm_is_a_number():

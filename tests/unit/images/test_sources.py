@@ -25,6 +25,7 @@ from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.images.sources import HubDataset, open_records
 from sdxl_ambient.store.reader import Presentation
 from sdxl_ambient.store.scan import content_hash
+from sdxl_ambient.training.settings import stores_settings
 from sdxl_ambient.training.stores import open_stores
 
 
@@ -271,7 +272,8 @@ def opened(miniature, schedule, tmp_path):
 
     def run(**options):
         usual = {"pretrained_model_name_or_path": str(miniature), "output_dir": str(tmp_path / "run"), "resolution": 64}
-        return open_stores(build_options(TrainOptions, {**usual, **options}), PartialState(), schedule, Presentation())
+        settings = stores_settings(build_options(TrainOptions, {**usual, **options}))
+        return open_stores(settings, PartialState(), schedule, Presentation())
 
     return run
 

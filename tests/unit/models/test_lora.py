@@ -1,7 +1,6 @@
 """How a LoRA starts, what is saved of one that changed its base, and the text encoders'."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from support.tuned import unet_inputs
 
+from sdxl_ambient.config.settings import settings_of
+from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import CheckpointError, ModelError
 from sdxl_ambient.formats.peft import load_lora_state, lora_state, save_lora
 from sdxl_ambient.formats.record import lora_metadata
@@ -28,6 +29,7 @@ from sdxl_ambient.models.lora import (
 )
 from sdxl_ambient.training.checkpoint import register_lora_hooks, save_checkpoint
 from sdxl_ambient.training.record import lora_record
+from sdxl_ambient.training.weights import WeightSettings
 
 INFO = {"t_n": 500, "low_noise": "skip"}
 CAPTIONS = ["penguin", "a red apple on a table", ""]
@@ -142,20 +144,18 @@ def test_convolutions_start_too(unet, inputs, init):
     close(output(tuned, inputs), output(unet, inputs))
 
 
-def options(**changes):
-    usual = dict(finetune="lora", rank=4, lora_alpha=None, lora_dropout=0.0, lora_targets=["attention"], lora=None)
-    usual |= dict(use_dora=False, use_rslora=False, init_lora_weights="gaussian", train_text_encoder=False)
-    return SimpleNamespace(**{**usual, **changes})
+def weights(**changes):
+    return settings_of(WeightSettings, TrainOptions(**{"rank": 4, **changes}))
 
 
 def test_what_a_resume_must_agree_in():
-    assert lora_record(options()) == lora_record(options(lora_alpha=4, lora_targets=LORA_TARGETS["attention"][::-1]))
+    assert lora_record(weights()) == lora_record(weights(lora_alpha=4, lora_targets=LORA_TARGETS["attention"][::-1]))
     others = [dict(rank=8, lora_alpha=4), dict(lora_alpha=8), dict(lora_targets=["linear"]), dict(lora_dropout=0.1)]
     others += [dict(use_dora=True), dict(use_rslora=True), dict(init_lora_weights="pissa"), dict(train_text_encoder=True)]
     for other in others:
-        assert lora_record(options(**other)) != lora_record(options()), other
-    assert lora_record(options(finetune="full")) == {}
-    assert lora_record(options(lora="x.safetensors")) == {"lora_dropout": 0.0, "train_text_encoder": False}
+        assert lora_record(weights(**other)) != lora_record(weights()), other
+    assert lora_record(weights(finetune="full")) == {}
+    assert lora_record(weights(lora="x.safetensors")) == {"lora_dropout": 0.0, "train_text_encoder": False}
 
 
 # -- a base that has lost a part to the LoRA --------------------------------------------------------------------

@@ -16,8 +16,7 @@ from sdxl_ambient.provenance import read_sealed, write_sealed
 from sdxl_ambient.randomness import Randomness
 from sdxl_ambient.store.batches import Stream, collate, loader
 from sdxl_ambient.store.reader import EMPTY, LatentStore, Presentation
-from sdxl_ambient.training.posterior_buffer import PosteriorBuffer
-from sdxl_ambient.training.settings import RestoreOptions
+from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, RestoreOptions
 
 
 def test_a_store_knows_its_sizes(bucketed, store):

@@ -18,8 +18,7 @@ from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.scan import content_hash
 from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.ema import EMA
-from sdxl_ambient.training.posterior_buffer import PosteriorBuffer
-from sdxl_ambient.training.settings import RestoreOptions
+from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, RestoreOptions
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from support.pictures import REPOSITORY, copy_emoji
 
 from eval.quick import QuickLook
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.geometry import Geometry
@@ -15,7 +16,9 @@ from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.model import load_trainable
+from sdxl_ambient.training.settings import validation_settings
 from sdxl_ambient.training.validation import Validation, _spread
+from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
 DATA = REPOSITORY / "miniature/data"
 
@@ -47,7 +50,8 @@ def told(output, **changes):
 
 @pytest.fixture(scope="module")
 def trainable(accelerator, tmp_path_factory):
-    return load_trainable(told(tmp_path_factory.mktemp("trainee")), accelerator, True)
+    options = told(tmp_path_factory.mktemp("trainee"))
+    return load_trainable(settings_of(BaseModel, options), settings_of(WeightSettings, options), accelerator, True)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def heldout(stores):
 def validation(accelerator, trainable, schedule, store, heldout, output, quick=None, **changes):
     if heldout is not None:
         changes["heldout_latents_dir"] = str(heldout.folder)
-    return Validation(told(output, **changes), accelerator, trainable, schedule, store, heldout, quick)
+    return Validation(validation_settings(told(output, **changes)), accelerator, trainable, schedule, store, heldout, quick)
 
 
 # -- samplers ----------------------------------------------------------------------
@@ -82,7 +86,7 @@ def validation(accelerator, trainable, schedule, store, heldout, output, quick=N
 def test_the_level_is_the_stores_own(accelerator, trainable, schedule, build, emoji, tmp_path):
     build(emoji, tmp_path / "store", t_n=300)
     found = validation(accelerator, trainable, schedule, LatentStore(tmp_path / "store"), None, tmp_path / "run")
-    assert found.options.t_n == 500 and found.drawing.options.t_n == 300
+    assert found.settings.drawing.t_n == 500 and found.drawing.settings.t_n == 300
 
 
 def test_of_several_levels_it_is_the_lowest(accelerator, trainable, schedule, build, emoji, tmp_path):
@@ -94,7 +98,7 @@ def test_of_several_levels_it_is_the_lowest(accelerator, trainable, schedule, bu
         folder = tmp_path / f"store{lowest}"
         build(emoji, folder, t_n_column="level", allow_second_observation=True)  # the other one is no more than a test's
         found = validation(accelerator, trainable, schedule, LatentStore(folder), None, tmp_path / "run")
-        assert found.drawing.options.t_n == (None if lowest == -1 else lowest) and found.samplers == samplers
+        assert found.drawing.settings.t_n == (None if lowest == -1 else lowest) and found.samplers == samplers
 
 
 def test_a_sampler_that_would_draw_nothing_is_refused_at_once(accelerator, trainable, schedule, build, emoji, tmp_path):
