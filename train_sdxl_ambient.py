@@ -79,6 +79,7 @@ def open_accelerator(options: TrainOptions) -> Accelerator:
 def train(options: TrainOptions, accelerator: Accelerator, interruption: Interruption, stack: ExitStack) -> None:
     """Set up, resume, loop, save."""
     from sdxl_ambient.hub.upload import check_hub, repository
+    from sdxl_ambient.locks import locked_by_main
     from sdxl_ambient.training.dry_run import dry_run
     from sdxl_ambient.training.resume import resume
     from sdxl_ambient.training.settings import dry_run_settings
@@ -95,6 +96,8 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
 
     # -- set up -------------------------------------------------------------------------------------------------------
 
+    if not options.dry_run:
+        stack.enter_context(locked_by_main(options.output_dir, accelerator.print, accelerator))
     prepare_process(options, accelerator)
     hub = repository(options.hub_model_id, options.output_dir) if options.push_to_hub else None
     if hub and accelerator.is_main_process:

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from sdxl_ambient.devices import DTYPES, Placement
 from sdxl_ambient.errors import StoreError, UserError
 from sdxl_ambient.images.sources import Log
+from sdxl_ambient.locks import locked_by_main
 from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, prompts_of, share_texts, write_samples
 from sdxl_ambient.loop.model import load_model, training_info
 from sdxl_ambient.loop.provenance import check_base, check_history, next_round, seen_besides
@@ -19,7 +20,7 @@ from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import differences, versions, write_sealed
-from sdxl_ambient.store.build import hashes_of, locked_on_main
+from sdxl_ambient.store.build import hashes_of
 from sdxl_ambient.store.checks import format_store_levels
 from sdxl_ambient.store.lineage import lineage_of, lowered
 from sdxl_ambient.store.plan import place, shards
@@ -135,7 +136,7 @@ def restore_store(settings: LoopSettings, state: PartialState | None = None, log
     check_sdxl(settings.pretrained_model_name_or_path, settings.revision)
     schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
     store.verify(quiet=not state.is_main_process)
-    with locked_on_main(output, log, state):
+    with locked_by_main(output, log, state):
         return _restore(settings, store, schedule, output, state, log)
 
 

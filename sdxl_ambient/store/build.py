@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from sdxl_ambient.errors import ImageError, ImagesMissing, LockedError, StoreError, UserError
+from sdxl_ambient.errors import ImageError, ImagesMissing, StoreError, UserError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import Record, load_rgb
 from sdxl_ambient.images.sources import Log, open_records
-from sdxl_ambient.locks import locked
+from sdxl_ambient.locks import locked_by_main
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import check_geometry, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
@@ -80,7 +79,7 @@ def build_store(
     output_dir = Path(output_dir)
     log = log if state.is_main_process else (lambda message: None)
     collected = collect(train_data_dir, encoders, settings, state, log, check)
-    with locked_on_main(output_dir, log, state):
+    with locked_by_main(output_dir, log, state):
         plan, key = plan_store(output_dir, collected.pictures, encoders, schedule, settings, state, log)
         latents = plan["fingerprint"]["latent"]
         make = take if settings.pre_noised else NoisyLatentMaker(latents, encoders, schedule, settings.geometry, key)
@@ -89,22 +88,6 @@ def build_store(
             output_dir, collected.pictures, encoders, settings.shard_size, settings.keep_tokens, state, log, check
         )
         return write_manifest(output_dir, plan, collected, prompts, counts, state, log)
-
-
-@contextmanager
-def locked_on_main(folder: Path, log: Log, state: PartialState) -> Iterator[None]:
-    """:func:`sdxl_ambient.locks.locked` by the main process; the others wait for its success, or fail with it."""
-    with ExitStack() as stack:
-        failure = None
-        try:
-            stack.enter_context(locked(folder, log, hold=state.is_main_process))
-        except (LockedError, OSError) as error:
-            failure = str(error)
-        if state.num_processes > 1:
-            failure = gather_object([failure])[0]
-        if failure is not None:
-            raise LockedError(failure)
-        yield
 
 
 # -- 1: records => scanned pictures ------------------------------------------------------------------

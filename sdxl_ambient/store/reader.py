@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -76,11 +77,14 @@ class LatentStore(Dataset[Item]):
         self.observed = observed_levels(self.manifest)
         self.lineage = lineage_of(self.manifest)
         self._verified = False
+        self._check_presentation()
+        self._open: OrderedDict[str, Any] = OrderedDict()  # safetensors' own handles
+
+    def _check_presentation(self) -> None:
         if self.presentation.empty_prompts and not self.presentation.zero_empty and EMPTY not in self._prompts:
             raise StoreError(
                 f"{self.folder} was made by an earlier version, without the empty prompt; run again with the images"
             )
-        self._open: OrderedDict[str, Any] = OrderedDict()  # safetensors' own handles
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,6 +92,13 @@ class LatentStore(Dataset[Item]):
     def __getstate__(self) -> dict:
         # Open files do not travel to a worker process.
         return {**self.__dict__, "_open": OrderedDict()}
+
+    def presented(self, presentation: Presentation) -> LatentStore:
+        """The same store, its pictures shown in another way."""
+        other = copy.copy(self)
+        other.presentation, other._open = presentation, OrderedDict()
+        other._check_presentation()
+        return other
 
     @property
     def hash(self) -> str:

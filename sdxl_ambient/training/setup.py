@@ -21,7 +21,7 @@ from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.provenance import environment, write_json
 from sdxl_ambient.store.batches import Batch, small_groups
 from sdxl_ambient.store.checks import check_stores, format_store_levels
-from sdxl_ambient.store.reader import LatentStore, Presentation
+from sdxl_ambient.store.reader import Presentation
 from sdxl_ambient.training.checkpoint import refuse_to_overwrite, register_lora_hooks
 from sdxl_ambient.training.clean_levels import CleanLevels
 from sdxl_ambient.training.distributed import ShardingSettings, check_sharding, is_sharded, tell_deepspeed
@@ -39,7 +39,7 @@ from sdxl_ambient.training.settings import (
     stores_settings,
     validation_settings,
 )
-from sdxl_ambient.training.stores import open_stores
+from sdxl_ambient.training.stores import open_store, open_stores
 from sdxl_ambient.training.validation import Validation
 from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
@@ -152,7 +152,7 @@ def build_extra(
     if options.low_noise == "restore":
         return PosteriorBuffer(data.store, restore_settings(options), *place)
     if options.low_noise == "clean":
-        latents = LatentStore(options.stores["clean_latents_dir"], presentation=data.presentation)
+        latents = open_store(options.stores["clean_latents_dir"], accelerator, data.presentation)
         return CleanLevels(latents, data.store, options.clean_per_batch, *place, condition_of(model, accelerator))
     return None
 

@@ -83,8 +83,15 @@ def open_stores(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     heldout = settings.heldout_latents_dir
-    held = LatentStore(heldout) if heldout is not None else None
-    return LatentStore(settings.latents_dir, presentation=presentation), held
+    held = open_store(heldout, accelerator) if heldout is not None else None
+    return open_store(settings.latents_dir, accelerator, presentation), held
+
+
+def open_store(folder: Path, accelerator, presentation: Presentation | None = None) -> LatentStore:
+    """A finished store, every bit of it checked once in the run: by each process its part. All call it."""
+    store = LatentStore(folder, presentation=presentation)
+    store.verify(accelerator.process_index, accelerator.num_processes, quiet=not accelerator.is_main_process)
+    return store
 
 
 def clean_of(settings: StoreSettings) -> StoreSettings:

@@ -76,7 +76,7 @@ class Validation:
     ):
         self.settings, self.accelerator, self.schedule, self.quick = settings, accelerator, schedule, quick
         self.output, self.heldout = Path(settings.output_dir), heldout
-        self.store = LatentStore(store.folder, presentation=Presentation())  # as they are: with captions, not mirrored
+        self.store = store.presented(Presentation())  # as they are: with captions, not mirrored
         # Handing over, or stopping, at the lowest level of the store leaves no level that training never saw. A store that
         # was given has levels of its own, whatever --t_n says.
         lowest = levels_of(store)[0]
