@@ -68,7 +68,7 @@ class DpLoraOptions:
     noise_multiplicities: int = option(1, "draws of time and noise that an image's gradient is the mean of", minimum=1)
     accountant: str = option("prv", "prv is tight; rdp also takes an epsilon above 100", choices=("prv", "rdp"))
     micro_batch_size: int = option(32, "rows in a forward pass: memory, and nothing else", minimum=1)
-    seed: int = option(0, "everything that is drawn follows from it", minimum=0)
+    seed: int = option(0, "everything that is drawn follows from it", minimum=0, maximum=2**32 - 1)
     threads: int | None = option(None, "of this process [default: torch's choice]", minimum=1)
 
     def validate(self) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from sdxl_ambient.errors import CheckpointError, InterchangeError, OptionError, StageError, one_line
+from sdxl_ambient.formats.files import check_files
 from sdxl_ambient.formats.find import lora_file, unet_files
 from sdxl_ambient.formats.record import (
+    DAMAGED_FILE,
     LORA_FILE,
     MODEL_FILE,
     STATE_FILE,
@@ -62,7 +64,7 @@ def check_model_path(name: str, value: str | None) -> None:
 def check_checkpoint(option_name: str, path: Path) -> None:
     """The weights must be there, readable, of the right kind, and of known strength. Raises OptionError.
 
-    Of a file only the header is read; whether all of its weights fit the model shows when they are loaded.
+    All must be finite too; whether they fit the model shows when they are loaded.
     """
     if problem := _problem(option_name, path):
         raise OptionError(f"--{option_name}: {problem}")
@@ -82,9 +84,11 @@ def _file_problem(kind: str, file: Path) -> str | None:
             is_lora = any("lora" in name.lower() for name in opened.keys())
         if kind == "lora" and is_lora:
             lora_metadata(file)
-    except CheckpointError as error:
+        if is_lora == (kind == "lora"):
+            check_files([file])
+    except (CheckpointError, InterchangeError) as error:
         return str(error)
-    except (OSError, SafetensorError) as error:
+    except DAMAGED_FILE as error:
         return f"{str(file)!r} can't be read; it is damaged, or no safetensors file ({one_line(error)})"
     if is_lora != (kind == "lora"):
         return f"{str(file)!r} " + ("is a LoRA; give it with --lora" if is_lora else "holds no LoRA; --unet takes a UNet")

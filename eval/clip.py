@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from eval import metrics
-from eval.embedders.registry import LOADING_ERRORS, Embedder, load_embedder
+from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import embed
 from eval.images import ImageSet
 from eval.schema import ClipFigures
 from sdxl_ambient.errors import StageError, one_line
+from sdxl_ambient.models.finite import check_finite
+from sdxl_ambient.models.parts import LOADING_ERRORS
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
@@ -41,6 +43,7 @@ class ClipScore:
         self.network, report = cast("tuple[CLIPTextModelWithProjection, dict[str, Any]]", loaded)
         if report["missing_keys"]:
             raise StageError(f"--clip_score_model: {weights!r} lacks weights of CLIP's text model")
+        check_finite(self.network.state_dict(), f"--clip_score_model: {weights!r}", StageError)
         # The cast, since transformers wraps Module.to in a way that hides its arguments.
         cast(torch.nn.Module, self.network.eval()).to(device)
 

@@ -18,13 +18,14 @@ from eval.checkpoints import Checkpoint, hash_weights, resolve_base
 from eval.processes import is_main, share, wait
 from eval.samplers import Sampler
 from eval.shared_options import GenerationOptions
+from eval.stored import read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
-from sdxl_ambient.errors import StageError
+from sdxl_ambient.errors import JsonError, StageError
 from sdxl_ambient.images.load import list_images
 from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.pipeline import load_pipeline, sample
-from sdxl_ambient.provenance import atomic, differences, environment, hash_json, read_json, write_json
+from sdxl_ambient.provenance import atomic, differences, environment, hash_json, parse_json, read_json, write_json
 from sdxl_ambient.randomness import image_seed
 from sdxl_ambient.spread import spread
 
@@ -68,9 +69,10 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _prompt_of(line: str, path: Path, number: int) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
+        row = parse_json(line, "the line")
+    except JsonError:
+        row = None
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise StageError(f"--prompts_file: {str(path)!r}, prompt {number}: not a JSON object with a 'text'")
     return text
@@ -180,9 +182,11 @@ def open_vae(options: GenerationOptions) -> tuple[AutoencoderKL, int]:
     """The VAE that images are drawn with, and their side in pixels."""
     base = base_folder(options)
     vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)
-    size = read_json(base / "unet/config.json")["sample_size"] * 2 ** (len(vae.config["block_out_channels"]) - 1)
+    size = read_json(base / "unet/config.json").get("sample_size")
+    if options.resolution is None and not isinstance(size, int):
+        raise StageError(f"--resolution: needed, since the UNet of {base} names no single side of its images (sample_size)")
     cast(torch.nn.Module, vae).to(resolve_device(options.device))
-    return vae, options.resolution or size
+    return vae, options.resolution or size * 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def generate_images(
@@ -245,7 +249,7 @@ def average_images(source: Path, folder: str | Path, draws: list[ImageRequest], 
     Returns the means as draws, each with the prompt and the run of its first image. A mean that is there is not made again.
     """
     folder = Path(folder)
-    manifest = read_json(source / MANIFEST)
+    manifest = read_object(source / MANIFEST, ["settings", "about"], "delete that folder and run again")
     _claim(folder, {**manifest["settings"], "averaged": count}, {**manifest["about"], "samples": source.name})
     means = []
     groups = [draws[i : i + count] for i in range(0, len(draws), count)]
@@ -265,12 +269,10 @@ def _claim(folder: Path, settings: dict, about: dict) -> None:
     """Make the folder ours, or make sure that it already is."""
     path = folder / MANIFEST
     if path.is_file():
-        changed = differences(read_json(path).get("settings", {}), settings)
+        advice = "give another --output_dir, or delete that folder"
+        changed = differences(read_object(path, ["settings"], advice)["settings"], settings)
         if changed:
-            raise StageError(
-                f"{folder} holds images of other settings ({'; '.join(changed)}); "
-                "give another --output_dir, or delete that folder"
-            )
+            raise StageError(f"{folder} holds images of other settings ({'; '.join(changed)}); {advice}")
     elif is_main():
         if folder.is_dir() and any(folder.iterdir()):
             raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -16,7 +16,8 @@ from eval.embedders.registry import Embedder
 from eval.images import ImageSet
 from eval.processes import collect, is_main, share, wait
 from eval.schema import Excluded
-from sdxl_ambient.errors import ImageError, StageError
+from sdxl_ambient.errors import ImageError, StageError, one_line
+from sdxl_ambient.formats.record import DAMAGED_FILE
 from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.provenance import atomic, hash_bytes
 
@@ -89,7 +90,9 @@ class FeatureCache:
         self.place: dict[str, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             if not path.name.startswith("."):  # being written by another process, or left by one that was killed
-                hashes = _read(path, "hashes")
+                hashes, features = _read(path, "hashes"), _shape(path, "features")
+                if len(features) != 2 or hashes.dtype != np.uint8 or hashes.shape != (features[0], 32):
+                    raise _damaged(path, f"{hashes.shape} hashes of {features} features")
                 self.place.update((bytes(h).hex(), (path, row)) for row, h in enumerate(hashes))
 
     def __contains__(self, digest: str) -> bool:
@@ -112,6 +115,8 @@ class FeatureCache:
         embeddings, norms = np.empty((0, 0), np.float32), np.empty(len(hashes), np.float32)
         for path, rows in by_shard.items():
             features = _read(path, "features")
+            if not np.isfinite(features).all() or (embeddings.size and features.shape[1] != embeddings.shape[1]):
+                raise _damaged(path, "features that are not finite, or of another width")
             into, source = (np.array(column) for column in zip(*rows, strict=True))
             if not embeddings.size:
                 embeddings = np.empty((len(hashes), features.shape[1]), np.float32)
@@ -123,8 +128,20 @@ def _read(path: Path, name: str) -> np.ndarray:
     try:
         with safe_open(path, "np") as shard:
             return shard.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise StageError(f"the cached embeddings in {path} are damaged ({error}); delete that file") from None
+    except DAMAGED_FILE as error:
+        raise _damaged(path, one_line(error)) from None
+
+
+def _shape(path: Path, name: str) -> list[int]:
+    try:
+        with safe_open(path, "np") as shard:
+            return shard.get_slice(name).get_shape()
+    except DAMAGED_FILE as error:
+        raise _damaged(path, one_line(error)) from None
+
+
+def _damaged(path: Path, problem: str) -> StageError:
+    return StageError(f"the cached embeddings in {path} are damaged ({problem}); delete that file and run again")
 
 
 def embed_images(

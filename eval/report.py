@@ -26,12 +26,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(folder: str) -> None:
     # Here for start-up time: what was asked for is checked before matplotlib and jinja2 are imported.
+    from jinja2 import TemplateError
+
     from eval.reporting.page import write_html
     from sdxl_ambient.provenance import read_json
 
     try:
         print(write_html(read_json(Path(folder) / "report.json"), folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
         raise StageError(f"{folder!r} has no usable report.json: {error}") from None
 
 

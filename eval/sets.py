@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from eval.embedding import Embedded, embed
 from eval.images import ImageSet, drop_duplicates, read_folder
 from eval.options import MemorizationOptions
 from eval.quality import FRECHET_MOST
+from eval.stored import arrays, read_object
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.images.duplicates import Fingerprints
-from sdxl_ambient.provenance import hash_tensors, read_json, write_json
+from sdxl_ambient.provenance import hash_tensors, write_json
 
 
 def output_folder(options: MemorizationOptions) -> Path:
@@ -118,9 +120,31 @@ def plant(options: MemorizationOptions, train: Embedded, embedder: Embedder) -> 
         transforms["vae"] = vae_round_trip(vae, resolution)
         settings["vae"] = {"weights": hash_tensors(vae.state_dict()), "resolution": resolution}
     path = output_folder(options) / "controls.json"
-    if path.exists() and (stored := read_json(path))["settings"] == settings:
-        return {name: np.array(values, dtype=np.float32) for name, values in stored["planted"].items()}
+    if (stored := _stored_controls(path, settings, transforms, min(len(train), MOST))) is not None:
+        return stored
     with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
         similarities = planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
     write_json(path, {"settings": settings, "planted": {name: values.tolist() for name, values in similarities.items()}})
     return similarities
+
+
+def _stored_controls(path: Path, settings: dict, names: Iterable[str], count: int) -> dict[str, np.ndarray] | None:
+    """The controls that an earlier run of the same settings left; None where there are none. A damaged file is passed over.
+
+    Args:
+        names: of the transforms; all must be there.
+        count: of the images that each was made of.
+    """
+    if not path.exists():
+        return None
+    try:
+        stored = read_object(path, ["settings", "planted"], "it is computed anew")
+        if stored["settings"] != settings:
+            return None
+        planted = arrays(stored["planted"], path, "it is computed anew", [count])
+        if planted.keys() != set(names):
+            raise StageError(f"{path} is damaged: it holds other controls than {', '.join(names)}; it is computed anew")
+    except StageError as error:
+        tqdm.write(f"passed over: {error}")
+        return None
+    return {name: values.astype(np.float32) for name, values in planted.items()}

@@ -149,10 +149,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _is_text(value: Any) -> bool:
-    """Whether all texts in a JSON value can be written in UTF-8."""
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written in UTF-8: not with half of a surrogate pair, as bytes of a file's name become."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -181,6 +181,11 @@ def read_sealed(path: str | Path) -> Any:
     if seal != hash_json(value):
         raise ValueError(f"{path} is not as it was written")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all texts in a JSON value can be written in UTF-8."""
+    return is_utf8(json.dumps(value, ensure_ascii=False))
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -20,10 +20,11 @@ from eval.checkpoints import Checkpoint, hash_weights
 from eval.drawing import base_folder
 from eval.embedders.registry import Embedder
 from eval.images import ImageSet
+from eval.stored import arrays, read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.pipeline import load_pipeline
-from sdxl_ambient.provenance import differences, hash_json, read_json, write_json
+from sdxl_ambient.provenance import differences, hash_json, write_json
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def run_attacks_on_sets(
     with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
         for key, i, images in own_batches:
             path = parts / f"{key}-{options.batch_size}-{i}.json" if parts else None
-            done.append((key, *_stored(path, lambda one=images: run_attacks(model, embedder, one, options))))
+            done.append((key, *_stored(path, len(images), lambda one=images: run_attacks(model, embedder, one, options))))
             bar.update(len(images))
     done = processes.collect(done)
     for key, images in sets.items():
@@ -71,15 +72,54 @@ def run_attacks_on_sets(
     return _combine(done, sets)
 
 
-def _stored(path: Path | None, compute: Callable[[], tuple[int, Scores]]) -> tuple[int, Scores]:
-    """The count and the scores that ``path`` holds, or that are computed now and kept there."""
+def _stored(path: Path | None, most: int, compute: Callable[[], tuple[int, Scores]]) -> tuple[int, Scores]:
+    """The count and the scores that ``path`` holds, or that are computed now and kept there. A damaged file is replaced.
+
+    ``most``: how many images there are, of which some may be unreadable.
+    """
     if path is not None and path.exists():
-        stored = read_json(path)
-        return stored["count"], {name: np.array(values, np.float32) for name, values in stored["answers"].items()}
+        try:
+            return _read_part(path, most)
+        except StageError as error:
+            tqdm.write(f"passed over: {error}")
     count, scores = compute()
-    if path is not None:
+    # Others are no JSON, and are refused where all are there.
+    if path is not None and all(np.isfinite(values).all() for values in scores.values()):
         write_json(path, {"count": count, "answers": {name: values.tolist() for name, values in scores.items()}})
     return count, scores
+
+
+def _read_part(path: Path, most: int) -> tuple[int, Scores]:
+    advice = "it is computed anew"
+    stored = read_object(path, ["answers"], advice)
+    count = stored.get("count")
+    if type(count) is not int or not 0 <= count <= most or (stored["answers"] and not count):
+        raise StageError(f"{path} is damaged: its count is not that of its images; {advice}")
+    answers = arrays(stored["answers"], path, advice, [count]) if stored["answers"] else {}
+    return count, {name: values.astype(np.float32) for name, values in answers.items()}
+
+
+def _earlier_scores(path: Path, settings: dict, sets: dict[str, ImageSet]) -> dict[str, Scores] | StageError | None:
+    """What :func:`_read_scores` returns or raises, for all processes; None where there is no such file."""
+    try:
+        return _read_scores(path, settings, sets) if path.exists() else None
+    except StageError as error:
+        return error
+
+
+def _read_scores(path: Path, settings: dict, sets: dict[str, ImageSet]) -> dict[str, Scores]:
+    """The scores of all sets that an earlier run left. Raises StageError for a damaged file, or one of other settings."""
+    advice = "delete that file and run again"
+    stored = read_object(path, ["settings", "answers"], advice)
+    if changed := differences(stored["settings"], settings):
+        raise StageError(f"{path} was made with other settings: {'; '.join(changed)}; give another --output_dir")
+    answers = stored["answers"]
+    if wrong := [key for key in sets if not isinstance(answers.get(key), dict)]:
+        raise StageError(f"{path} is damaged: it has no scores of {wrong[0]}; {advice}")
+    scores = {key: arrays(answers[key], path, advice, range(1, len(images) + 1)) for key, images in sets.items()}
+    if len({frozenset(one) for one in scores.values()}) > 1:
+        raise StageError(f"{path} is damaged: its sets have scores of different attacks; {advice}")
+    return scores
 
 
 def _batches(images: ImageSet, size: int) -> list[ImageSet]:
@@ -121,11 +161,11 @@ def attack(
     settings = attack_settings(options, checkpoint, sets["train"], sets["heldout"], embedder)
     path = Path(folder) / "attack.json"
     # The main process looks, for all: another could look when the file is already written, and miss the work to share.
-    stored = processes.collect([read_json(path) if processes.is_main() and path.exists() else None])[0]
+    stored = processes.collect([_earlier_scores(path, settings, sets) if processes.is_main() else None])[0]
+    if isinstance(stored, StageError):
+        raise stored
     if stored is not None:
-        if changed := differences(stored["settings"], settings):
-            raise StageError(f"{path} was made with other settings: {'; '.join(changed)}; give another --output_dir")
-        return {key: {name: np.array(values) for name, values in stored["answers"][key].items()} for key in SETS}
+        return stored
     for images in sets.values():
         if not len(images):
             raise _none_left(images)

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from eval.choices import EMBEDDERS
 from eval.embedders.sscd import load_sscd
 from sdxl_ambient.errors import StageError, one_line
 from sdxl_ambient.images.duplicates import fingerprint
+from sdxl_ambient.models.finite import check_finite
+from sdxl_ambient.models.parts import LOADING_ERRORS
 from sdxl_ambient.provenance import hash_json, hash_tensors
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -32,7 +33,6 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "box": Image.Resampling.BOX,
 }
-LOADING_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError)
 DEFAULT_WEIGHTS = {
     "dinov2": "facebook/dinov2-large",
     "dinov2_paper": "facebook/dinov2-giant",
@@ -213,6 +213,7 @@ def _pretrained(kind, name: str, weights: str, device: torch.device | str):
         # transformers would draw them at random, and every similarity with them.
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise StageError(f"--embedder_weights: {weights!r} lacks weights of {name}: {missing}, …")
+    check_finite(model.state_dict(), f"--embedder_weights: {weights!r}", StageError)
     return model.eval().to(device)
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from sdxl_ambient.models.finite import check_finite
+
 _DEPTHS = (3, 4, 6, 3)
 _POOLING_POWER = 3.0
 
@@ -85,7 +87,7 @@ def load_sscd(path: str | Path) -> SSCD:
     """SSCD with the weights of a .safetensors file, ready for inference.
 
     Raises:
-        ValueError: the file's tensors are not those of SSCD's ResNet-50.
+        ValueError: the file's tensors are not those of SSCD's ResNet-50, or not finite.
     """
     state = {}
     for name, tensor in load_file(str(path)).items():
@@ -96,6 +98,7 @@ def load_sscd(path: str | Path) -> SSCD:
     wrong = sorted(n for n in wanted.keys() | state.keys() if n not in state or wanted.get(n) != state[n].shape)
     if wrong:
         raise ValueError(f"not SSCD's ResNet-50 with 512 dimensions: {len(wrong)} tensors differ, the first is {wrong[0]!r}")
+    check_finite(state, f"SSCD's weights in {path}")
     model.load_state_dict(state, strict=False)  # strict but for the counters, checked above
     return model.eval()
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sdxl_ambient.errors import OptionError, one_line, print_error
+from sdxl_ambient.provenance import is_utf8
 
 T = TypeVar("T")
 
@@ -132,7 +133,10 @@ def _scalar(name: str, value, base: type):
     if isinstance(value, bool) or isinstance(value, (list, dict)):
         raise wrong
     if base is str:
-        return str(value)
+        # Bytes of the command line that are not UTF-8 come as such halves; no record could hold them.
+        if not is_utf8(text := str(value)):
+            raise OptionError(f"--{name}: {text!a} is not UTF-8")
+        return text
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -259,7 +263,9 @@ def read_yaml(path: str | Path) -> dict:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml)
     except OSError as error:
         raise OptionError(f"--config_file: can not read {str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise OptionError(f"--config_file: {str(path)!r} is not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise OptionError(f"--config_file: {str(path)!r} is not valid YAML: {one_line(error, most=None)}") from None
     if values is None:
         return {}

@@ -79,7 +79,13 @@ class ReconstructionOptions:
 class SeedOptions:
     """Randomness"""
 
-    seed: int = option(0, "seed of everything that is drawn, except the noise of a store, which has its own key", minimum=0)
+    # numpy's first generators, which accelerate and other libraries seed, take 32 bits.
+    seed: int = option(
+        0,
+        "seed of everything that is drawn, except the noise of a store, which has its own key",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
 
 
 @dataclass

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from sdxl_ambient.errors import CheckpointError, HubError, InterchangeError, one_line
+from sdxl_ambient.formats.files import check_files
 from sdxl_ambient.formats.find import lora_file, unet_files
 from sdxl_ambient.formats.record import INFO_FILE, LORA_FILE, read_training_info
 from sdxl_ambient.hub.card import model_card, numbered_images
@@ -114,6 +115,7 @@ def push(
     folder = Path(folder)
     files = weight_files(folder)
     try:
+        check_files(files)
         info = read_training_info(folder)
         if "t_n" not in info:
             raise HubError(f"{folder} has no record of its training ({INFO_FILE}), so the card could not say what it is")
@@ -132,7 +134,7 @@ def push(
         api.create_commit(name, adds, commit_message=f"Upload by sdxl_ambient, step {info.get('step', 'unknown')}")
     # Training may have taken weeks: whatever goes wrong here, the message says that its result is there and what to do.
     except Exception as error:
-        reason = str(error) if isinstance(error, (HubError, CheckpointError)) else _reason(error)
+        reason = str(error) if isinstance(error, (HubError, CheckpointError, InterchangeError)) else _reason(error)
         raise HubError(
             f"the upload to {repo_id!r} failed: {reason}. Nothing is lost: the results are in {folder}; upload them with "
             f"python -m sdxl_ambient.hub --output_dir {folder} --hub_model_id {repo_id}"

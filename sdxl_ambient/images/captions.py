@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from sdxl_ambient.errors import ImagesMissing
 from sdxl_ambient.levels import CLEAN, MAXIMUM_T_N
+from sdxl_ambient.provenance import is_utf8
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,16 @@ class Description:
 
 
 def captions_of(value: Any, column: str, location: str) -> tuple[str, ...]:
-    """A text, a list of texts or nothing → captions without empty ones. Raises ImagesMissing for anything else."""
+    """A text, a list of texts or nothing → captions without empty ones.
+
+    Raises:
+        ImagesMissing: anything else, or half of a surrogate pair, which no file in UTF-8 can hold.
+    """
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(t, str | None) for t in texts):
-        raise ImagesMissing(f"{location}: {column!r} is not a text or a list of texts: {value!r}")
+        raise ImagesMissing(f"{location}: {column!r} is not a text or a list of texts: {reprlib.repr(value)}")
+    if wrong := [t for t in texts if t and not is_utf8(t)]:
+        raise ImagesMissing(f"{location}: {column!r} holds half of a surrogate pair, which is no text: {wrong[0]!a:.80}")
     return tuple(t for t in texts if t)
 
 
@@ -61,12 +69,12 @@ def level_of(value: Any, column: str, location: str) -> int | None:
         return None
     try:
         number = None if isinstance(level, bool) else float(level)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or not CLEAN <= number <= MAXIMUM_T_N or number != int(number):
         raise ImagesMissing(
-            f"{location}: --t_n_column: {column!r} is {value!r}; allowed are 0 to {MAXIMUM_T_N}, {CLEAN} for clean, "
-            "and nothing for --t_n"
+            f"{location}: --t_n_column: {column!r} is {reprlib.repr(value)}; allowed are 0 to {MAXIMUM_T_N}, "
+            f"{CLEAN} for clean, and nothing for --t_n"
         )
     return int(number)
 
@@ -80,7 +88,8 @@ def read_descriptions(folder: Path, paths: Sequence[Path], columns: Columns) -> 
     """The description of each of ``paths`` by a folder's metadata and ``.txt`` files.
 
     Raises:
-        ImagesMissing: metadata that is damaged, names a file that isn't there, lacks a column, or has a wrong value.
+        ImagesMissing: metadata or a caption that is damaged or not in UTF-8, metadata that names a file that isn't there,
+            lacks a column, or has a wrong value.
     """
     rows = _metadata(folder, paths)
     known = sorted({name for _, row in rows.values() for name in row})
@@ -124,7 +133,7 @@ def _rows_in(folder: Path) -> dict[str, tuple[str, dict]]:
     for path in files:
         for location, row in _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path):
             name = Path(row["file_name"])
-            if not (folder / name).is_file():
+            if "\0" in row["file_name"] or not (folder / name).is_file():
                 raise ImagesMissing(f"{location}: {str(name)!r} is not in the folder")
             rows[name.as_posix()] = location, row
     return rows
@@ -136,8 +145,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
             continue
         location = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError:
+            # NaN is how tables spell that nothing is said.
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise ImagesMissing(f"{location}: not a JSON object with a 'file_name'")
@@ -163,5 +173,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _sidecar(path: Path) -> tuple[str, ...]:
     text = path.with_suffix(".txt")
-    caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+    try:
+        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ImagesMissing(f"{text}: byte {error.start} is not UTF-8, which captions are read in") from None
     return (caption,) if caption else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdxl_ambient.errors import ImageError, ImagesMissing
 from sdxl_ambient.images.captions import Columns, read_descriptions
+from sdxl_ambient.provenance import is_utf8
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 MINIMUM_SIDE = 8  # pixels; below this the VAE has nothing to encode
@@ -103,15 +105,21 @@ def list_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
     """Files below ``folder`` with one of these endings, hidden ones left out, in the order of their relative paths.
 
     Raises:
-        ImagesMissing: no such folder.
+        ImagesMissing: no such folder, or files whose names are not UTF-8, which no record or report could name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ImagesMissing(f"{str(folder)!r} is not a folder")
-    return sorted(
+    files = sorted(
         (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()),
         key=lambda p: p.relative_to(folder).as_posix(),
     )
+    if unnamed := [name for p in files if not is_utf8(name := p.relative_to(folder).as_posix())]:
+        count = "1 file's name is" if len(unnamed) == 1 else f"{len(unnamed)} files' names are"
+        raise ImagesMissing(
+            f"{str(folder)!r}: {count} not UTF-8, such as {os.fsencode(unnamed[0])!r}; rename or remove what is named so"
+        )
+    return files
 
 
 def list_images(

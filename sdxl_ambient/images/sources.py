@@ -20,7 +20,7 @@ import pyarrow
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from sdxl_ambient.errors import ImageError, ImagesMissing
+from sdxl_ambient.errors import ImageError, ImagesMissing, one_line
 from sdxl_ambient.images.captions import Columns, captions_of, level_of, not_one_of
 from sdxl_ambient.images.load import SUFFIXES, Record, list_files, list_images
 
@@ -199,6 +199,13 @@ def _values(data, option: str, name: str, location: str, needed: bool, log: Log)
         return [None] * len(data)
     if present != name:
         log(f"note: --{option}: {name!r} is not there, {present!r} is taken")
+    try:
+        return _column(data, present)
+    except ValueError as error:  # bytes that are not UTF-8
+        raise ImagesMissing(f"--{option}: {present!r} can't be read ({location}): {one_line(error)}") from None
+
+
+def _column(data, present: str) -> list:
     if present == "txt":
         return [text.strip() if isinstance(text, str) else text for text in data[present][:]]  # as .txt files are read
     if present in data.column_names:
