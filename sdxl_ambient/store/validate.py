@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Any]:
         value = read_json(path)
         version = value["fingerprint"]["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise StoreError(f"{path} is damaged: {_why(error)}") from None
+        raise StoreError(f"{path} is damaged: {_why(path, error)}") from None
     if version != FORMAT_VERSION:
         raise StoreError(
             f"{path} is of store format {version!r}, this version reads {FORMAT_VERSION}; make the store anew from its "
@@ -67,18 +67,18 @@ def _read(path: Path) -> dict[str, Any]:
     except KeyError:
         raise StoreError(f"{path} is damaged: it has no {CHECKSUM}") from None
     except (ValueError, OSError) as error:
-        raise StoreError(f"{path} is damaged: {_why(error)}") from None
+        raise StoreError(f"{path} is damaged: {_why(path, error)}") from None
 
 
 def _checked(path: Path, check: Any) -> None:
     try:
         check()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged: {_why(error)}") from None
+        raise StoreError(f"{path} is damaged: {_why(path, error)}") from None
 
 
-def _why(error: BaseException) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+def _why(path: Path, error: BaseException) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error).replace(f"{path} is", "it is")
 
 
 # -- what they hold ------------------------------------------------------------------

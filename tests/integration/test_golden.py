@@ -125,6 +125,7 @@ def record() -> None:
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         pictures = images(Path(folder) / "pictures")
+        os.environ["SDXL_AMBIENT_HOME"] = str(Path(folder) / "home")
         for name in RUNS:
             train(name, pictures, Path(folder) / name / "run")
             runs[name] = results(Path(folder) / name / "run", name)

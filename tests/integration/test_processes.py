@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from support.pictures import copy_emoji
-from support.running import ENV
+from support.running import process_env
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from eval.embedding import FeatureCache
@@ -57,7 +57,7 @@ def runs(inputs, tmp_path_factory):
     for name, launcher in LAUNCHERS.items():
         folder = tmp_path_factory.mktemp(name)
         command = [sys.executable, "-m", *launcher, "eval.memorization", *inputs, "--output_dir", "out"]
-        env = {**ENV, "GIT_DIR": str(folder / "none")}
+        env = {**process_env(), "GIT_DIR": str(folder / "none")}
         run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=300)
         assert run.returncode == 0, run.stderr[-3000:]
         found[name] = (run, folder / "out")

@@ -13,7 +13,7 @@ from accelerate import DistributedType
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from support.pictures import copy_emoji
-from support.running import ENV, ROOT, arguments, assert_identical, assert_same_updates, no_lora_yet, train_here
+from support.running import ROOT, arguments, assert_identical, assert_same_updates, no_lora_yet, process_env, train_here
 
 from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
@@ -40,7 +40,7 @@ def emoji(tmp_path_factory):
 def sharded(arguments, processes=2, **environment):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", *launcher, str(ROOT / "tests/support/fsdp_on_cpu.py"), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env={**ENV, **environment}, cwd=ROOT, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, env=process_env(**environment), cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import load_file
 from support.pictures import copy_emoji
 from support.running import (
-    ENV,
     ROOT,
     SCRIPT,
     arguments,
@@ -24,6 +23,7 @@ from support.running import (
     error_line,
     launch,
     no_lora_yet,
+    process_env,
     states,
     train_here,
 )
@@ -80,7 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(emoji, tmp_path, uninterrupted)
     # The same noise as the uninterrupted run.
     key = uninterrupted[0].parent / "key"
     command = [sys.executable, *SCRIPT, *arguments(emoji, output, noise_key_file=key, max_train_steps=6)]
-    process = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=process_env(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (output / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from support.running import ENV, ROOT, SCRIPT, arguments, assert_identical, launch, states
+from support.running import ROOT, SCRIPT, arguments, assert_identical, launch, process_env, states
 
 from sdxl_ambient.provenance import read_json
 from sdxl_ambient.training.checkpoint import checkpoints
@@ -37,7 +37,7 @@ def start(uninterrupted, output, *more, before="", options=None, **changes):
     imports = "import accelerate, torch, train_sdxl_ambient as script\nfrom sdxl_ambient.training import step"
     code = f"import sys; sys.argv[0] = {SCRIPT[0]!r}\n{imports}\n{before}\nsys.exit(script.main())"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-u", "-c", code, *options], env=ENV, cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, "-u", "-c", code, *options], env=process_env(), cwd=ROOT, **pipes)
 
 
 # Told to stop in the middle of its third step.

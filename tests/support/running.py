@@ -12,7 +12,11 @@ from benchmarks.script import train_here  # noqa: F401 - the tests take it from 
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [str(ROOT / "train_sdxl_ambient.py")]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def process_env(**more: str) -> dict[str, str]:
+    """The environment of a process that a test starts."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **more}
 
 
 def arguments(emoji, output, **changes):
@@ -43,7 +47,9 @@ def launch(arguments, processes=1, check=True):
         # accelerate launch starts a single process on a CPU without MPI; torchrun starts them all, over gloo.
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", *launcher]
-    run = subprocess.run([*command, *SCRIPT, *arguments], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300)
+    run = subprocess.run(
+        [*command, *SCRIPT, *arguments], capture_output=True, text=True, env=process_env(), cwd=ROOT, timeout=300
+    )
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
 

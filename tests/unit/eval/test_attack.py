@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from support.pictures import REPOSITORY, copy_emoji
-from support.running import ENV
+from support.running import process_env
 
 from eval.attack import AttackCommandOptions, main
 from eval.attacks.inpaint import hole, inpaint, painted_over
@@ -326,7 +326,7 @@ def test_two_processes_give_what_one_gives(miniature, tmp_path):
         out = tmp_path / f"out-{processes}"
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"] if processes > 1 else []
         command = [sys.executable, "-m", *launcher, "eval.attack", *line, "--attack_images", "5", "--output_dir", str(out)]
-        run = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=REPOSITORY, timeout=300)
+        run = subprocess.run(command, capture_output=True, text=True, env=process_env(), cwd=REPOSITORY, timeout=300)
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("attack.json") == 1 and run.stdout.count("mask: AUC") == 1
         found.append(json.loads((out / "attack.json").read_text()))

@@ -241,7 +241,7 @@ def test_an_edited_manifest_is_found(build, emoji, tmp_path):
     build(emoji, store)
     text = (store / "manifest.json").read_text()
     (store / "manifest.json").write_text(text.replace('"t_n": 500', '"t_n": 300'))
-    with pytest.raises(StoreError, match="manifest.json is not as it was written"):
+    with pytest.raises(StoreError, match="manifest.json is damaged: it is not as it was written"):
         LatentStore(store)
     value = json.loads(text)
     value["images"][0]["t_n"] = 300

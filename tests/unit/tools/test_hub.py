@@ -21,7 +21,7 @@ import yaml
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import constants
 from support.pictures import REPOSITORY
-from support.running import ENV
+from support.running import process_env
 
 from sdxl_ambient.errors import HubError
 from sdxl_ambient.formats.peft import save_lora, save_unet
@@ -481,7 +481,13 @@ def test_wrong_options_of_the_command_are_one_line(capsys, argv, message):
 def test_the_command_uploads_as_users_call_it(run, tmp_path):
     """In a process of its own, whose settings come from the environment."""
     server = Hub()
-    env = {**ENV, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env = {
+        **process_env(),
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [sys.executable, "-m", "sdxl_ambient.hub", "--output_dir", str(run), "--hub_model_id", "org/emoji"]
     done = subprocess.run(
         command, env={**env, "HF_HUB_OFFLINE": "0"}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
