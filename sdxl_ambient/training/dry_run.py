@@ -31,7 +31,7 @@ class DryRunSettings:
     """What a run's memory depends on beside the run itself, and whose VAE shows the first batch.
 
     extra_rows: rows of a forward pass that ``--low_noise`` adds. replace_noisy: whether they take the noisy ones' place.
-    optimizer, optimizer_args, offload_ema: as the options of these names.
+    optimizer: its name, whichever option says so. optimizer_args, offload_ema: as the options of these names.
     """
 
     base: BaseModel
