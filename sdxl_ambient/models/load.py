@@ -119,6 +119,7 @@ def load_unet_file(
         weights, predicts_v = _unet_weights(Path(path))
     except LOADING_ERRORS as error:
         raise ModelError(f"the UNet {str(path)!r} can't be loaded: {one_line(error)}") from None
+    _check_names(weights, str(path), base, revision)
     # Such files say it by an empty tensor of this name. Sampled as ε, v gives noise, in which nothing is found copied.
     if predicts_v and load_schedule(base, revision).prediction_type != "v_prediction":
         raise ModelError(f"the UNet {str(path)!r} predicts v, but the scheduler of {str(base)!r} doesn't; give another base")
@@ -136,14 +137,34 @@ def load_unet_file(
     # diffusers leaves out what it doesn't know, and leaves empty what isn't there.
     missing = sorted(name for name, tensor in state.items() if tensor.is_meta)
     if missing or len(weights) != len(state):
-        unknown = sorted(weights.keys() - state.keys()) if weights.keys() & state.keys() else []
-        named = [f"{name} is {word}" for names, word in ((missing, "missing"), (unknown, "unknown")) for name in names[:1]]
-        raise ModelError(
-            f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: "
-            + ", ".join([f"it holds {len(weights)} weights instead of {len(state)}", *named])
-        )
+        counts = f"it holds {len(weights)} weights instead of {len(state)}"
+        named = f", {missing[0]} is missing" if missing else ""
+        raise ModelError(f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: {counts}{named}")
     check_finite(state, f"the UNet {str(path)!r}")
     return unet
+
+
+def _check_names(weights: dict[str, torch.Tensor], path: str, base: str | Path, revision: str | None) -> None:
+    """A file in diffusers' layout holds just the weights of the base's UNet; diffusers takes any other for another layout.
+
+    Raises:
+        ModelError: it doesn't.
+    """
+    if any(name.startswith(_ORIGINAL_PREFIX) for name in weights):
+        return
+    try:
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(
+                load_config(UNet2DConditionModel, base, subfolder="unet", revision=revision)
+            )
+    except LOADING_ERRORS as error:
+        raise ModelError(f"the UNet of {str(base)!r} can't be read: {one_line(error)}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    have = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if other := sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name)):
+        name = other[0]
+        problem = "missing" if name not in have else "unknown" if name not in wanted else "of another shape"
+        raise ModelError(f"the UNet {path!r} {_ANOTHER} {str(base)!r}: {len(other)} weights differ, {name} is {problem}")
 
 
 def _unet_weights(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
