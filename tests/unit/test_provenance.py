@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdxl_ambient import provenance as manifest
+from sdxl_ambient.errors import JsonError
 
 
 def test_hashes_follow_content_only(tmp_path):
@@ -50,6 +54,50 @@ def test_json_round_trip_and_damage(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(ValueError, match="a.json is not valid JSON"):
         manifest.read_json(tmp_path / "a.json")
+
+
+HOSTILE = {
+    "deep list": (b"[" * 100_000, "nested too deeply"),
+    "deep object": (b'{"a":' * 100_000, "nested too deeply"),
+    "no UTF-8": (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+    "half a pair": (b'{"a": ["\\uD800"]}', "half of a surrogate pair"),
+    "NaN": (b'{"a": NaN}', "NaN is no number"),
+    "infinity": (b"[-Infinity]", "-Infinity is no number"),
+    "too large": (b"[1e999]", "1e999 is too large a number"),
+    "very long": (b"9" * 5000, "digits"),
+    "twice": (b'{"b": {"a": 1, "a": 1}}', "the key 'a' twice in one object"),
+    "nothing": (b"", "Expecting value"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_json_that_is_none_is_one_line_that_names_the_file(tmp_path, case):
+    content, message = HOSTILE[case]
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(JsonError, match="a.json is not valid JSON: ") as error:
+        manifest.read_json(tmp_path / "a.json")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(JsonError, match="it is no file"):
+        manifest.read_json(tmp_path / "pipe")
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(JsonError, match="3 bytes, more than the 2 that are read"):
+        manifest.read_json(tmp_path / "a.json", most=2)
+    assert manifest.read_json(tmp_path / "a.json", most=3) == [1]
+
+
+@settings(deadline=1000, derandomize=True, database=None)
+@given(st.binary(max_size=40) | st.text(alphabet='[]{}",:0123456789.eE-\\ud8N', max_size=40).map(str.encode))
+def test_any_bytes_are_read_or_refused(content):
+    try:
+        value = manifest.parse_json(content, "a")
+    except JsonError as error:
+        assert str(error).startswith("a is not valid JSON: ")
+    else:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
 def test_differences_name_every_leaf():
