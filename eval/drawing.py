@@ -15,7 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.checkpoints import Checkpoint, hash_weights, resolve_base
-from eval.processes import is_main, share, wait
+from eval.drawn import MANIFEST, METADATA, whole_images
+from eval.processes import collect, is_main, share, wait
 from eval.samplers import Sampler
 from eval.shared_options import GenerationOptions
 from eval.stored import read_object
@@ -25,14 +26,21 @@ from sdxl_ambient.images.load import list_images
 from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.pipeline import load_pipeline, sample
-from sdxl_ambient.provenance import atomic, differences, environment, hash_json, parse_json, read_json, write_json
+from sdxl_ambient.provenance import (
+    atomic,
+    differences,
+    environment,
+    hash_file,
+    hash_json,
+    parse_json,
+    read_json,
+    write_sealed,
+)
 from sdxl_ambient.randomness import image_seed
 from sdxl_ambient.spread import spread
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,8 @@ def generate_images(
     # Whole batches, also when only one image of a batch is missing: a resumed run repeats the uninterrupted run's
     # arithmetic.
     batches = share([draws[i : i + batch_size] for i in range(0, len(draws), batch_size)])
-    missing = [b for b in batches if not all((folder / d.file).is_file() for d in b)]
+    whole = whole_images(folder, [d.file for batch in batches for d in batch])
+    missing = [batch for batch in batches if not all(d.file in whole for d in batch)]
     done, total = 0, sum(map(len, missing))
     hidden = not missing or not is_main()
     with tqdm(total=total, unit="image", desc=f"draw {'/'.join(folder.parts[-2:])}", disable=hidden) as bar:
@@ -228,8 +237,8 @@ def generate_images(
             bar.update(len(batch))
             if all(np.ptp(np.asarray(image)) == 0 for image in images):
                 bar.write(f"{folder}: images {batch[0].index} to {batch[-1].index} are uniform; float16 needs another VAE")
-    wait()
-    if is_main() and not (folder / "metadata.jsonl").is_file():
+    drawn = sum(collect([done])) > 0
+    if is_main() and (drawn or not (folder / METADATA).is_file()):
         _write_metadata(folder, draws)
     wait()
     return done
@@ -237,9 +246,18 @@ def generate_images(
 
 def _write_metadata(folder: Path, draws: list[ImageRequest]) -> None:
     rows = [
-        json.dumps({"file_name": d.file, "text": d.prompt, "index": d.index, "seed": d.seed, "run": d.run}) for d in draws
+        {
+            "file_name": d.file,
+            "text": d.prompt,
+            "index": d.index,
+            "seed": d.seed,
+            "run": d.run,
+            "sha256": hash_file(folder / d.file),
+        }
+        for d in draws
     ]
-    with atomic(folder / "metadata.jsonl") as temporary:
+    rows = [json.dumps(row) for row in rows]
+    with atomic(folder / METADATA) as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
@@ -251,15 +269,15 @@ def average_images(source: Path, folder: str | Path, draws: list[ImageRequest], 
     folder = Path(folder)
     manifest = read_object(source / MANIFEST, ["settings", "about"], "delete that folder and run again")
     _claim(folder, {**manifest["settings"], "averaged": count}, {**manifest["about"], "samples": source.name})
-    means = []
     groups = [draws[i : i + count] for i in range(0, len(draws), count)]
-    for index, group in enumerate(groups):
-        means.append(ImageRequest(index, group[0].prompt, group[0].seed, group[0].run))
-        if is_main() and not (folder / means[-1].file).is_file():
+    means = [ImageRequest(index, group[0].prompt, group[0].seed, group[0].run) for index, group in enumerate(groups)]
+    whole = whole_images(folder, [mean.file for mean in means])
+    for mean, group in zip(means, groups, strict=True):
+        if is_main() and mean.file not in whole:
             pixels = np.mean([np.asarray(Image.open(source / d.file), np.float32) for d in group], axis=0)
-            with atomic(folder / means[-1].file) as temporary:
+            with atomic(folder / mean.file) as temporary:
                 Image.fromarray(np.round(pixels).astype(np.uint8)).save(temporary)
-    if is_main() and not (folder / "metadata.jsonl").is_file():
+    if is_main() and (len(whole) < len(means) or not (folder / METADATA).is_file()):
         _write_metadata(folder, means)
     wait()
     return means
@@ -276,7 +294,7 @@ def _claim(folder: Path, settings: dict, about: dict) -> None:
     elif is_main():
         if folder.is_dir() and any(folder.iterdir()):
             raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
-        write_json(path, {"settings": settings, "about": about, "environment": environment()})
+        write_sealed(path, {"settings": settings, "about": about, "environment": environment()})
         (folder / "images").mkdir(exist_ok=True)
     wait()
 

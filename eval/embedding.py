@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from eval.schema import Excluded
 from sdxl_ambient.errors import ImageError, StageError, one_line
 from sdxl_ambient.formats.record import DAMAGED_FILE
 from sdxl_ambient.images.load import load_rgb
-from sdxl_ambient.provenance import atomic, hash_bytes
+from sdxl_ambient.provenance import atomic, hash_bytes, parse_json
 
+_CHECKSUMS = "sha256"
 _SHARD = 1024  # images per cache file: what being killed can lose
 
 
@@ -103,7 +105,9 @@ class FeatureCache:
         keys = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=np.uint8).reshape(len(hashes), 32)
         path = self.folder / f"{hash_bytes(keys.tobytes())[:24]}.safetensors"
         with atomic(path) as temporary:
-            save_file({"hashes": keys.copy(), "features": np.ascontiguousarray(features)}, temporary)
+            tensors = {"hashes": keys.copy(), "features": np.ascontiguousarray(features)}
+            checksums = json.dumps({name: _checksum(name, array) for name, array in tensors.items()})
+            save_file(tensors, temporary, metadata={_CHECKSUMS: checksums})
         self.place.update((digest, (path, row)) for row, digest in enumerate(hashes))
 
     def read(self, hashes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +129,23 @@ class FeatureCache:
 
 
 def _read(path: Path, name: str) -> np.ndarray:
+    """An array of a shard, every bit checked."""
     try:
         with safe_open(path, "np") as shard:
-            return shard.get_tensor(name)
+            array, metadata = shard.get_tensor(name), shard.metadata() or {}
+        checksums = parse_json(metadata.get(_CHECKSUMS, "{}"), str(path))
+        wanted = checksums.get(name) if isinstance(checksums, dict) else None
     except DAMAGED_FILE as error:
         raise _damaged(path, one_line(error)) from None
+    if wanted != _checksum(name, array):
+        raise _damaged(path, f"{name} are not as they were written" if wanted else "without a checksum")
+    return array
+
+
+def _checksum(name: str, array: np.ndarray) -> str:
+    """SHA-256 of an array's name, dtype, shape and bytes."""
+    about = f"{name}|{array.dtype}|{array.shape}|".encode()
+    return hash_bytes(about + np.ascontiguousarray(array).tobytes())
 
 
 def _shape(path: Path, name: str) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from eval.drawn import check_drawn
 from eval.schema import Excluded
 from sdxl_ambient.errors import ImageError
 from sdxl_ambient.images.load import Record, list_images, load_rgb
@@ -48,6 +49,7 @@ def read_folder(folder: str | Path, caption_column: str = "text") -> ImageSet:
 
     Raises:
         sdxl_ambient.images.load.ImagesMissing: no such folder, nothing in it, or damaged metadata.
+        StageError: images that a stage drew and that are not as it drew them.
     """
     folder = Path(folder)
     images = ImageSet(folder, [], [])
@@ -60,6 +62,7 @@ def read_folder(folder: str | Path, caption_column: str = "text") -> ImageSet:
             continue
         images.records.append(record)
         images.hashes.append(digest)
+    check_drawn(folder, {images.name(i): digest for i, digest in enumerate(images.hashes)})
     return images
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from eval.options import BASE, MemorizationOptions
 from sdxl_ambient.config.parser import parse_options
 from sdxl_ambient.errors import run_command
-from sdxl_ambient.provenance import write_json
+from sdxl_ambient.provenance import write_sealed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def _evaluate(options: MemorizationOptions) -> int:
     report = evaluate(options)
     if report is None:
         return 0
-    write_json(Path(options.output_dir) / "report.json", report)
+    write_sealed(Path(options.output_dir) / "report.json", report)
     page = write_html(report, options.output_dir)
     for name, model in report["models"].items():
         print(f"{name}: {model['verdict']['text']}")

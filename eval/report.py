@@ -29,10 +29,10 @@ def _write(folder: str) -> None:
     from jinja2 import TemplateError
 
     from eval.reporting.page import write_html
-    from sdxl_ambient.provenance import read_json
+    from sdxl_ambient.provenance import read_sealed
 
     try:
-        print(write_html(read_json(Path(folder) / "report.json"), folder))
+        print(write_html(read_sealed(Path(folder) / "report.json"), folder))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
         raise StageError(f"{folder!r} has no usable report.json: {error}") from None
 

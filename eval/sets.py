@@ -22,7 +22,7 @@ from eval.stored import arrays, read_object
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.images.duplicates import Fingerprints
-from sdxl_ambient.provenance import hash_tensors, write_json
+from sdxl_ambient.provenance import hash_tensors, write_sealed
 
 
 def output_folder(options: MemorizationOptions) -> Path:
@@ -124,7 +124,7 @@ def plant(options: MemorizationOptions, train: Embedded, embedder: Embedder) -> 
         return stored
     with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
         similarities = planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
-    write_json(path, {"settings": settings, "planted": {name: values.tolist() for name, values in similarities.items()}})
+    write_sealed(path, {"settings": settings, "planted": {name: values.tolist() for name, values in similarities.items()}})
     return similarities
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_ambient.errors import JsonError, StageError
-from sdxl_ambient.provenance import read_json
+from sdxl_ambient.errors import StageError
+from sdxl_ambient.provenance import read_sealed
 
 
 def read_object(path: Path, keys: Iterable[str], advice: str) -> dict[str, Any]:
-    """A JSON object of a file in which each of ``keys`` is an object again.
+    """A JSON object of a file that ``write_sealed`` wrote, in which each of ``keys`` is an object again.
 
     Args:
         advice: what the message says at its end, such as "delete that file and run again".
@@ -23,8 +23,10 @@ def read_object(path: Path, keys: Iterable[str], advice: str) -> dict[str, Any]:
         StageError: a damaged file, or one of something else; the message names it.
     """
     try:
-        content = read_json(path)
-    except JsonError as error:
+        content = read_sealed(path)
+    except KeyError:
+        raise StageError(f"{path} has no checksum, as files of earlier versions; {advice}") from None
+    except ValueError as error:
         raise StageError(f"{error}; {advice}") from None
     missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
     if missing:

@@ -24,7 +24,7 @@ from eval.stored import arrays, read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import StageError
 from sdxl_ambient.pipeline import load_pipeline
-from sdxl_ambient.provenance import differences, hash_json, write_json
+from sdxl_ambient.provenance import differences, hash_json, write_sealed
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def _stored(path: Path | None, most: int, compute: Callable[[], tuple[int, Score
     count, scores = compute()
     # Others are no JSON, and are refused where all are there.
     if path is not None and all(np.isfinite(values).all() for values in scores.values()):
-        write_json(path, {"count": count, "answers": {name: values.tolist() for name, values in scores.items()}})
+        write_sealed(path, {"count": count, "answers": {name: values.tolist() for name, values in scores.items()}})
     return count, scores
 
 
@@ -174,7 +174,7 @@ def attack(
     if processes.is_main():
         lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in scores.items()}
         figures = attack_figures(scores["train"], scores["heldout"])
-        write_json(path, {"settings": settings, "answers": lists, "figures": figures})
+        write_sealed(path, {"settings": settings, "answers": lists, "figures": figures})
         shutil.rmtree(parts, ignore_errors=True)
     processes.wait()
     return scores

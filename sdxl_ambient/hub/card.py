@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from sdxl_ambient.errors import HubError, one_line
 from sdxl_ambient.formats.record import LORA_FILE
-from sdxl_ambient.provenance import read_json
+from sdxl_ambient.provenance import read_sealed
 
 REPORT_SCHEMA = 3
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -134,7 +134,7 @@ def _measured(folder: str | Path, info: dict, report: str | Path | None) -> dict
 def read_report(path: str | Path) -> dict:
     """An evaluation's report.json of the schema that is understood here. Raises HubError."""
     try:
-        report = read_json(path)
+        report = read_sealed(path)
         schema = report["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HubError(f"--memorization_report: {str(path)!r} can't be read: {one_line(error)}") from None

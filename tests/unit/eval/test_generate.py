@@ -12,12 +12,14 @@ from support.pictures import copy_emoji
 from eval.checkpoints import Checkpoint, hash_weights
 from eval.drawing import average_images, captions_of, generate_images, plan, read_prompts
 from eval.generate import GenerateOptions, main
+from eval.images import read_folder
 from eval.options import MemorizationOptions
 from eval.samplers import own_samplers, samplers_of
 from sdxl_ambient.config.parser import load_options
-from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.errors import OptionError, StageError, UserError
 from sdxl_ambient.formats.peft import save_lora
 from sdxl_ambient.models.lora import add_lora
+from sdxl_ambient.provenance import hash_file
 from sdxl_ambient.randomness import image_seed
 
 PROMPTS = ["red apple", "green heart", "penguin", "yellow star", "blue car"]
@@ -67,7 +69,35 @@ def test_batch_size_and_interruption_change_no_image(miniature, tmp_path):
         "index": 3,
         "seed": image_seed(0, 3),
         "run": 0,
+        "sha256": hash_file(tmp_path / "a" / "images/000003.png"),
     }
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_image_is_drawn_again_and_never_evaluated(miniature, tmp_path, capsys, finished):
+    assert main(arguments(miniature, tmp_path, "a")) == 0
+    path, rows = tmp_path / "a/images/000002.png", tmp_path / "a/metadata.jsonl"
+    want, metadata = path.read_bytes(), rows.read_bytes()
+    for damage in (lambda data: data[: len(data) // 2], lambda data: bytes(len(data)), flip):
+        path.write_bytes(damage(want))
+        if finished:
+            with pytest.raises(StageError, match="000002.png is not as it was drawn; draw again"):
+                read_folder(tmp_path / "a")
+        else:
+            rows.unlink()
+        assert main(arguments(miniature, tmp_path, "a")) == 0
+        assert "000002.png is damaged and is made again" in capsys.readouterr().err
+        assert path.read_bytes() == want and rows.read_bytes() == metadata
+    path.unlink()
+    with pytest.raises(UserError, match="images/000002.png' is not in the folder"):
+        read_folder(tmp_path / "a")
+
+
+def flip(data: bytes) -> bytes:
+    """One bit of a PNG's pixels."""
+    changed = bytearray(data)
+    changed[data.index(b"IDAT") + 20] ^= 1
+    return bytes(changed)
 
 
 def test_a_lora_changes_the_images_and_hybrid_uses_its_own_level(miniature, lora, tmp_path):

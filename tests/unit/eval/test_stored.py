@@ -12,12 +12,13 @@ from support.pictures import copy_emoji
 
 from eval.attacks.run import _earlier_scores, _read_part, _stored
 from eval.drawing import MANIFEST, generate_images
-from eval.embedding import FeatureCache
+from eval.embedding import FeatureCache, _checksum
 from eval.images import read_folder
 from eval.report import main as report
 from eval.sets import _stored_controls
 from eval.stored import arrays, read_object
 from sdxl_ambient.errors import StageError
+from sdxl_ambient.provenance import hash_json
 
 DAMAGED = [
     "",
@@ -43,6 +44,14 @@ SCORES = st.dictionaries(
 )
 
 
+def sealed(value):
+    """As ``write_sealed`` writes it, also what it would refuse to write."""
+    try:
+        return json.dumps({**value, "checksum": hash_json(value)})
+    except (TypeError, ValueError):
+        return json.dumps(value)
+
+
 def write(path, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     return path
@@ -55,7 +64,7 @@ def sets(tmp_path):
 
 
 def attack_json(path, answers, **settings):
-    return write(path, json.dumps({"settings": settings, "answers": answers}))
+    return write(path, sealed({"settings": settings, "answers": answers}))
 
 
 def test_scores_are_read_again(tmp_path, sets):
@@ -108,7 +117,7 @@ def test_damaged_json_is_named_by_each_that_reads_it(tmp_path, sets, text, capsy
 @quick
 @given(SCORES | JSON)
 def test_any_json_is_read_or_refused(tmp_path, sets, value):
-    path = write(tmp_path / "scores.json", json.dumps(value))
+    path = write(tmp_path / "scores.json", sealed(value))
     assert isinstance(_earlier_scores(path, {}, sets), StageError | dict)
     _stored_controls(path, {}, ["copy"], 2)
     try:
@@ -139,10 +148,10 @@ def test_scores_that_are_not_finite_are_not_kept(tmp_path):
     "planted", [{"copy": [1]}, {"copy": [1, 2], "flip": [1, 2]}, {"flip": [1, 2]}, {"copy": [1, None]}, {}, 3]
 )
 def test_damaged_controls_are_passed_over(tmp_path, planted, capsys):
-    path = write(tmp_path / "controls.json", json.dumps({"settings": {"a": 1}, "planted": planted}))
+    path = write(tmp_path / "controls.json", sealed({"settings": {"a": 1}, "planted": planted}))
     assert _stored_controls(path, {"a": 1}, ["copy"], 2) is None
     assert f"passed over: {path}" in capsys.readouterr().out
-    write(path, json.dumps({"settings": {"a": 1}, "planted": {"copy": [0.5, 1]}}))
+    write(path, sealed({"settings": {"a": 1}, "planted": {"copy": [0.5, 1]}}))
     found = _stored_controls(path, {"a": 1}, ["copy"], 2)
     assert found is not None and found["copy"].dtype == np.float32 and found["copy"].tolist() == [0.5, 1]
     assert _stored_controls(path, {"a": 2}, ["copy"], 2) is None and not capsys.readouterr().out
@@ -164,16 +173,38 @@ HASHES = np.zeros((2, 32), np.uint8)
     ],
 )
 def test_a_cache_of_other_arrays_is_refused(tmp_path, tensors):
-    save_file(tensors, tmp_path / "a.safetensors")
+    checksums = json.dumps({name: _checksum(name, array) for name, array in tensors.items()})
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"sha256": checksums})
     with pytest.raises(StageError, match=r"a\.safetensors are damaged .*; delete that file and run again"):
         FeatureCache(tmp_path).read(["00" * 32])
 
 
 def test_what_is_asked_of_a_file_is_all_there(tmp_path):
-    path = write(tmp_path / "a.json", '{"a": {"x": [1, 2]}}')
+    path = write(tmp_path / "a.json", sealed({"a": {"x": [1, 2]}}))
     found = read_object(path, ["a"], "do this")["a"]
     assert arrays(found, path, "do this", [2])["x"].tolist() == [1, 2]
     with pytest.raises(StageError, match=r"a\.json is damaged: it has no b; do this$"):
         read_object(path, ["a", "b"], "do this")
     with pytest.raises(StageError, match="lists of numbers are 2 to 2 long"):
         arrays(found, path, "do this", [3])
+    write(path, path.read_text().replace("2", "3", 1))
+    with pytest.raises(StageError, match=r"a\.json is not as it was written; do this$"):
+        read_object(path, ["a"], "do this")
+    write(path, '{"a": {}}')
+    with pytest.raises(StageError, match=r"a\.json has no checksum, as files of earlier versions; do this$"):
+        read_object(path, ["a"], "do this")
+
+
+def test_one_flipped_bit_of_a_cached_embedding_is_found(tmp_path):
+    digests = [f"{k:064x}" for k in range(3)]
+    cache = FeatureCache(tmp_path)
+    cache.add(digests, np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert FeatureCache(tmp_path).read(digests)[0].shape == (3, 4)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, len(whole) - 40, len(whole) - 60, len(whole) - 140):
+        data = bytearray(whole)
+        data[place] ^= 8
+        path.write_bytes(data)
+        with pytest.raises(StageError, match=f"the cached embeddings in {path} are damaged .*; delete that file and run"):
+            FeatureCache(tmp_path).read(digests)

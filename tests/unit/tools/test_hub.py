@@ -31,7 +31,7 @@ from sdxl_ambient.hub.card import fitting_sampler, model_card
 from sdxl_ambient.hub.upload import check_hub, push, repository
 from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.pipeline import euler_like, sample, timestep_grid
-from sdxl_ambient.provenance import read_json, write_json
+from sdxl_ambient.provenance import read_json, write_json, write_sealed
 
 DATA = REPOSITORY / "miniature" / "data"
 TOKEN = "hf_a_token_of_the_tests"
@@ -207,7 +207,7 @@ def test_a_report_of_another_model_is_refused(run, report, tmp_path):
     with pytest.raises(HubError, match=r"none of its models \(noisy\) is surely the one in"):
         card(report, tmp_path, t_n=300)
     old = {**read_json(report), "schema_version": 2}
-    write_json(tmp_path / "old.json", old)
+    write_sealed(tmp_path / "old.json", old)
     with pytest.raises(HubError, match="is of schema 2, not 3; evaluate anew"):
         card(tmp_path / "old.json")
     (tmp_path / "no.json").write_text("{")
@@ -216,7 +216,7 @@ def test_a_report_of_another_model_is_refused(run, report, tmp_path):
     without = read_json(report)
     for model in without["models"].values():
         model.update(worst_case=None, verdict={"level": "unknown", "text": "No verdict: too few."})
-    write_json(tmp_path / "few.json", without)
+    write_sealed(tmp_path / "few.json", without)
     assert "**unknown**: No verdict: too few." in card(tmp_path / "few.json")
 
 
