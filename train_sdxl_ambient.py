@@ -113,7 +113,7 @@ def train(options: TrainOptions, accelerator: Accelerator, interruption: Interru
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
-    first = resume(run, options.resume_from_checkpoint)
+    first = resume(run, options.resume_from_checkpoint, options.trust_checkpoint)
     announce(options, run, first)
     if options.dry_run:
         dry_run(run, first, dry_run_settings(options))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.miniature import models as miniature_models
+from sdxl_ambient.training.state import load_tree, save_tree
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
 def save_state(state: dict, path: Path) -> None:
     """Write a training state so that an interruption leaves either the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
+    save_tree(temporary, state)
     temporary.replace(path)
 
 
 def load_state(path: Path) -> dict | None:
     """A training state that save_state wrote, on the CPU, or None."""
-    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+    return load_tree(path) if path.exists() else None
 
 
 class Log:

@@ -24,7 +24,7 @@ from benchmarks.miniature.training import (
 )
 from benchmarks.miniature.vae import encode, trained_vae
 
-STATE_FILE = "unet.pt"
+STATE_FILE = "unet.safetensors"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from benchmarks.miniature.training import (
     step_generator,
 )
 
-STATE_FILE = "vae.pt"
+STATE_FILE = "vae.safetensors"
 
 
 def gradient_l1(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -310,6 +310,10 @@ class LifeOptions:
         10, "steps in a row that may be left out because a gradient is not finite; one more is an error", minimum=0
     )
     resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder")
+    trust_checkpoint: bool = option(
+        False,
+        "go on from a checkpoint of FSDP or DeepSpeed that somebody else wrote; reading its states can run code",
+    )
     dry_run: bool = option(
         False,
         "make or check the stores, load everything, say what would be trained, with buckets, counts, a memory estimate and "

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from sdxl_ambient.errors import CheckpointError
 from sdxl_ambient.provenance import differences
-from sdxl_ambient.training.checkpoint import check_checkpoint, find_checkpoint
+from sdxl_ambient.training.checkpoint import check_trusted, find_checkpoint, recorded
 from sdxl_ambient.training.distributed import is_sharded
 from sdxl_ambient.training.run import Run
+from sdxl_ambient.training.state import load_state
+
+T = TypeVar("T")
 
 
-def resume(run: Run, resume_from: str | None) -> int:
+def resume(run: Run, resume_from: str | None, trust: bool = False) -> int:
     """Load the checkpoint to go on from, if there is one. Returns the optimizer steps that it has behind it, else 0.
 
-    ``resume_from``: ``latest``, a checkpoint's folder or its name; None to start from the beginning.
+    ``resume_from``: ``latest``, a checkpoint's folder or its name; None to start from the beginning. ``trust``: whether
+    states that can run code are read from a checkpoint that somebody else wrote.
 
     Raises:
         CheckpointError: see :func:`find_start`.
@@ -26,7 +33,11 @@ def resume(run: Run, resume_from: str | None) -> int:
     start = find_start(run.output, resume_from, run.record, accelerator, is_sharded(accelerator))
     if start is not None:
         folder, run.progress = start
-        accelerator.load_state(str(folder))
+        if is_sharded(accelerator):
+            on_main(accelerator, lambda: check_trusted(folder, trust))
+        load_state(accelerator, folder)
+        # Accelerate counts micro-steps; a step that failed in the middle isn't counted.
+        accelerator.step = run.progress["step"] * run.settings.gradient_accumulation_steps
         run.skipped.load_state_dict(run.progress["skipped"])
         run.validation.load_state_dict(run.progress)
         if run.extra:
@@ -49,17 +60,33 @@ def find_start(
     """
     if not resume_from:
         return None
-    folder = find_checkpoint(output, resume_from, accelerator.print)
+    folder = on_main(accelerator, lambda: find_checkpoint(output, resume_from, accelerator.print))
     if folder is None:
         accelerator.print(f"No checkpoint in {output}: starting from the beginning.")
         return None
-    progress = check_checkpoint(folder)["progress"]
+    progress = recorded(folder)["progress"]
     # What an earlier version didn't record can't be compared.
     known = {name: value for name, value in record.items() if name in progress["run"]}
     if changed := differences(progress["run"], known):
         raise CheckpointError(f"{folder} is of another run: {'; '.join(changed)}")
     _check_processes(folder, progress, record, accelerator, sharded)
     return folder, progress
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What ``function`` returns on the main process, on all; or its CheckpointError."""
+    found: T | None = None
+    failure: str | None = None
+    if accelerator.is_main_process:
+        try:
+            found = function()
+        except CheckpointError as error:
+            failure = str(error)
+    if accelerator.num_processes > 1:
+        found, failure = gather_object([(found, failure)])[0]
+    if failure is not None:
+        raise CheckpointError(failure)
+    return cast(T, found)
 
 
 def _check_processes(folder: Path, progress: dict, record: dict, accelerator: Accelerator, sharded: bool) -> None:

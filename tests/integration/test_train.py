@@ -31,6 +31,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_ambient.objective import ambient_objective
 from sdxl_ambient.pipeline import sample
+from sdxl_ambient.training.state import load_tree
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -226,7 +227,7 @@ def test_accumulated_batches_give_what_one_batch_gives(emoji, tmp_path):
     assert train_here(arguments(emoji, parts, **common, train_batch_size=2, gradient_accumulation_steps=2)) == 0
     one, two = (load_file(d / FILE) for d in (whole, parts))
     assert_same_updates(one, two, no_lora_yet(one))
-    schedules = [torch.load(d / "checkpoint-2/custom_checkpoint_0.pkl", weights_only=True) for d in (whole, parts)]
+    schedules = [load_tree(d / "checkpoint-2/registered_0.safetensors") for d in (whole, parts)]
     assert schedules[0] == schedules[1]
 
 

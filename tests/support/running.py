@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.script import train_here  # noqa: F401 - the tests take it from here
+from sdxl_ambient.training.state import load_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [str(ROOT / "train_sdxl_ambient.py")]
+TREES = {"optimizer.safetensors", "registered_0.safetensors", "registered_1.safetensors", "random_state_0.safetensors"}
 
 
 def process_env(**more: str) -> dict[str, str]:
@@ -81,9 +83,9 @@ def no_lora_yet(state):
 
 def states(folder):
     """Everything a checkpoint holds: weights, optimizer, scheduler."""
-    optimizer = torch.load(folder / "optimizer.bin", weights_only=True)
-    scheduler = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
-    return load_file(folder / "pytorch_lora_weights.safetensors"), optimizer, scheduler
+    trees = [load_tree(path) for path in sorted(folder.glob("*.safetensors")) if path.name in TREES]
+    assert len(trees) >= 3
+    return load_file(folder / "pytorch_lora_weights.safetensors"), *trees
 
 
 def assert_identical(a, b):

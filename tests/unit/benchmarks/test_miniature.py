@@ -16,6 +16,7 @@ from benchmarks.miniature import models as miniature_models
 from benchmarks.miniature import training as miniature_training
 from benchmarks.miniature import unet as miniature_unet
 from benchmarks.miniature import vae as miniature_vae
+from sdxl_ambient.training.state import load_tree
 
 MINIATURE = Path(__file__).parents[3] / "miniature"
 PIPELINE = MINIATURE / "pipeline"
@@ -239,7 +240,7 @@ def test_interrupted_training_continues_exactly(tmp_path, parts, monkeypatch):
             f"--stage vae --output_dir {tmp_path} --work_dir {work_dir} --vae_steps 4 --vae_batch_size 2 "
             "--checkpointing_steps 2 --logging_steps 1".split()
         )
-        return torch.load(work_dir / "vae.pt", weights_only=True)["vae"]
+        return load_tree(work_dir / "vae.safetensors")["vae"]
 
     whole = train(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -271,7 +272,7 @@ def test_the_unet_is_trained_and_an_interrupted_run_continues_exactly(tmp_path, 
             f"--stage unet --output_dir {tmp_path} --work_dir {work_dir} --bpe_merges {tmp_path / 'merges'} --unet_steps 4 "
             "--unet_batch_size 2 --checkpointing_steps 2 --logging_steps 1 --crops 1 --device cpu --threads 1".split()
         )
-        return torch.load(work_dir / "unet.pt", weights_only=True)
+        return load_tree(work_dir / "unet.safetensors")
 
     whole = train(tmp_path / "whole")
     with monkeypatch.context() as patch:

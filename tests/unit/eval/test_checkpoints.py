@@ -1,7 +1,6 @@
 """Which weights an evaluation takes: of a LoRA, a UNet, a whole run; and what it refuses before loading."""
 
 import copy
-import json
 import shutil
 
 import pytest
@@ -14,6 +13,7 @@ from sdxl_ambient.errors import OptionError
 from sdxl_ambient.formats import peft as checkpoint_peft
 from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.pipeline import load_pipeline
+from sdxl_ambient.provenance import write_sealed
 from sdxl_ambient.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -168,7 +168,8 @@ def test_a_state_stands_in_for_damaged_final_weights(lora_run, tmp_path, warning
 def test_states_of_unknown_strength_are_left_out(lora, tmp_path, warnings):
     weights = state(tmp_path, 3, lora, record=False) / LORA
     save_file(load(weights.read_bytes()), weights)
-    (weights.parent / "checkpoint.json").write_text(json.dumps({"step": 3, "progress": {}, "files": {}}))
+    content = {"format_version": checkpoint.FORMAT_VERSION, "step": 3, "progress": {}, "files": {}}
+    write_sealed(weights.parent / "checkpoint.json", content)
     with pytest.raises(OptionError, match="--run: .* holds no whole checkpoint-<step>"):
         run_checkpoints("a", tmp_path, warn=warnings.append)
     assert len(warnings) == 1 and "strength is unknown" in warnings[0]

@@ -14,6 +14,7 @@ from sdxl_ambient.errors import CheckpointError
 from sdxl_ambient.formats.peft import load_lora_state, save_lora
 from sdxl_ambient.formats.record import lora_metadata, read_training_info
 from sdxl_ambient.training import checkpoint
+from sdxl_ambient.training.state import load_state
 
 INFO = {"t_n": 500, "low_noise": "skip"}
 
@@ -72,9 +73,13 @@ def test_temporary_and_other_folders_are_no_checkpoints(tmp_path):
 
 
 def damage(folder, how):
-    (weights,) = folder.glob("*.safetensors")
+    weights = folder / "model.safetensors"
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "one bit":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
     elif how == "missing":
         weights.unlink()
     elif how == "no list":
@@ -87,6 +92,7 @@ def damage(folder, how):
     ("how", "message"),
     [
         ("truncated", "bytes, .* were written"),
+        ("one bit", "is not as it was written"),
         ("missing", "is missing"),
         ("no list", "not a complete"),
         ("list", "JSON"),
@@ -121,7 +127,7 @@ def test_a_failed_save_removes_nothing_older(accelerator, training, tmp_path, mo
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(checkpoint, "write_sealed", full)
     with pytest.raises(OSError):
         save(accelerator, tmp_path, 2, limit=1)
     assert checkpoint.find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
@@ -135,13 +141,13 @@ def test_lora_hooks_store_the_lora_alone_and_read_it_back(accelerator, unet, tmp
     prepared = accelerator.prepare(tuned)
     checkpoint.register_lora_hooks(accelerator, accelerator.unwrap_model(prepared))
     path = save(accelerator, tmp_path, 1)
-    (weights,) = path.glob("*.safetensors")
-    assert weights.name == "pytorch_lora_weights.safetensors"
+    names = {file.name for file in path.glob("*.safetensors")}
+    assert names == {"pytorch_lora_weights.safetensors", "random_state_0.safetensors"}
     want = output(tuned, inputs)
     for p in tuned.parameters():
         if p.requires_grad:
             p.data.add_(1)
-    accelerator.load_state(str(path))
+    load_state(accelerator, path)
     assert torch.equal(output(tuned, inputs), want)
 
 

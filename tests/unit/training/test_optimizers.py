@@ -10,6 +10,7 @@ from support.running import assert_identical
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.models.denoiser import Conditioning
 from sdxl_ambient.training.optimizers import FusedBackward, evaluated, make_optimizer, parse_extra
+from sdxl_ambient.training.state import load_state, save_state
 
 
 def small(seed: int = 0):
@@ -71,13 +72,13 @@ def test_stored_and_resumed_is_uninterrupted_bit_for_bit(name, tmp_path):
     prepared, optimizer = accelerator.prepare(first, made(name, first))
     steps(first, optimizer, 0, 3)
     with evaluated(optimizer):
-        accelerator.save_state(str(tmp_path / "state"))
+        save_state(accelerator, tmp_path / "state")
     steps(first, optimizer, 3, 6)  # a checkpoint changes nothing in the run that writes it
 
     second = small(1)
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(second, made(name, second))
-    accelerator.load_state(str(tmp_path / "state"))
+    load_state(accelerator, tmp_path / "state")
     steps(second, optimizer, 3, 6)
     assert_identical(whole.state_dict(), first.state_dict())
     assert_identical(whole.state_dict(), second.state_dict())
@@ -202,7 +203,7 @@ def test_fused_goes_through_accelerate_and_a_checkpoint(name, precision, tmp_pat
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
         prepared, optimizer = accelerator.prepare(model, FusedBackward(maker(name), [{"params": list(model.parameters())}]))
         if load:
-            accelerator.load_state(str(load))
+            load_state(accelerator, load)
         for i in range(start, stop):
             with accelerator.accumulate(prepared):
                 x = torch.randn(8, 64, generator=torch.Generator().manual_seed(i))
@@ -210,7 +211,7 @@ def test_fused_goes_through_accelerate_and_a_checkpoint(name, precision, tmp_pat
                 optimizer.step()
                 optimizer.zero_grad()
         if save:
-            accelerator.save_state(str(save))
+            save_state(accelerator, save)
         return model.state_dict()
 
     whole = run(0, 0, 5)
