@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdxl_ambient.errors import StoreError
+from sdxl_ambient.errors import CheckpointError, StoreError, one_line
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ExtraRows
@@ -162,10 +163,21 @@ class PosteriorBuffer:
         save_file(tensors, str(folder / FOLDER / f"rank-{self.rank:05d}.safetensors"))
 
     def load(self, folder: Path) -> None:
-        """Read the samples of this process's images from a checkpoint, whichever process wrote them."""
+        """Read the samples of this process's images from a checkpoint, whichever process wrote them.
+
+        Raises:
+            CheckpointError: a damaged file, or samples of another size.
+        """
         names = {self.store.images[i]["content"] for i in self.own}
+        shape = self.store[0, self.own[0]]["x_n"].shape
         for path in sorted((folder / FOLDER).glob("*.safetensors")):
-            self.samples.update((name, x) for name, x in load_file(str(path)).items() if name in names)
+            try:
+                found = {name: x for name, x in load_file(str(path)).items() if name in names}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged ({one_line(error)})") from None
+            if any(x.shape != shape or not bool(torch.isfinite(x).all()) for x in found.values()):
+                raise CheckpointError(f"{path} is damaged (its samples are of another size, or not finite)")
+            self.samples.update(found)
 
 
 def as_shown(x_0: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
