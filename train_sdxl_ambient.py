@@ -78,8 +78,8 @@ def open_accelerator(options: TrainOptions) -> Accelerator:
 
 def train(options: TrainOptions, accelerator: Accelerator, interruption: Interruption, stack: ExitStack) -> None:
     """Set up, resume, loop, save."""
+    from sdxl_ambient.devices import locked_by_main
     from sdxl_ambient.hub.upload import check_hub, repository
-    from sdxl_ambient.locks import locked_by_main
     from sdxl_ambient.training.dry_run import dry_run
     from sdxl_ambient.training.resume import resume
     from sdxl_ambient.training.settings import dry_run_settings

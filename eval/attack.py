@@ -47,7 +47,14 @@ class AttackCommandOptions(
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(AttackCommandOptions, argv, prog="eval.attack", description=__doc__)
-    return run_command("eval.attack", lambda: _attack(options))
+    return run_command("eval.attack", lambda: _locked(options))
+
+
+def _locked(options: AttackCommandOptions) -> None:
+    from eval.processes import locked_output
+
+    with locked_output(options.output_dir):
+        _attack(options)
 
 
 def _attack(options: AttackCommandOptions) -> None:

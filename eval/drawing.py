@@ -23,6 +23,7 @@ from eval.stored import read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import JsonError, StageError
 from sdxl_ambient.images.load import list_images
+from sdxl_ambient.locks import is_empty
 from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.pipeline import load_pipeline, sample
@@ -292,7 +293,7 @@ def _claim(folder: Path, settings: dict, about: dict) -> None:
         if changed:
             raise StageError(f"{folder} holds images of other settings ({'; '.join(changed)}); {advice}")
     elif is_main():
-        if folder.is_dir() and any(folder.iterdir()):
+        if not is_empty(folder):
             raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
         write_sealed(path, {"settings": settings, "about": about, "environment": environment()})
         (folder / "images").mkdir(exist_ok=True)

@@ -35,7 +35,14 @@ class EmbedOptions(DeviceOptions, BatchOptions):
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(EmbedOptions, argv, prog="eval.embed", description=__doc__)
-    return run_command("eval.embed", lambda: _embed(options))
+    return run_command("eval.embed", lambda: _locked(options))
+
+
+def _locked(options: EmbedOptions) -> None:
+    from eval.processes import locked_output
+
+    with locked_output(options.output_dir):
+        _embed(options)
 
 
 def _embed(options: EmbedOptions) -> None:

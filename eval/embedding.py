@@ -21,6 +21,7 @@ from sdxl_ambient.errors import ImageError, StageError, one_line
 from sdxl_ambient.formats.record import DAMAGED_FILE
 from sdxl_ambient.images.load import load_rgb
 from sdxl_ambient.provenance import atomic, hash_bytes, parse_json
+from sdxl_ambient.store.shards import tensor_hash
 
 _CHECKSUMS = "sha256"
 _SHARD = 1024  # images per cache file: what being killed can lose
@@ -143,9 +144,8 @@ def _read(path: Path, name: str) -> np.ndarray:
 
 
 def _checksum(name: str, array: np.ndarray) -> str:
-    """SHA-256 of an array's name, dtype, shape and bytes."""
-    about = f"{name}|{array.dtype}|{array.shape}|".encode()
-    return hash_bytes(about + np.ascontiguousarray(array).tobytes())
+    """SHA-256 of an array's name, dtype, shape and bytes, as a store's shard has it."""
+    return tensor_hash(name, torch.from_numpy(np.ascontiguousarray(array)))
 
 
 def _shape(path: Path, name: str) -> list[int]:

@@ -39,7 +39,14 @@ class GenerateOptions(ResultOptions, LoraOrUnetOptions, GenerationOptions):
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(GenerateOptions, argv, prog="eval.generate", description=__doc__)
-    return run_command("eval.generate", lambda: _generate(options))
+    return run_command("eval.generate", lambda: _locked(options))
+
+
+def _locked(options: GenerateOptions) -> None:
+    from eval.processes import locked_output
+
+    with locked_output(options.output_dir):
+        _generate(options)
 
 
 def _generate(options: GenerateOptions) -> None:

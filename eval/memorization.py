@@ -23,7 +23,14 @@ from sdxl_ambient.provenance import write_sealed
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(MemorizationOptions, argv, prog="eval.memorization", description=__doc__)
-    return run_command("eval.memorization", lambda: _evaluate(options))
+    return run_command("eval.memorization", lambda: _locked(options))
+
+
+def _locked(options: MemorizationOptions) -> int:
+    from eval.processes import locked_output
+
+    with locked_output(options.output_dir):
+        return _evaluate(options)
 
 
 def _evaluate(options: MemorizationOptions) -> int:

@@ -5,13 +5,17 @@ Whole batches are dealt out, never parts of one, so that every number comes from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.environment import parse_flag_from_env
+
+from sdxl_ambient.devices import locked_by_main
 
 T = TypeVar("T")
 
@@ -35,6 +39,13 @@ def count() -> int:
 def share(items: Sequence[T]) -> list[T]:
     """This process's items: every ``count()``-th."""
     return list(items)[_state().process_index :: count()]
+
+
+@contextmanager
+def locked_output(folder: str | Path) -> Iterator[None]:
+    """Hold an output folder, so that no second run writes into it. Raises LockedError in every process."""
+    with locked_by_main(folder, print, _state()):
+        yield
 
 
 def wait() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
-from sdxl_ambient.errors import OptionError, ProbeError
+from sdxl_ambient.errors import LockedError, OptionError, ProbeError
+from sdxl_ambient.locks import locked
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,3 +89,28 @@ def processes() -> PartialState:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
     # One process may prepare a data set, or have the larger pictures, for longer than the usual ten minutes.
     return PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
+
+
+class Processes(Protocol):
+    """Accelerate's view of a run's processes, as an Accelerator or a PartialState has it."""
+
+    @property
+    def is_main_process(self) -> bool: ...
+    @property
+    def num_processes(self) -> int: ...
+
+
+@contextmanager
+def locked_by_main(folder: str | Path, log: Callable[[str], None], state: Processes) -> Iterator[None]:
+    """:func:`sdxl_ambient.locks.locked` by the main process of a run; its others wait for that, or fail with it."""
+    with ExitStack() as stack:
+        failure = None
+        try:
+            stack.enter_context(locked(folder, log, hold=state.is_main_process))
+        except (LockedError, OSError) as error:
+            failure = str(error)
+        if state.num_processes > 1:
+            failure = gather_object([failure])[0]
+        if failure is not None:
+            raise LockedError(failure)
+        yield

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -92,17 +95,52 @@ def print_error(prog: str, error: BaseException) -> None:
     print(f"{prog}: error: {one_line(error, most=None)}", file=sys.stderr)
 
 
+class Terminated(BaseException):
+    """SIGTERM, as an exception: what is half written is removed on its way out."""
+
+
 def run_command(
     prog: str, function: Callable[[], int | None], *, also: tuple[type[Exception], ...] = (), quiet: bool = False
 ) -> int:
     """Call ``function`` and return its exit code, 0 for None.
 
-    UserError, OSError and those in ``also`` become one line on stderr and exit code 2. ``quiet``: without the line, for all
-    processes of a command but one.
+    UserError, OSError, a tensor file that can't be written and those in ``also`` become one line on stderr and exit code 2;
+    SIGTERM and Ctrl-C one line and 143 or 130. ``quiet``: without the line, for all processes of a command but one.
     """
     try:
-        return function() or 0
-    except (UserError, OSError, *also) as error:
+        with _terminable():
+            return function() or 0
+    except (Terminated, KeyboardInterrupt) as reason:
+        name, code = ("SIGTERM", 143) if isinstance(reason, Terminated) else ("SIGINT", 130)
+        if not quiet:
+            print(f"{prog}: stopped by {name}. What was finished is kept; the same command goes on", file=sys.stderr)
+        return code
+    except Exception as error:
+        if not isinstance(error, (UserError, OSError, *also, *_full_disk())):
+            raise
         if not quiet:
             print_error(prog, error)
         return 2
+
+
+def _full_disk() -> tuple[type[Exception], ...]:
+    """What safetensors raises in place of an OSError."""
+    module = sys.modules.get("safetensors")  # where it was never imported, it raised nothing
+    return (module.SafetensorError,) if module is not None else ()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, unless something else handles it already."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

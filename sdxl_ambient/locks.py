@@ -6,26 +6,14 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Protocol
 
-from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from sdxl_ambient.errors import LockedError
 from sdxl_ambient.provenance import write_json
-
-
-class Processes(Protocol):
-    """Accelerate's view of a run's processes, as an Accelerator or a PartialState has it."""
-
-    @property
-    def is_main_process(self) -> bool: ...
-    @property
-    def num_processes(self) -> int: ...
-
 
 LOCK, OWNER = ".lock", ".lock.json"
 
@@ -67,20 +55,9 @@ def locked(folder: str | Path, log: Callable[[str], None] = print, *, hold: bool
         lock.release()
 
 
-@contextmanager
-def locked_by_main(folder: str | Path, log: Callable[[str], None], state: Processes) -> Iterator[None]:
-    """:func:`locked` by the main process of a run; its others wait for that, or fail with it. All call it."""
-    with ExitStack() as stack:
-        failure = None
-        try:
-            stack.enter_context(locked(folder, log, hold=state.is_main_process))
-        except (LockedError, OSError) as error:
-            failure = str(error)
-        if state.num_processes > 1:
-            failure = gather_object([failure])[0]
-        if failure is not None:
-            raise LockedError(failure)
-        yield
+def is_empty(folder: Path) -> bool:
+    """Whether a folder has nothing in it but a lock, or isn't there."""
+    return not folder.is_dir() or all(path.name in (LOCK, OWNER) for path in folder.iterdir())
 
 
 def _told(owner: Path) -> str:

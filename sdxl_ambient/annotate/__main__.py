@@ -57,7 +57,14 @@ def summary_lines(settings: AnnotateSettings, annotations: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(AnnotateOptions, argv, prog="sdxl_ambient.annotate", description=__doc__)
-    return run_command("sdxl_ambient.annotate", lambda: _annotate(options))
+    return run_command("sdxl_ambient.annotate", lambda: _locked(options))
+
+
+def _locked(options: AnnotateOptions) -> None:
+    from sdxl_ambient.locks import locked
+
+    with locked(options.output_dir):
+        _annotate(options)
 
 
 def _annotate(options: AnnotateOptions) -> None:

@@ -9,6 +9,7 @@ from sdxl_ambient.config.parser import option, redeclare
 from sdxl_ambient.config.shared import DeviceOptions, ImageOptions, ModelOptions, SeedOptions, check_writable
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
+from sdxl_ambient.locks import is_empty
 from sdxl_ambient.provenance import read_json
 
 SETS = ("trusted", "untrusted")
@@ -83,7 +84,7 @@ class AnnotateOptions(DeviceOptions, SeedOptions, ModelOptions):
                 f"--output_dir: {self.output_dir!r} lies inside the store of noisy latents {str(store)!r}; allowed is a "
                 "folder elsewhere"
             )
-        if output.is_dir() and any(output.iterdir()) and not is_result(output):
+        if not is_empty(output) and not is_result(output):
             raise OptionError(
                 f"--output_dir: {self.output_dir!r} holds something else; allowed is a new or empty folder, or a result of "
                 "this program, which is replaced"

@@ -21,6 +21,7 @@ from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.provenance import atomic
 
 _NO_HASH = "0" * 64
+_HASH = "modelspec.hash_sha256"
 
 
 def write_tensors(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -29,10 +30,38 @@ def write_tensors(path: Path, state: dict[str, torch.Tensor], metadata: dict[str
     ``modelspec.hash_sha256`` as ModelSpec defines it, of all bytes after the header; ``sshs_model_hash`` is kohya's name for
     the same.
     """
-    hashes = {"modelspec.hash_sha256": f"0x{_NO_HASH}", "sshs_model_hash": _NO_HASH}
     with atomic(path) as temporary:
-        save_file(state, str(temporary), metadata={**metadata, **hashes})
-        _fill_in_hash(temporary)
+        save_with_hash(temporary, state, metadata)
+
+
+def save_with_hash(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write the same in place."""
+    hashes = {_HASH: f"0x{_NO_HASH}", "sshs_model_hash": _NO_HASH}
+    save_file(state, str(path), metadata={**metadata, **hashes})
+    _fill_in_hash(path)
+
+
+def check_hash(path: Path) -> bool:
+    """Whether a file of weights has its hash in its metadata; False where it has none.
+
+    Raises:
+        InterchangeError: the tensors are not as they were written, or the file can't be read.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            wanted = (file.metadata() or {}).get(_HASH)
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except DAMAGED_FILE as error:
+        raise InterchangeError(f"{path} can't be read: {one_line(error)}") from None
+    if wanted is None:
+        return False
+    if wanted != f"0x{digest.hexdigest()}":
+        raise InterchangeError(f"{path} is damaged: its weights are not as they were written")
+    return True
 
 
 def _fill_in_hash(path: Path) -> None:

@@ -18,11 +18,11 @@ from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from sdxl_ambient.errors import CheckpointError, InterchangeError
 from sdxl_ambient.formats.adapter import Adapter
-from sdxl_ambient.formats.files import read_tensors
+from sdxl_ambient.formats.files import read_tensors, save_with_hash
 from sdxl_ambient.formats.names import LORA_PARTS
 from sdxl_ambient.formats.record import ARCHITECTURE, INFO_FILE, LORA_FILE, model_metadata, public_info
 from sdxl_ambient.models.lora import changes_base, on_the_base, rebase, taken_apart
@@ -139,7 +139,7 @@ def add_info(path: Path, info: dict) -> None:
     with safe_open(str(path), "pt") as file:
         own = {**(file.metadata() or {}), **model_metadata(info, f"{ARCHITECTURE}/lora", "diffusers")}
     # From bytes: load_file maps the file, and writing to a mapped file pulls the tensors from under one's feet.
-    save_file(load(path.read_bytes()), str(path), metadata=own)
+    save_with_hash(path, load(path.read_bytes()), own)
 
 
 def load_lora_state(unet, path: str | Path, text_encoders: Sequence | None = None) -> None:

@@ -9,10 +9,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from sdxl_ambient.devices import DTYPES, Placement
+from sdxl_ambient.devices import DTYPES, Placement, locked_by_main
 from sdxl_ambient.errors import StoreError, UserError
 from sdxl_ambient.images.sources import Log
-from sdxl_ambient.locks import locked_by_main
 from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, prompts_of, share_texts, write_samples
 from sdxl_ambient.loop.model import load_model, training_info
 from sdxl_ambient.loop.provenance import check_base, check_history, next_round, seen_besides

@@ -26,7 +26,14 @@ from sdxl_ambient.preview.options import PreviewOptions
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(PreviewOptions, argv, prog="sdxl_ambient.preview", description=__doc__)
-    return run_command("sdxl_ambient.preview", lambda: _preview(options))
+    return run_command("sdxl_ambient.preview", lambda: _locked(options))
+
+
+def _locked(options: PreviewOptions) -> None:
+    from sdxl_ambient.locks import locked
+
+    with locked(options.output_dir):
+        _preview(options)
 
 
 def _preview(options: PreviewOptions) -> None:

@@ -13,11 +13,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from sdxl_ambient.devices import locked_by_main
 from sdxl_ambient.errors import ImageError, ImagesMissing, StoreError, UserError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import Record, load_rgb
 from sdxl_ambient.images.sources import Log, open_records
-from sdxl_ambient.locks import locked_by_main
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.models.vae import check_geometry, encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels

@@ -39,6 +39,15 @@ def tensor_hash(name: str, tensor: torch.Tensor) -> str:
     return hash_tensors({name: tensor})
 
 
+def has_hashes(path: Path) -> bool:
+    """Whether a file of tensors says that it has their hashes in its header. Raises StoreError where it can't be read."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return _FIELD in (file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} is damaged ({one_line(error)})") from None
+
+
 def header_hashes(path: Path) -> dict[str, str]:
     """The hashes in a shard's header. Raises StoreError where it can't be read."""
     try:

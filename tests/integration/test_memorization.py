@@ -306,7 +306,7 @@ def test_stages_stop_where_they_are_told(miniature, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(miniature), "--num_images", "2", "--num_inference_steps", "1", *SETS]
     flags += ["--output_dir", str(out), "--worst_case", "none"]
     assert main([*flags, "--until", "generate"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["generated"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "generated"]
     assert main([*flags, "--until", "embed"]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["embeddings", "generated"]
 
