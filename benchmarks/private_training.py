@@ -91,13 +91,14 @@ class DpLoraOptions:
         return PrivateSettings(**{name: getattr(self, name) for name in names})
 
 
-def budget_of(options: DpLoraOptions, images: int) -> Budget:
-    """The options' budget; an OptionError where a batch is larger than the store."""
-    assert options.epsilon and options.max_train_steps and options.batch_size  # validate() has asked for them
-    if options.batch_size > images:
-        raise OptionError(f"--batch_size: {options.batch_size} is more than the {images} images of {options.latents_dir}")
-    delta = 1 / (10 * images) if options.delta is None else options.delta
-    return Budget(options.epsilon, delta, options.max_train_steps, images, options.batch_size, options.accountant)
+def budget_of(
+    store: LatentStore, epsilon: float, delta: float | None, steps: int, batch_size: int, accountant: str
+) -> Budget:
+    """The budget for a store; an OptionError where a batch is larger than it."""
+    images = len(store)
+    if batch_size > images:
+        raise OptionError(f"--batch_size: {batch_size} is more than the {images} images of {store.folder}")
+    return Budget(epsilon, 1 / (10 * images) if delta is None else delta, steps, images, batch_size, accountant)
 
 
 # -- gradients of single images ----------------------------------------------------------------------
@@ -188,7 +189,10 @@ def train_dp_lora(base: str | Path, latents_dir: str | Path, output_dir: str | P
         torch.set_num_threads(options.threads)
     schedule = load_schedule(str(base))
     store = open_clean(str(latents_dir), schedule)
-    budget = budget_of(options, len(store))
+    assert options.epsilon and options.max_train_steps and options.batch_size  # validate() has asked for them
+    budget = budget_of(
+        store, options.epsilon, options.delta, options.max_train_steps, options.batch_size, options.accountant
+    )
     multiplier = noise_multiplier_of(budget)
     unet = load_unet(str(base))
     with torch.random.fork_rng(devices=[]):

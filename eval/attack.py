@@ -24,6 +24,7 @@ from eval.attacks.options import AttackOptions
 from eval.schema import AttackFigures
 from eval.shared_options import EmbedderOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import parse_options
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.shared import LoraOrUnetOptions
 from sdxl_ambient.errors import OptionError, run_command
 
@@ -41,7 +42,7 @@ class AttackCommandOptions(
             if getattr(self, name) is None:
                 raise OptionError(f"--{name}: required")
         self.check_generation()
-        check_tuned(self)
+        check_tuned(self.lora, self.unet)
         self.check_embedder()
 
 
@@ -62,6 +63,7 @@ def _attack(options: AttackCommandOptions) -> None:
     from eval import processes
     from eval.attacks.membership import attack_figures
     from eval.attacks.run import attack
+    from eval.attacks.settings import AttackSettings
     from eval.checkpoints import tuned
     from eval.embedders.registry import load_embedder
     from eval.images import drop_duplicates, read_folder
@@ -71,9 +73,9 @@ def _attack(options: AttackCommandOptions) -> None:
     main_process = processes.is_main()  # before anything is put on a GPU: it gives each process its own
     train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
     heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
-    checkpoint = tuned(options)
+    checkpoint = tuned(options.lora, options.unet, options.output_dir)
     embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
-    scores = attack(options, checkpoint, train, heldout, embedder, Path(options.output_dir))
+    scores = attack(settings_of(AttackSettings, options), checkpoint, train, heldout, embedder, Path(options.output_dir))
     if main_process:
         _print(attack_figures(scores["train"], scores["heldout"]))
         print(Path(options.output_dir) / "attack.json")

@@ -157,19 +157,18 @@ def _weights_in(place: Path, kind: str | None) -> dict[str, Path]:
     return next(({k: path} for k, path in named.items() if kind in (None, k) and path.exists()), {})
 
 
-def check_tuned(options) -> None:
-    """``lora`` and ``unet`` of a stage that takes one model: not both, and with their weights. Raises OptionError."""
-    if options.lora and options.unet:
+def check_tuned(lora: str | None, unet: str | None) -> None:
+    """The LoRA or the UNet of a stage that takes one model: not both, and with their weights. Raises OptionError."""
+    if lora and unet:
         raise OptionError("--unet: can not be combined with --lora")
-    for name in ("lora", "unet"):
-        if getattr(options, name):
-            check_checkpoint(name, Path(getattr(options, name)))
+    for name, path in (("lora", lora), ("unet", unet)):
+        if path:
+            check_checkpoint(name, Path(path))
 
 
-def tuned(options) -> Checkpoint:
+def tuned(lora: str | None, unet: str | None, output_dir: str) -> Checkpoint:
     """The one model of such a stage, called like its output folder."""
-    lora, unet = (Path(p) if p else None for p in (options.lora, options.unet))
-    return Checkpoint(Path(options.output_dir).name, lora, unet)
+    return Checkpoint(Path(output_dir).name, Path(lora) if lora else None, Path(unet) if unet else None)
 
 
 def resolve_base(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:

@@ -18,7 +18,6 @@ from eval.checkpoints import Checkpoint, hash_weights, resolve_base
 from eval.drawn import MANIFEST, METADATA, whole_images
 from eval.processes import collect, is_main, share, wait
 from eval.samplers import Sampler
-from eval.shared_options import GenerationOptions
 from eval.stored import read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import JsonError, StageError
@@ -119,37 +118,58 @@ def plan(
     return [ImageRequest(index, prompt, image_seed(run, i), run) for index, (run, i, prompt) in enumerate(runs)]
 
 
-def base_folder(options: GenerationOptions) -> Path:
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The model that images are drawn with, and how. Values of the options of these names."""
+
+    pretrained_model_name_or_path: str | None
+    pretrained_vae_model_name_or_path: str | None
+    revision: str | None
+    variant: str | None
+    lora_scale: float
+    num_images: int | None
+    images_per_prompt: int | None
+    batch_size: int
+    num_inference_steps: int
+    guidance_scale: float
+    resolution: int | None
+    num_seeds: int
+    seed: int
+    dtype: str
+    device: str
+
+
+def base_folder(settings: GenerationSettings) -> Path:
     """The base model's local directory, downloaded from the Hub where it isn't one."""
-    assert options.pretrained_model_name_or_path is not None, "the options' own check asks for it"
-    return resolve_base(options.pretrained_model_name_or_path, options.revision, options.variant)
+    assert settings.pretrained_model_name_or_path is not None, "the options' own check asks for it"
+    return resolve_base(settings.pretrained_model_name_or_path, settings.revision, settings.variant)
 
 
-def describe(options: GenerationOptions, checkpoint: Checkpoint, sampler: Sampler, draws: list[ImageRequest]) -> dict:
+def describe(settings: GenerationSettings, checkpoint: Checkpoint, sampler: Sampler, draws: list[ImageRequest]) -> dict:
     """Everything that determines the images, for the manifest."""
-    vae = options.pretrained_vae_model_name_or_path
+    vae = settings.pretrained_vae_model_name_or_path
     return {
-        "base_weights": hash_weights(base_folder(options), "base"),
+        "base_weights": hash_weights(base_folder(settings), "base"),
         "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
         **sampler.describe(),
         "lora_scale": sampler.lora_scale if checkpoint.lora else None,
-        "num_inference_steps": options.num_inference_steps,
-        "resolution": options.resolution,
-        "seed": options.seed,
-        "num_seeds": options.num_seeds,
-        "dtype": options.dtype,
-        "device": torch.device(resolve_device(options.device)).type,
+        "num_inference_steps": settings.num_inference_steps,
+        "resolution": settings.resolution,
+        "seed": settings.seed,
+        "num_seeds": settings.num_seeds,
+        "dtype": settings.dtype,
+        "device": torch.device(resolve_device(settings.device)).type,
         "num_images": len(draws),
         "prompts": hash_json([d.prompt for d in draws]),
     }
 
 
-def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
+def open_checkpoint(settings: GenerationSettings, checkpoint: Checkpoint) -> Callable[..., list[Image.Image]]:
     """A function (prompts, generators, sampler) → images that loads the pipeline when it is first called."""
-    base = str(base_folder(options))
-    dtype, device = DTYPES[options.dtype], resolve_device(options.device)
+    base = str(base_folder(settings))
+    dtype, device = DTYPES[settings.dtype], resolve_device(settings.device)
 
     @functools.cache
     def pipe():
@@ -157,15 +177,15 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
             base,
             lora=checkpoint.lora,
             unet=checkpoint.unet,
-            vae=options.pretrained_vae_model_name_or_path,
+            vae=settings.pretrained_vae_model_name_or_path,
             dtype=dtype,
-            variant=options.variant,
+            variant=settings.variant,
         ).to(device)
 
     @functools.cache
     def base_unet() -> torch.nn.Module:
         # The cast, since diffusers wraps Module.to in a way that hides its arguments.
-        return cast(torch.nn.Module, load_unet(base, dtype=dtype, variant=options.variant)).to(device)
+        return cast(torch.nn.Module, load_unet(base, dtype=dtype, variant=settings.variant)).to(device)
 
     def draw(prompts: list[str], generators: list[torch.Generator], sampler: Sampler) -> list[Image.Image]:
         if checkpoint.lora:
@@ -177,25 +197,25 @@ def open_checkpoint(options: GenerationOptions, checkpoint: Checkpoint) -> Calla
             t_n=sampler.t_n,
             base_unet=base_unet() if sampler.mode == "hybrid" and checkpoint.unet else None,
             generators=generators,
-            num_inference_steps=options.num_inference_steps,
+            num_inference_steps=settings.num_inference_steps,
             guidance_scale=sampler.guidance_scale,
-            height=options.resolution,
-            width=options.resolution,
+            height=settings.resolution,
+            width=settings.resolution,
         )
         return cast("list[Image.Image]", images)  # the output type is "pil"
 
     return draw
 
 
-def open_vae(options: GenerationOptions) -> tuple[AutoencoderKL, int]:
+def open_vae(settings: GenerationSettings) -> tuple[AutoencoderKL, int]:
     """The VAE that images are drawn with, and their side in pixels."""
-    base = base_folder(options)
-    vae = load_vae(base, options.pretrained_vae_model_name_or_path, variant=options.variant)
+    base = base_folder(settings)
+    vae = load_vae(base, settings.pretrained_vae_model_name_or_path, variant=settings.variant)
     size = read_json(base / "unet/config.json").get("sample_size")
-    if options.resolution is None and not isinstance(size, int):
+    if settings.resolution is None and not isinstance(size, int):
         raise StageError(f"--resolution: needed, since the UNet of {base} names no single side of its images (sample_size)")
-    cast(torch.nn.Module, vae).to(resolve_device(options.device))
-    return vae, options.resolution or size * 2 ** (len(vae.config["block_out_channels"]) - 1)
+    cast(torch.nn.Module, vae).to(resolve_device(settings.device))
+    return vae, settings.resolution or size * 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def generate_images(
@@ -301,27 +321,27 @@ def _claim(folder: Path, settings: dict, about: dict) -> None:
 
 
 def generate(
-    options: GenerationOptions, checkpoint: Checkpoint, samplers: list[Sampler], prompts: list[str], root: Path
+    settings: GenerationSettings, checkpoint: Checkpoint, samplers: list[Sampler], prompts: list[str], root: Path
 ) -> dict[str, tuple[Path, list[ImageRequest]]]:
     """Draw one checkpoint with each sampler into ``root/NAME``; the model is loaded once, if at all.
 
     Returns each sampler's folder and what is in it.
     """
-    draw = open_checkpoint(options, checkpoint)
+    draw = open_checkpoint(settings, checkpoint)
     folders: dict[str, tuple[Path, list[ImageRequest]]] = {}
     for sampler in samplers:
-        many = (sampler.num_images, None) if sampler.num_images else (options.num_images, options.images_per_prompt)
-        draws = plan(prompts, options.seed, *many, options.num_seeds, sampler.mean_of)
+        many = (sampler.num_images, None) if sampler.num_images else (settings.num_images, settings.images_per_prompt)
+        draws = plan(prompts, settings.seed, *many, settings.num_seeds, sampler.mean_of)
         folder = root / sampler.name
         samples = folder if sampler.mean_of is None else root / f"{sampler.name}.samples"
         about = {
             "name": checkpoint.name,
-            "base": options.pretrained_model_name_or_path,
+            "base": settings.pretrained_model_name_or_path,
             "lora": str(checkpoint.lora) if checkpoint.lora else None,
             "unet": str(checkpoint.unet) if checkpoint.unet else None,
         }
-        settings = describe(options, checkpoint, sampler, draws)
-        generate_images(samples, settings, draws, functools.partial(draw, sampler=sampler), options.batch_size, about)
+        described = describe(settings, checkpoint, sampler, draws)
+        generate_images(samples, described, draws, functools.partial(draw, sampler=sampler), settings.batch_size, about)
         if sampler.mean_of is not None:
             draws = average_images(samples, folder, draws, sampler.mean_of)
         folders[sampler.name] = (folder, draws)

@@ -8,22 +8,52 @@ from typing import Any
 
 from eval.attacks.membership import Scores
 from eval.attacks.run import attack
+from eval.attacks.settings import AttackSettings
 from eval.checkpoints import Checkpoint
+from eval.choices import BASE, STAGES
 from eval.drawing import base_folder, captions_of, generate, read_prompts
 from eval.embedders.registry import Embedder
 from eval.embedding import Embedded
 from eval.images import ImageSet, read_folder
-from eval.options import BASE, STAGES, MemorizationOptions
 from eval.processes import is_main
 from eval.reporting.controls import control_figures
 from eval.reporting.folder import folder_figures
 from eval.reporting.references import References, ReferenceSets, make_references, threshold_figures
 from eval.reporting.verdict import judge, model_figures
-from eval.samplers import Sampler, samplers_of
+from eval.samplers import Sampler, SamplerSettings, samplers_of
 from eval.schema import SCHEMA_VERSION, ClipFigures, DataFigures, ModelFigures, ModelIdentity, Report, SamplerFigures
-from eval.sets import Embedding, embed_sets, output_folder, plant, read_sets, train_folder
+from eval.sets import Embedding, SetSettings, embed_sets, plant, read_sets
 from sdxl_ambient.pipeline import first_timestep
 from sdxl_ambient.provenance import environment
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated, and how.
+
+    models: those that images are drawn from, the base model first where it is a control. given: folders of images that are
+        there already, by name.
+    attack: how the models are attacked and, since that is the same, how images are drawn; ``attacks`` says whether at all.
+    recorded: options as the report repeats them.
+    alpha, confidence, until, prompts_file: values of the options of these names.
+    """
+
+    sets: SetSettings
+    samplers: SamplerSettings
+    attack: AttackSettings
+    attacks: bool
+    models: list[Checkpoint]
+    given: dict[str, Path]
+    prompts_file: str | None
+    alpha: float
+    confidence: float
+    until: str
+    recorded: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        """The folder that everything is written to."""
+        return Path(self.sets.output_dir)
 
 
 @dataclass
@@ -52,75 +82,74 @@ class EmbeddedFolder:
     clip: ClipFigures | None
 
 
-def plan_models(options: MemorizationOptions) -> list[tuple[Checkpoint, list[Sampler]]]:
+def plan_models(settings: EvaluationSettings) -> list[tuple[Checkpoint, list[Sampler]]]:
     """Each model with its samplers: all that can be refused before loading."""
-    models = options.models()
-    if not models:
+    if not settings.models:
         return []
-    first = first_timestep(base_folder(options), options.num_inference_steps)
-    return [(c, samplers_of(c, options, first)) for c in models]
+    first = first_timestep(base_folder(settings.attack), settings.attack.num_inference_steps)
+    return [(c, samplers_of(c, settings.samplers, first)) for c in settings.models]
 
 
-def draw_all(options: MemorizationOptions, models: list[tuple[Checkpoint, list[Sampler]]]) -> dict[str, DrawnModel]:
+def draw_all(settings: EvaluationSettings, models: list[tuple[Checkpoint, list[Sampler]]]) -> dict[str, DrawnModel]:
     """Every model's images, by its name. Draws what is missing."""
     drawn: dict[str, DrawnModel] = {}
-    prompts = _prompts(options) if models else []
+    prompts = _prompts(settings) if models else []
     for c, samplers in models:
-        folders = generate(options, c, samplers, prompts, output_folder(options) / "generated" / c.name)
+        folders = generate(settings.attack, c, samplers, prompts, settings.output / "generated" / c.name)
         identity: ModelIdentity = {
             "kind": "lora" if c.lora else ("unet" if c.unet else "base"),
-            "path": str(c.lora or c.unet or options.pretrained_model_name_or_path),
+            "path": str(c.lora or c.unet or settings.attack.pretrained_model_name_or_path),
             "trained_t_n": c.t_n(),
             "run": c.run,
             "step": c.step,
         }
         by_sampler = {s.name: Drawn(folders[s.name][0], s, {d.file: d.run for d in folders[s.name][1]}) for s in samplers}
         drawn[c.name] = DrawnModel(identity, by_sampler)
-    for name, folder in options.given().items():
+    for name, folder in settings.given.items():
         identity = {"kind": "images", "path": str(folder), "trained_t_n": None, "run": None, "step": None}
         drawn[name] = DrawnModel(identity, {"given": Drawn(folder)})
     return drawn
 
 
-def _prompts(options: MemorizationOptions) -> list[str]:
-    if options.prompts_file:
-        return read_prompts(options.prompts_file)
-    return captions_of(train_folder(options), options.caption_column)
+def _prompts(settings: EvaluationSettings) -> list[str]:
+    if settings.prompts_file:
+        return read_prompts(settings.prompts_file)
+    return captions_of(settings.sets.train_data_dir, settings.sets.caption_column)
 
 
 def attack_all(
-    options: MemorizationOptions, train: ImageSet, heldout: ImageSet | None, embedder: Embedder
+    settings: EvaluationSettings, train: ImageSet, heldout: ImageSet | None, embedder: Embedder
 ) -> dict[str, dict[str, Scores]]:
     """Each model's scores of the attacks; none for folders of images, or without images that were not trained on."""
-    if options.skip_attacks or heldout is None:
+    if not settings.attacks or heldout is None:
         return {}
-    folder = output_folder(options) / "attacks"
-    return {c.name: attack(options, c, train, heldout, embedder, folder / c.name) for c in options.models()}
+    folder = settings.output / "attacks"
+    return {c.name: attack(settings.attack, c, train, heldout, embedder, folder / c.name) for c in settings.models}
 
 
-def evaluate(options: MemorizationOptions) -> Report | None:
+def evaluate(settings: EvaluationSettings) -> Report | None:
     """Run every stage and return the report; None in processes that only helped, or where ``until`` ends it before."""
-    models, image_sets = plan_models(options), read_sets(options)
-    last = STAGES.index(options.until)
-    drawn = draw_all(options, models)
+    models, image_sets = plan_models(settings), read_sets(settings.sets)
+    last = STAGES.index(settings.until)
+    drawn = draw_all(settings, models)
     if last < STAGES.index("embed"):
         return None
-    embedding = Embedding(options)
-    train, heldout = embed_sets(options, *image_sets, embedding)
+    embedding = Embedding(settings.sets)
+    train, heldout = embed_sets(settings.sets, *image_sets, embedding)
     sets = ReferenceSets(
         train, heldout, embedding.pooled(train.images), embedding.pooled(heldout.images) if heldout else None
     )
     embedded = {name: {s: embed_drawn(d, embedding) for s, d in m.folders.items()} for name, m in drawn.items()}
     if last < STAGES.index("attack"):
         return None
-    scores = attack_all(options, train.images, heldout.images if heldout else None, embedding.embedder)
+    scores = attack_all(settings, train.images, heldout.images if heldout else None, embedding.embedder)
     if last < STAGES.index("measure") or not is_main():
         return None
     base = next(iter(embedded[BASE].values())) if BASE in embedded else None
-    planted = plant(options, train, embedding.embedder)
+    planted = plant(settings.sets, settings.attack, train, embedding.embedder)
     base_images = base.images if base else None
-    references = make_references(sets, options.alpha, options.confidence, options.embedder, planted, base_images)
-    return _report(options, embedding, references, measure(options, drawn, embedded, scores, references))
+    references = make_references(sets, settings.alpha, settings.confidence, settings.sets.embedder, planted, base_images)
+    return _report(settings, embedding, references, measure(settings, drawn, embedded, scores, references))
 
 
 def embed_drawn(drawn: Drawn, embedding: Embedding) -> EmbeddedFolder:
@@ -131,7 +160,7 @@ def embed_drawn(drawn: Drawn, embedding: Embedding) -> EmbeddedFolder:
 
 
 def measure(
-    options: MemorizationOptions,
+    settings: EvaluationSettings,
     drawn: dict[str, DrawnModel],
     embedded: dict[str, dict[str, EmbeddedFolder]],
     scores: dict[str, dict[str, Scores]],
@@ -146,7 +175,7 @@ def measure(
             images = measured.images
             runs = [folder.runs[images.images.name(i)] for i in range(len(images))] if folder.runs else None
             samplers[sampler] = {
-                "folder": _relative(folder.folder, output_folder(options)),
+                "folder": _relative(folder.folder, settings.output),
                 "settings": folder.sampler.describe() if folder.sampler else None,
                 "t_n": folder.sampler.t_n if folder.sampler else None,
                 **folder_figures(images, measured.pooled, references, runs, measured.clip),
@@ -158,12 +187,12 @@ def measure(
 
 
 def _report(
-    options: MemorizationOptions, embedding: Embedding, references: References, entries: dict[str, ModelFigures]
+    settings: EvaluationSettings, embedding: Embedding, references: References, entries: dict[str, ModelFigures]
 ) -> Report:
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(),
-        "settings": _settings(options),
+        "settings": settings.recorded,
         "embedder": embedding.embedder.describe(),
         "quality_features": embedding.pooled_pixels.describe(),
         "data": {
@@ -174,36 +203,6 @@ def _report(
         "controls": control_figures(references),
         "models": entries,
     }
-
-
-def _settings(options: MemorizationOptions) -> dict[str, Any]:
-    names = (
-        "preset",
-        "num_inference_steps",
-        "guidance_scale",
-        "resolution",
-        "seed",
-        "num_seeds",
-        "num_images",
-        "images_per_prompt",
-        "sampler_t_n",
-        "dtype",
-        "lora_scale",
-        "samplers",
-        "worst_case",
-        "worst_case_images",
-        "prompts_file",
-        "near_duplicates",
-        "clip_score_model",
-        "max_excess",
-        "attacks",
-        "attack_images",
-        "attack_modes",
-        "attack_prompts",
-        "attack_steps",
-        "mask_share",
-    )
-    return {name: getattr(options, name) for name in names}
 
 
 def _data(embedded: Embedded) -> DataFigures:

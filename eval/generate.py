@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from eval.choices import SAMPLERS
 from eval.shared_options import GenerationOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import option, parse_options, redeclare
+from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.shared import LoraOrUnetOptions
 from sdxl_ambient.errors import OptionError, run_command
 
@@ -34,7 +35,7 @@ class GenerateOptions(ResultOptions, LoraOrUnetOptions, GenerationOptions):
         if (self.prompts_file is None) == (self.train_data_dir is None):
             raise OptionError("--prompts_file: give this or --train_data_dir, whose captions are then the prompts")
         self.check_generation()
-        check_tuned(self)
+        check_tuned(self.lora, self.unet)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,21 +53,23 @@ def _locked(options: GenerateOptions) -> None:
 def _generate(options: GenerateOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from eval.checkpoints import tuned
-    from eval.drawing import captions_of, describe, generate_images, open_checkpoint, plan, read_prompts
+    from eval.drawing import GenerationSettings, captions_of, describe, generate_images, open_checkpoint, plan, read_prompts
     from eval.processes import collect, is_main
-    from eval.samplers import own_samplers
+    from eval.samplers import SamplerSettings, own_samplers
 
     is_main()  # gives each process its GPU, before anything is loaded
-    checkpoint = tuned(options)
-    (sampler,) = own_samplers(checkpoint, options, [options.sampler])
+    checkpoint = tuned(options.lora, options.unet, options.output_dir)
+    own = settings_of(SamplerSettings, options, samplers=[options.sampler], worst_case="none", worst_case_images=None)
+    (sampler,) = own_samplers(checkpoint, own)
+    generation = settings_of(GenerationSettings, options)
     if options.train_data_dir is not None:
         prompts = captions_of(options.train_data_dir, options.caption_column)
     else:
         assert options.prompts_file is not None, "validate() asks for one of the two"
         prompts = read_prompts(options.prompts_file)
     draws = plan(prompts, options.seed, options.num_images, options.images_per_prompt, options.num_seeds)
-    draw = functools.partial(open_checkpoint(options, checkpoint), sampler=sampler)
-    settings = describe(options, checkpoint, sampler, draws)
+    draw = functools.partial(open_checkpoint(generation, checkpoint), sampler=sampler)
+    settings = describe(generation, checkpoint, sampler, draws)
     done = sum(collect([generate_images(options.output_dir, settings, draws, draw, options.batch_size)]))
     if is_main():
         print(f"{len(draws)} images in {options.output_dir}, {done} of them drawn now")

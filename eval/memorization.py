@@ -39,9 +39,10 @@ def _evaluate(options: MemorizationOptions) -> int:
     from eval.processes import is_main
     from eval.reporting.page import write_html
     from eval.reporting.verdict import over_budget
+    from eval.settings import evaluation_settings
 
     is_main()  # gives each process its GPU, before anything is loaded
-    report = evaluate(options)
+    report = evaluate(evaluation_settings(options))
     if report is None:
         return 0
     write_sealed(Path(options.output_dir) / "report.json", report)

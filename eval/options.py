@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.attacks.options import AttackOptions
-from eval.choices import SAMPLERS, WORST_CASES
+from eval.choices import ALPHA, BASE, CONFIDENCE, SAMPLERS, STAGES, WORST_CASES
 from eval.shared_options import BatchOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import option
 from sdxl_ambient.errors import OptionError
@@ -18,8 +17,6 @@ from sdxl_ambient.errors import OptionError
 if TYPE_CHECKING:
     from eval.checkpoints import Checkpoint
 
-BASE = "base"
-STAGES = ("generate", "embed", "attack", "measure")
 PRESETS = {"default": "dinov2", "paper": "dinov2_paper"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -55,8 +52,8 @@ class MemorizationOptions(
         None, "embedder and preprocessing: DINOv2 ViT-L, or what the paper measured with", choices=tuple(PRESETS)
     )
     clip_score_model: str | None = option(None, "CLIP model for the CLIP score: local path or Hub id", metavar="PATH_OR_ID")
-    alpha: float = option(0.02, "share of unrelated images that may exceed the threshold", above=0.0, maximum=0.5)
-    confidence: float = option(0.95, "of the intervals", minimum=0.5, maximum=0.9999)
+    alpha: float = option(ALPHA, "share of unrelated images that may exceed the threshold", above=0.0, maximum=0.5)
+    confidence: float = option(CONFIDENCE, "of the intervals", minimum=0.5, maximum=0.9999)
     max_excess: float | None = option(
         None, "budget: exit with 1 where a model's copied share, whole interval, lies above this", minimum=0, maximum=1
     )
@@ -88,7 +85,9 @@ class MemorizationOptions(
         if not self.models() and not self.given():
             given = "--lora, --unet, --checkpoints or --generated_dir"
             raise OptionError(f"--skip_base: leaves nothing to evaluate; give {given}")
-        self._check_folders()
+        from eval.sets import check_set_folders  # here for start-up time
+
+        check_set_folders(self.train_data_dir, self.heldout_data_dir, self.output_dir)
         self._check_models_of_images()
 
     def models(self) -> list[Checkpoint]:
@@ -136,19 +135,6 @@ class MemorizationOptions(
         if clip is not None and clip.startswith(("/", ".", "~")) and not Path(clip).is_dir():
             raise OptionError(f"--clip_score_model: {clip!r} is not a folder; give one, or a model id of the Hub")
         self.check_embedder()
-
-    def _check_folders(self) -> None:
-        train, out = Path(self.train_data_dir).resolve(), Path(self.output_dir).resolve()
-        heldout = Path(self.heldout_data_dir).resolve() if self.heldout_data_dir else None
-        if train == heldout:
-            raise OptionError(f"--heldout_data_dir: {self.heldout_data_dir!r} is the training set; nothing is held out")
-        for name, folder in [("train_data_dir", train), ("heldout_data_dir", heldout)]:
-            if folder and (out == folder or folder in out.parents):
-                # Generated images would be read as data the next time.
-                raise OptionError(f"--output_dir: {self.output_dir!r} lies inside --{name}; give a folder outside it")
-        existing = next(p for p in (out, *out.parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise OptionError(f"--output_dir: {self.output_dir!r} can't be written to ({existing} is not a writable folder)")
 
 
 def _warn(message: str) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.embedders.registry import Embedder
+from eval.choices import ALPHA, CONFIDENCE, EMBEDDING_BATCH
+from eval.embedders.registry import Embedder, check_embedder
 from eval.embedding import Embedded, normalised
 from eval.images import ImageSet, read_folder
-from eval.options import MemorizationOptions
 from eval.reporting.folder import quick_figures
 from eval.reporting.references import References, ReferenceSets, make_references
 from eval.schema import Excluded
-from eval.sets import Embedding, embed_sets, read_sets
+from eval.sets import Embedding, SetSettings, check_set_folders, embed_sets, read_sets
 from eval.statistics.calibrate import smallest_null
 from sdxl_ambient.errors import ImageError, OptionError, StageError
 from sdxl_ambient.images.load import load_rgb
@@ -33,7 +33,7 @@ class QuickLook:
 
     Args:
         train_data_dir, heldout_data_dir: the images trained on, and such as were not.
-        work_dir: a folder outside both, since the evaluation's options name one; nothing is written into it.
+        work_dir: a folder outside both; nothing is written into it.
         embedder: one of the evaluation's, as NAME, or NAME=WEIGHTS with a local folder or file, or a name on the Hub.
         alpha: share of held-out images above the threshold.
         caption_column: key of the caption in both folders' metadata.
@@ -48,29 +48,35 @@ class QuickLook:
         heldout_data_dir: str,
         work_dir: str | Path,
         embedder: str,
-        alpha: float = 0.02,
+        alpha: float = ALPHA,
         caption_column: str = "text",
     ):
         name, _, weights = embedder.partition("=")
-        self.options = MemorizationOptions(
+        check_set_folders(train_data_dir, heldout_data_dir, str(work_dir))
+        try:
+            check_embedder(name, weights or None)
+        except StageError as error:
+            raise OptionError(str(error)) from None
+        self.alpha = alpha
+        self.settings = SetSettings(
             train_data_dir=train_data_dir,
             heldout_data_dir=heldout_data_dir,
+            caption_column=caption_column,
             output_dir=str(work_dir),
             embedder=name,
             embedder_weights=weights or None,
-            alpha=alpha,
-            caption_column=caption_column,
-            generated_dir=[f"drawn={train_data_dir}"],  # some folder; which one is said later
-            skip_attacks=True,
+            embedding_batch_size=EMBEDDING_BATCH,
+            clip_score_model=None,
+            near_duplicates="drop",
+            device="auto",
         )
-        self.options.validate()
         self.references: References | None = None
 
     def __call__(self, folder: str | Path) -> dict[str, Any]:
         """Of a folder of images: the share above the threshold, its excess over the held-out share, both with intervals, and
         the similarities to the training set, by the names of the evaluation's report; and the ``threshold``."""
         references = self.prepare()
-        drawn = _InMemory(self.options)(read_folder(folder))
+        drawn = _InMemory(self.settings)(read_folder(folder))
         _free()
         return {**quick_figures(drawn, references), "threshold": references.threshold}
 
@@ -90,13 +96,12 @@ class QuickLook:
         return self.references
 
     def _references(self) -> References:
-        options = self.options
-        train_images, heldout_images = read_sets(options)
-        check_quick(len(heldout_images or ()), options.alpha)
-        train, heldout = embed_sets(options, train_images, heldout_images, _InMemory(options))
-        check_quick(len(heldout or ()), options.alpha)  # near-duplicates are left out by now
+        train_images, heldout_images = read_sets(self.settings)
+        check_quick(len(heldout_images or ()), self.alpha)
+        train, heldout = embed_sets(self.settings, train_images, heldout_images, _InMemory(self.settings))
+        check_quick(len(heldout or ()), self.alpha)  # near-duplicates are left out by now
         sets = ReferenceSets(train, heldout, None, None)
-        return make_references(sets, options.alpha, options.confidence, options.embedder, planted={})
+        return make_references(sets, self.alpha, CONFIDENCE, self.settings.embedder, planted={})
 
 
 def check_quick(heldout: int, alpha: float) -> None:

@@ -41,30 +41,43 @@ class Sampler:
         return {"sampler": settings.pop("mode"), **settings}
 
 
-def own_samplers(checkpoint: Checkpoint, options, modes: list[str]) -> list[Sampler]:
-    """What the user asked for: ``modes`` at the given guidance and scale; for the base model ``full`` alone.
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How models are sampled. Values of the options of these names."""
+
+    samplers: list[str]
+    sampler_t_n: int | None
+    lora_scale: float
+    guidance_scale: float
+    num_inference_steps: int
+    worst_case: str
+    worst_case_images: int | None
+
+
+def own_samplers(checkpoint: Checkpoint, settings: SamplerSettings) -> list[Sampler]:
+    """What the user asked for: ``settings.samplers`` at the given guidance and scale; for the base model ``full`` alone.
 
     Raises OptionError where a noise level is needed and neither given nor recorded.
     """
-    level = options.sampler_t_n if options.sampler_t_n is not None else checkpoint.t_n()
-    modes = modes if checkpoint.lora or checkpoint.unet else ["full"]
+    level = settings.sampler_t_n if settings.sampler_t_n is not None else checkpoint.t_n()
+    modes = settings.samplers if checkpoint.lora or checkpoint.unet else ["full"]
     for mode in modes:
         if mode != "full" and level is None:
             raise OptionError(
                 f"--sampler_t_n: needed for the sampler {mode!r}, since {checkpoint.name!r} records no noise level"
             )
-    scale, guidance = options.lora_scale if checkpoint.lora else None, options.guidance_scale
+    scale, guidance = settings.lora_scale if checkpoint.lora else None, settings.guidance_scale
     return [Sampler(mode, mode, level if mode != "full" else None, scale, guidance) for mode in modes]
 
 
-def worst_case(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampler]:
+def worst_case(checkpoint: Checkpoint, settings: SamplerSettings, first: int = 1000) -> list[Sampler]:
     """The samplers of the set ``standard`` that apply to a model and change something for it.
 
     ``first`` is the timestep that sampling starts from: a level that is not below it leaves nothing to stop or hand over.
     """
     tuned = checkpoint.lora or checkpoint.unet
-    level = options.sampler_t_n if options.sampler_t_n is not None else checkpoint.t_n()
-    scale, guidance = options.lora_scale if checkpoint.lora else None, options.guidance_scale
+    level = settings.sampler_t_n if settings.sampler_t_n is not None else checkpoint.t_n()
+    scale, guidance = settings.lora_scale if checkpoint.lora else None, settings.guidance_scale
     samplers = [Sampler("full", lora_scale=scale, guidance_scale=guidance)]
     if tuned and level is not None and level < first:
         samplers += [Sampler(mode, mode, level, scale, guidance) for mode in ("early_stop", "hybrid")]
@@ -75,20 +88,20 @@ def worst_case(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampl
     return samplers
 
 
-def samplers_of(checkpoint: Checkpoint, options, first: int = 1000) -> list[Sampler]:
+def samplers_of(checkpoint: Checkpoint, settings: SamplerSettings, first: int = 1000) -> list[Sampler]:
     """All samplers of a model, the user's own first, each name once.
 
     ``first`` is the timestep that sampling starts from. Raises OptionError for an own sampler whose level is not below it.
     """
-    samplers = own_samplers(checkpoint, options, options.samplers)
+    samplers = own_samplers(checkpoint, settings)
     for s in samplers:
         if s.t_n is not None and s.t_n >= first:
             raise OptionError(
-                f"--sampler_t_n: {s.t_n} of {checkpoint.name!r} is not below {first}, where {options.num_inference_steps} "
+                f"--sampler_t_n: {s.t_n} of {checkpoint.name!r} is not below {first}, where {settings.num_inference_steps} "
                 f"steps start, which the sampler {s.mode!r} needs"
             )
-    if options.worst_case == "standard":
+    if settings.worst_case == "standard":
         names = {s.name for s in samplers}
-        more = [s for s in worst_case(checkpoint, options, first) if s.name not in names]
-        samplers += [replace(s, num_images=options.worst_case_images) for s in more]
+        more = [s for s in worst_case(checkpoint, settings, first) if s.name not in names]
+        samplers += [replace(s, num_images=settings.worst_case_images) for s in more]
     return samplers

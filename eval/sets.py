@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +13,59 @@ from tqdm import tqdm
 
 from eval.clip import ClipScore
 from eval.controls import MOST, TRANSFORMS, planted, recompressed, vae_round_trip
-from eval.drawing import open_vae
+from eval.drawing import GenerationSettings, open_vae
 from eval.duplicates import drop_near_duplicates, drop_near_embeddings, jpeg_limit
 from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import Embedded, embed
 from eval.images import ImageSet, drop_duplicates, read_folder
-from eval.options import MemorizationOptions
 from eval.quality import FRECHET_MOST
 from eval.stored import arrays, read_object
 from sdxl_ambient.devices import resolve_device
-from sdxl_ambient.errors import StageError
+from sdxl_ambient.errors import OptionError, StageError
 from sdxl_ambient.images.duplicates import Fingerprints
 from sdxl_ambient.provenance import hash_tensors, write_sealed
 
 
-def output_folder(options: MemorizationOptions) -> Path:
-    """The folder that everything is written to."""
-    assert options.output_dir is not None, "the options' own check asks for it"
-    return Path(options.output_dir)
+@dataclass(frozen=True)
+class SetSettings:
+    """The sets, and what they are compared by. Values of the settings of these names."""
+
+    train_data_dir: str
+    heldout_data_dir: str | None
+    caption_column: str
+    output_dir: str
+    embedder: str
+    embedder_weights: str | None
+    embedding_batch_size: int
+    clip_score_model: str | None
+    near_duplicates: str
+    device: str
 
 
-def train_folder(options: MemorizationOptions) -> Path:
-    """The folder of the fine-tuning set."""
-    assert options.train_data_dir is not None, "the options' own check asks for it"
-    return Path(options.train_data_dir)
+def check_set_folders(train_data_dir: str, heldout_data_dir: str | None, output_dir: str) -> None:
+    """Raises OptionError where nothing is held out, or results would be read as data, or can't be written."""
+    train, out = Path(train_data_dir).resolve(), Path(output_dir).resolve()
+    heldout = Path(heldout_data_dir).resolve() if heldout_data_dir else None
+    if train == heldout:
+        raise OptionError(f"--heldout_data_dir: {heldout_data_dir!r} is the training set; nothing is held out")
+    for name, folder in [("train_data_dir", train), ("heldout_data_dir", heldout)]:
+        if folder and (out == folder or folder in out.parents):
+            # Generated images would be read as data the next time.
+            raise OptionError(f"--output_dir: {output_dir!r} lies inside --{name}; give a folder outside it")
+    existing = next(p for p in (out, *out.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OptionError(f"--output_dir: {output_dir!r} can't be written to ({existing} is not a writable folder)")
 
 
 class Embedding:
     """The embedders of a run and their cache."""
 
-    def __init__(self, options: MemorizationOptions):
-        self.device = resolve_device(options.device)
-        self.cache, self.batch_size = output_folder(options) / "embeddings", options.embedding_batch_size
-        self.embedder = load_embedder(options.embedder, options.embedder_weights, self.device)
+    def __init__(self, settings: SetSettings):
+        self.device = resolve_device(settings.device)
+        self.cache, self.batch_size = Path(settings.output_dir) / "embeddings", settings.embedding_batch_size
+        self.embedder = load_embedder(settings.embedder, settings.embedder_weights, self.device)
         self.pooled_pixels, self.fingerprint = load_embedder("pooled_pixels"), load_embedder("fingerprint")
-        self.clip = ClipScore(options.clip_score_model, self.device) if options.clip_score_model else None
+        self.clip = ClipScore(settings.clip_score_model, self.device) if settings.clip_score_model else None
 
     def __call__(self, images: ImageSet, embedder: Embedder | None = None) -> Embedded:
         return embed(images, embedder or self.embedder, self.cache, self.batch_size)
@@ -55,12 +75,12 @@ class Embedding:
         return self(images.thinned(FRECHET_MOST), self.pooled_pixels)
 
 
-def read_sets(options: MemorizationOptions) -> tuple[ImageSet, ImageSet | None]:
+def read_sets(settings: SetSettings) -> tuple[ImageSet, ImageSet | None]:
     """The fine-tuning and the held-out set, without files that come twice."""
-    train = drop_duplicates(read_folder(train_folder(options), options.caption_column))
-    if options.heldout_data_dir is None:
+    train = drop_duplicates(read_folder(settings.train_data_dir, settings.caption_column))
+    if settings.heldout_data_dir is None:
         return train, None
-    heldout = drop_duplicates(drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column)), train)
+    heldout = drop_duplicates(drop_duplicates(read_folder(settings.heldout_data_dir, settings.caption_column)), train)
     _check_left(heldout)
     return train, heldout
 
@@ -71,13 +91,13 @@ def _check_left(heldout: ImageSet) -> None:
 
 
 def embed_sets(
-    options: MemorizationOptions, train: ImageSet, heldout: ImageSet | None, embedding: Embedding
+    settings: SetSettings, train: ImageSet, heldout: ImageSet | None, embedding: Embedding
 ) -> tuple[Embedded, Embedded | None]:
     """Both sets' embeddings, without near-duplicates: by perceptual hash, then by the embedder."""
-    if options.near_duplicates == "drop":
+    if settings.near_duplicates == "drop":
         train, heldout = _without_same_hashes(train, heldout, embedding)
     embedded_train, embedded_heldout = embedding(train), embedding(heldout) if heldout else None
-    if options.near_duplicates == "drop":
+    if settings.near_duplicates == "drop":
         return _without_near_embeddings(embedded_train, embedded_heldout, embedding)
     return embedded_train, embedded_heldout
 
@@ -108,23 +128,25 @@ def _without_near_embeddings(
     return train.only(drop_near_embeddings(train.images, train.embeddings, least)), heldout
 
 
-def plant(options: MemorizationOptions, train: Embedded, embedder: Embedder) -> dict[str, np.ndarray]:
+def plant(
+    settings: SetSettings, generation: GenerationSettings, train: Embedded, embedder: Embedder
+) -> dict[str, np.ndarray]:
     """Similarities of known copies of training images; through the model's VAE too, where there is a model.
 
     Kept in ``controls.json`` for the next run of the same settings.
     """
     transforms = dict(TRANSFORMS)
-    settings: dict[str, Any] = {"embedder": embedder.key, "train": train.images.hashes, "most": MOST, "vae": None}
-    if options.pretrained_model_name_or_path is not None:
-        vae, resolution = open_vae(options)
+    recorded: dict[str, Any] = {"embedder": embedder.key, "train": train.images.hashes, "most": MOST, "vae": None}
+    if generation.pretrained_model_name_or_path is not None:
+        vae, resolution = open_vae(generation)
         transforms["vae"] = vae_round_trip(vae, resolution)
-        settings["vae"] = {"weights": hash_tensors(vae.state_dict()), "resolution": resolution}
-    path = output_folder(options) / "controls.json"
-    if (stored := _stored_controls(path, settings, transforms, min(len(train), MOST))) is not None:
+        recorded["vae"] = {"weights": hash_tensors(vae.state_dict()), "resolution": resolution}
+    path = Path(settings.output_dir) / "controls.json"
+    if (stored := _stored_controls(path, recorded, transforms, min(len(train), MOST))) is not None:
         return stored
     with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
-        similarities = planted(train, embedder, transforms, options.embedding_batch_size, bar.update)
-    write_sealed(path, {"settings": settings, "planted": {name: values.tolist() for name, values in similarities.items()}})
+        similarities = planted(train, embedder, transforms, settings.embedding_batch_size, bar.update)
+    write_sealed(path, {"settings": recorded, "planted": {name: values.tolist() for name, values in similarities.items()}})
     return similarities
 
 

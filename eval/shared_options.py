@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.choices import EMBEDDERS
+from eval.choices import EMBEDDERS, EMBEDDING_BATCH
 from sdxl_ambient.config.parser import option, redeclare
 from sdxl_ambient.config.shared import DTYPES, DeviceOptions, ImageOptions, ModelOptions, SeedOptions
 from sdxl_ambient.errors import OptionError, StageError
@@ -87,4 +87,4 @@ class EmbedderOptions:
 class BatchOptions(EmbedderOptions):
     """Embedder"""
 
-    embedding_batch_size: int = option(32, "images embedded at once", minimum=1)
+    embedding_batch_size: int = option(EMBEDDING_BATCH, "images embedded at once", minimum=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.private_training import train_dp_lora
@@ -14,15 +14,16 @@ from benchmarks.script import train_here
 from benchmarks.study.grid import COMMON, Cell
 from eval.attacks.membership import attack_figures
 from eval.attacks.run import attack
+from eval.attacks.settings import AttackSettings
 from eval.checkpoints import Checkpoint
+from eval.choices import ALPHA, CONFIDENCE
 from eval.drawing import captions_of, generate
 from eval.images import read_folder
-from eval.options import MemorizationOptions
 from eval.quality import frechet_distance
 from eval.reporting.folder import folder_figures
 from eval.reporting.references import References, ReferenceSets, make_references, threshold_figures
 from eval.samplers import Sampler
-from eval.sets import Embedding, embed_sets, plant, read_sets
+from eval.sets import Embedding, SetSettings, embed_sets, plant, read_sets
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.models.load import load_encoders, load_schedule
 from sdxl_ambient.provenance import read_json, write_json
@@ -127,50 +128,72 @@ def _train_privately(cell: Cell, folders: Folders, output: Path) -> tuple[dict[i
 class Evaluation:
     """The controls of one fine-tuning set: made once in each worker."""
 
-    options: MemorizationOptions
+    sets: SetSettings
+    attack: AttackSettings
     embedding: Embedding
     references: References
 
     @staticmethod
     @functools.cache
     def of(folders: Folders, size: int) -> Evaluation:
-        options = MemorizationOptions(
-            pretrained_model_name_or_path=str(ROOT / COMMON["pretrained_model_name_or_path"]),
+        settings = SetSettings(
             train_data_dir=str(folders.train(size)),
             heldout_data_dir=str(folders.heldout),
+            caption_column="text",
             output_dir=str(folders.work / "evaluation" / str(size)),
+            embedder="pixel",
+            embedder_weights=None,
+            embedding_batch_size=32,
+            clip_score_model=None,
+            near_duplicates="drop",
+            device="auto",
+        )
+        attacked = AttackSettings(
+            pretrained_model_name_or_path=str(ROOT / COMMON["pretrained_model_name_or_path"]),
+            pretrained_vae_model_name_or_path=None,
+            revision=None,
+            variant=None,
+            lora_scale=1.0,
+            num_images=IMAGES,
+            images_per_prompt=None,
+            batch_size=32,
+            num_inference_steps=SAMPLING_STEPS,
+            guidance_scale=GUIDANCE,
+            resolution=None,
+            num_seeds=1,
+            seed=0,
+            dtype="float32",
+            device="auto",
             attacks=["noise"],
             attack_t=list(ATTACK_LEVELS),
             attack_modes=["one_step"],
+            attack_steps=25,
+            attack_prompts="caption",
             attack_images=64,
-            num_images=IMAGES,
-            num_inference_steps=SAMPLING_STEPS,
-            guidance_scale=GUIDANCE,
-            batch_size=32,
-            skip_base=True,
+            mask_share=0.5,
         )
-        embedding = Embedding(options)
-        train, heldout = embed_sets(options, *read_sets(options), embedding)
+        embedding = Embedding(settings)
+        train, heldout = embed_sets(settings, *read_sets(settings), embedding)
         assert heldout is not None  # heldout_data_dir is given
         sets = ReferenceSets(train, heldout, *(embedding.pooled(s.images) for s in (train, heldout)))
-        planted = plant(options, train, embedding.embedder)
-        references = make_references(sets, options.alpha, options.confidence, options.embedder, planted)
-        return Evaluation(options, embedding, references)
+        planted = plant(settings, attacked, train, embedding.embedder)
+        references = make_references(sets, ALPHA, CONFIDENCE, settings.embedder, planted)
+        return Evaluation(settings, attacked, embedding, references)
 
     def measure(self, name: str, adapter: Path | None, t_n: int, seed: int, folder: Path) -> dict:
         """Every sampler's figures, the worst of them by excess, and the attacks', of one adapter or the base model."""
         # Each seed has other initial noise, so that the seeds' scatter holds that of sampling.
-        options = MemorizationOptions(**{**vars(self.options), "seed": 1000 * seed})
+        attacked = replace(self.attack, seed=1000 * seed)
         checkpoint, references = Checkpoint(name, lora=adapter), self.references
-        assert options.train_data_dir and references.heldout  # see :meth:`of`
-        drawn = generate(options, checkpoint, samplers(adapter, t_n), captions_of(options.train_data_dir), folder)
+        assert references.heldout  # see :meth:`of`
+        drawn = generate(attacked, checkpoint, samplers(adapter, t_n), captions_of(self.sets.train_data_dir), folder)
         found = {}
         for sampler, (images, _) in drawn.items():
             one = read_folder(images)
             figures = folder_figures(self.embedding(one), self.embedding.pooled(one), references)
             found[sampler] = {key: figures[key] for key in KEPT}
         sets = references.train.images, references.heldout.images
-        answers = attack(options, checkpoint, *sets, self.embedding.embedder, folder / "attack")
+        answers = attack(attacked, checkpoint, *sets, self.embedding.embedder, folder / "attack")
         return {
             "samplers": found,
             "worst": max(found, key=lambda s: found[s]["excess_over_heldout"]),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from eval.attacks.model import LoadedModel
-from eval.attacks.options import AttackOptions
+from eval.attacks.settings import AttackSettings
 from eval.embedders.registry import Embedder
 from eval.embedding import normalised
 from eval.images import ImageSet
@@ -46,11 +46,11 @@ class Batch:
         """Unit vectors (n, d)."""
         return normalised(self.embedder.encode(torch.stack([self.embedder.prepare(p) for p in pictures])).numpy())
 
-    def prompts(self, options: AttackOptions) -> list[str | None]:
-        return [record.caption if options.attack_prompts == "caption" else None for record in self.images.records]
+    def prompts(self, settings: AttackSettings) -> list[str | None]:
+        return [record.caption if settings.attack_prompts == "caption" else None for record in self.images.records]
 
-    def generators(self, t: int, options: AttackOptions) -> list[torch.Generator]:
-        return [attack_generator(digest, t, options.seed) for digest in self.images.hashes]
+    def generators(self, t: int, settings: AttackSettings) -> list[torch.Generator]:
+        return [attack_generator(digest, t, settings.seed) for digest in self.images.hashes]
 
 
 def readable(images: ImageSet) -> tuple[ImageSet, list[Image.Image]]:

@@ -15,7 +15,7 @@ from eval.attacks.batch import Batch, readable
 from eval.attacks.kinds import KINDS
 from eval.attacks.membership import SETS, Scores, attack_figures
 from eval.attacks.model import LoadedModel
-from eval.attacks.options import AttackOptions
+from eval.attacks.settings import AttackSettings
 from eval.checkpoints import Checkpoint, hash_weights
 from eval.drawing import base_folder
 from eval.embedders.registry import Embedder
@@ -28,14 +28,14 @@ from sdxl_ambient.provenance import differences, hash_json, write_sealed
 
 
 @torch.no_grad()
-def run_attacks(model: LoadedModel, embedder: Embedder, images: ImageSet, options: AttackOptions) -> tuple[int, Scores]:
-    """The scores that ``options.attacks`` give one batch of images: how many could be opened, and arrays (n,) by name."""
+def run_attacks(model: LoadedModel, embedder: Embedder, images: ImageSet, settings: AttackSettings) -> tuple[int, Scores]:
+    """The scores that ``settings.attacks`` give one batch of images: how many could be opened, and arrays (n,) by name."""
     images, pictures = readable(images)
     scores: Scores = {}
     if pictures:
         batch = Batch(model, embedder, images, pictures)
-        for name in dict.fromkeys(options.attacks):
-            scores.update(KINDS[name](batch, options))
+        for name in dict.fromkeys(settings.attacks):
+            scores.update(KINDS[name](batch, settings))
     return len(pictures), scores
 
 
@@ -43,7 +43,7 @@ def run_attacks_on_sets(
     model: LoadedModel,
     embedder: Embedder,
     sets: dict[str, ImageSet],
-    options: AttackOptions,
+    settings: AttackSettings,
     name: str = "",
     parts: Path | None = None,
 ) -> dict[str, Scores]:
@@ -56,14 +56,14 @@ def run_attacks_on_sets(
     Raises:
         StageError: no image of a set can be opened, no attack can be run on all sets, or a score isn't finite.
     """
-    batches = [(key, i, one) for key, s in sets.items() for i, one in enumerate(_batches(s, options.batch_size))]
+    batches = [(key, i, one) for key, s in sets.items() for i, one in enumerate(_batches(s, settings.batch_size))]
     own_batches = processes.share(batches)
     done: list[tuple[str, int, Scores]] = []
     total = sum(len(images) for *_, images in own_batches)
     with tqdm(total=total, unit="image", desc=f"attack {name}", delay=2, disable=not processes.is_main()) as bar:
         for key, i, images in own_batches:
-            path = parts / f"{key}-{options.batch_size}-{i}.json" if parts else None
-            done.append((key, *_stored(path, len(images), lambda one=images: run_attacks(model, embedder, one, options))))
+            path = parts / f"{key}-{settings.batch_size}-{i}.json" if parts else None
+            done.append((key, *_stored(path, len(images), lambda one=images: run_attacks(model, embedder, one, settings))))
             bar.update(len(images))
     done = processes.collect(done)
     for key, images in sets.items():
@@ -147,7 +147,7 @@ def _combine(done: list[tuple[str, int, Scores]], sets: dict[str, ImageSet]) -> 
 
 
 def attack(
-    options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder, folder: Path
+    settings: AttackSettings, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder, folder: Path
 ) -> dict[str, Scores]:
     """Every attack's scores on one model, computed or read from where they are: ``{"train": {name: (n,)}, "heldout": …}``.
 
@@ -157,11 +157,11 @@ def attack(
     Raises:
         StageError: ``folder`` has scores of other settings, a set has no usable image, or a score isn't finite.
     """
-    sets = {key: images.thinned(options.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
-    settings = attack_settings(options, checkpoint, sets["train"], sets["heldout"], embedder)
+    sets = {key: images.thinned(settings.attack_images) for key, images in zip(SETS, (train, heldout), strict=True)}
+    recorded = attack_settings(settings, checkpoint, sets["train"], sets["heldout"], embedder)
     path = Path(folder) / "attack.json"
     # The main process looks, for all: another could look when the file is already written, and miss the work to share.
-    stored = processes.collect([_earlier_scores(path, settings, sets) if processes.is_main() else None])[0]
+    stored = processes.collect([_earlier_scores(path, recorded, sets) if processes.is_main() else None])[0]
     if isinstance(stored, StageError):
         raise stored
     if stored is not None:
@@ -169,43 +169,43 @@ def attack(
     for images in sets.values():
         if not len(images):
             raise _none_left(images)
-    parts = Path(folder) / f"parts-{hash_json(settings)[:16]}"
-    scores = run_attacks_on_sets(_open(options, checkpoint), embedder, sets, options, checkpoint.name, parts)
+    parts = Path(folder) / f"parts-{hash_json(recorded)[:16]}"
+    scores = run_attacks_on_sets(_open(settings, checkpoint), embedder, sets, settings, checkpoint.name, parts)
     if processes.is_main():
         lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in scores.items()}
         figures = attack_figures(scores["train"], scores["heldout"])
-        write_sealed(path, {"settings": settings, "answers": lists, "figures": figures})
+        write_sealed(path, {"settings": recorded, "answers": lists, "figures": figures})
         shutil.rmtree(parts, ignore_errors=True)
     processes.wait()
     return scores
 
 
-def _open(options: AttackOptions, checkpoint: Checkpoint) -> LoadedModel:
+def _open(settings: AttackSettings, checkpoint: Checkpoint) -> LoadedModel:
     pipe = load_pipeline(
-        str(base_folder(options)),
+        str(base_folder(settings)),
         lora=checkpoint.lora,
-        lora_scale=options.lora_scale,
+        lora_scale=settings.lora_scale,
         unet=checkpoint.unet,
-        vae=options.pretrained_vae_model_name_or_path,
-        dtype=DTYPES[options.dtype],
-        variant=options.variant,
-    ).to(resolve_device(options.device))
-    return LoadedModel(pipe, options.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
+        vae=settings.pretrained_vae_model_name_or_path,
+        dtype=DTYPES[settings.dtype],
+        variant=settings.variant,
+    ).to(resolve_device(settings.device))
+    return LoadedModel(pipe, settings.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
 
 
 def attack_settings(
-    options: AttackOptions, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder
+    settings: AttackSettings, checkpoint: Checkpoint, train: ImageSet, heldout: ImageSet, embedder: Embedder
 ) -> dict:
     """Everything that determines the scores, as attack.json keeps it; not how the work is cut into batches."""
     sets = {"train": train, "heldout": heldout}
-    needs_captions = options.attack_prompts == "caption" or "magnitude" in options.attacks
-    vae = options.pretrained_vae_model_name_or_path
+    needs_captions = settings.attack_prompts == "caption" or "magnitude" in settings.attacks
+    vae = settings.pretrained_vae_model_name_or_path
     return {
-        **{name: getattr(options, name) for name in _deciding(options)},
-        "attacks": sorted(set(options.attacks)),
-        "lora_scale": options.lora_scale if checkpoint.lora else None,
-        "device": torch.device(resolve_device(options.device)).type,
-        "base_weights": hash_weights(base_folder(options), "base"),
+        **{name: getattr(settings, name) for name in _deciding(settings)},
+        "attacks": sorted(set(settings.attacks)),
+        "lora_scale": settings.lora_scale if checkpoint.lora else None,
+        "device": torch.device(resolve_device(settings.device)).type,
+        "base_weights": hash_weights(base_folder(settings), "base"),
         "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
@@ -217,13 +217,13 @@ def attack_settings(
     }
 
 
-def _deciding(options: AttackOptions) -> list[str]:
-    """The options that change a score of the attacks that are run."""
+def _deciding(settings: AttackSettings) -> list[str]:
+    """The settings that change a score of the attacks that are run."""
     names = ["attack_steps", "attack_prompts", "resolution", "seed", "dtype"]
-    if "noise" in options.attacks:
+    if "noise" in settings.attacks:
         names += ["attack_t", "attack_modes"]
-    if "mask" in options.attacks:
+    if "mask" in settings.attacks:
         names += ["mask_share"]
-    if {"mask", "magnitude"} & set(options.attacks):
+    if {"mask", "magnitude"} & set(settings.attacks):
         names += ["guidance_scale"]
     return names

@@ -308,7 +308,7 @@ def test_stages_stop_where_they_are_told(miniature, tmp_path):
     assert main([*flags, "--until", "generate"]) == 0
     assert sorted(p.name for p in out.iterdir()) == [".lock", "generated"]
     assert main([*flags, "--until", "embed"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["embeddings", "generated"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "embeddings", "generated"]
 
 
 def test_seeds_and_the_clip_score_are_reported(miniature, clip_model, tmp_path):

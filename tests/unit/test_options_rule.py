@@ -5,12 +5,14 @@ import ast
 import pytest
 from support.source import functions, imported, modules
 
-SET_UP = {"sdxl_ambient.training.setup", "sdxl_ambient.training.settings"}
+SET_UP = {"sdxl_ambient.training.setup", "sdxl_ambient.training.settings", "eval.settings"}
+# Its keyword arguments are options, which it checks by itself.
+KEYWORDS = "benchmarks.private_training"
 
 
 def declares(module):
     """Whether options are declared there."""
-    return module.startswith("sdxl_ambient.config") or module.endswith(".options")
+    return module.startswith("sdxl_ambient.config") or module.endswith(("options", KEYWORDS))
 
 
 def is_command(tree):
@@ -23,7 +25,7 @@ def parameters(node):
 
 @pytest.fixture(scope="module")
 def trees():
-    return {name: tree for name, tree in modules().items() if name.startswith("sdxl_ambient")}
+    return modules()
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def libraries(trees):
     """The modules that know no options."""
     found = {n: t for n, t in trees.items() if not (declares(n) or n in SET_UP or is_command(t))}
     assert {"sdxl_ambient.training.model", "sdxl_ambient.training.run", "sdxl_ambient.store.build"} <= found.keys()
+    assert {"eval.evaluation", "eval.drawing", "eval.attacks.run", "benchmarks.study.cell"} <= found.keys()
     return found
 
 
@@ -39,7 +42,13 @@ def classes(trees):
     """The names of all classes of options. ObjectiveOptions and RestoreOptions are settings, and lie elsewhere."""
     nodes = [node for module, tree in trees.items() if declares(module) for node in tree.body]
     found = {node.name for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Options")}
-    assert {"TrainOptions", "ModelOptions", "LoopOptions"} <= found and "ObjectiveOptions" not in found
+    assert {
+        "TrainOptions",
+        "ModelOptions",
+        "LoopOptions",
+        "MemorizationOptions",
+        "AttackOptions",
+    } <= found and "ObjectiveOptions" not in found
     return found
 
 
@@ -56,6 +65,16 @@ def test_only_commands_and_the_set_up_of_training_import_options(trees, librarie
     found = {module: sorted(seen_options(tree, trees, classes)) for module, tree in libraries.items()}
     assert {module: names for module, names in found.items() if names} == {}
     assert all(seen_options(trees[module], trees, classes) for module in (*SET_UP, "sdxl_ambient.latents"))
+
+
+def test_no_class_of_a_library_keeps_options(libraries, classes):
+    found = []
+    for module, tree in libraries.items():
+        for node in ast.walk(tree):
+            kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+            if classes & set(kind.replace(".", " ").split()):
+                found.append(f"{module}: {ast.unparse(node)}")
+    assert found == []
 
 
 def test_no_library_function_is_given_options(libraries, classes):

@@ -203,7 +203,7 @@ def evaluation(tmp_path, *flags):
 
 def test_a_level_that_nobody_knows_is_asked_for(lora, tmp_path):
     def levels(checkpoint, modes, t_n):
-        return {s.name: s.t_n for s in own_samplers(checkpoint, evaluation(tmp_path, "sampler_t_n", t_n), modes)}
+        return {s.name: s.t_n for s in own_samplers(checkpoint, evaluation(tmp_path, "sampler_t_n", t_n, "samplers", modes))}
 
     assert levels(Checkpoint("x", lora=lora), ["full", "hybrid"], None) == {"full": None, "hybrid": 500}
     assert levels(Checkpoint("x", lora=lora), ["early_stop"], 300) == {"early_stop": 300}

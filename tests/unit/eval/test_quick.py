@@ -16,6 +16,7 @@ from eval.evaluation import evaluate
 from eval.images import read_folder
 from eval.options import MemorizationOptions
 from eval.quick import QuickLook, _InMemory, check_quick
+from eval.settings import evaluation_settings
 from sdxl_ambient.errors import OptionError
 
 DATA = REPOSITORY / "miniature/data"
@@ -63,7 +64,7 @@ def test_the_evaluation_says_the_same(look, tmp_path):
         generated_dir=[f"drawn={drawn}"], embedder="pixel",
     )  # fmt: skip
     options.validate()
-    report = evaluate(options)
+    report = evaluate(evaluation_settings(options))
     whole, found = report["models"]["drawn"]["samplers"]["given"], look(drawn)
     assert found.pop("threshold") == report["threshold"]["value"]
     assert found == {name: whole[name] for name in found} and 0 < found["share_above_threshold"] < 1
@@ -72,10 +73,10 @@ def test_the_evaluation_says_the_same(look, tmp_path):
 def test_embeddings_are_the_caches_and_stay_in_memory(look, tmp_path):
     images = read_folder(DATA / "heldout").thinned(10)
     for embedder in (load_embedder("pixel"), load_embedder("fingerprint")):
-        found, cached = _InMemory(look.options)(images, embedder), embed(images, embedder, tmp_path / "cache")
+        found, cached = _InMemory(look.settings)(images, embedder), embed(images, embedder, tmp_path / "cache")
         assert np.array_equal(found.embeddings, cached.embeddings) and np.array_equal(found.norms, cached.norms)
     look.prepare()
-    assert not list(Path(look.options.output_dir).iterdir())
+    assert not list(Path(look.settings.output_dir).iterdir())
 
 
 def test_images_that_cannot_be_used_are_left_out(look, tmp_path):

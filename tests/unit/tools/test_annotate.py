@@ -347,7 +347,7 @@ def test_what_is_written_is_what_the_trainer_reads(own, miniature, build, tmp_pa
 
     # Links to the pictures themselves; nothing else but text.
     files = {p for p in out.rglob("*") if not p.is_dir()}
-    assert {p.name for p in files if not p.is_symlink()} == {"annotations.json", "metadata.jsonl"}
+    assert {p.name for p in files if not p.is_symlink()} == {".lock", "annotations.json", "metadata.jsonl"}
     read = {r.name: r for r in list_images(out, t_n_column="t_n")}
     assert set(read) == {i["file"] for i in found["images"] if i["used"]} == {
         p.relative_to(out).as_posix() for p in files if p.is_symlink()
