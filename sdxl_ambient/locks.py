@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sdxl_ambient.errors import LockedError
-from sdxl_ambient.provenance import write_json
+from sdxl_ambient.provenance import is_temporary, write_json
 
 LOCK, OWNER = ".lock", ".lock.json"
 
@@ -56,8 +56,8 @@ def locked(folder: str | Path, log: Callable[[str], None] = print, *, hold: bool
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder has nothing in it but a lock, or isn't there."""
-    return not folder.is_dir() or all(path.name in (LOCK, OWNER) for path in folder.iterdir())
+    """Whether a folder has nothing in it but a lock and what writes that were cut off left, or isn't there."""
+    return not folder.is_dir() or all(path.name in (LOCK, OWNER) or is_temporary(path) for path in folder.iterdir())
 
 
 def _told(owner: Path) -> str:

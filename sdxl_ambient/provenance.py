@@ -24,6 +24,7 @@ from sdxl_ambient import __version__
 from sdxl_ambient.errors import JsonError
 
 MOST_JSON = 1 << 30  # bytes; the plan of a store of a million pictures has less than half of it
+_TEMPORARY = re.compile(r"\..+\.tmp(\.\w+)?")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
 
@@ -76,6 +77,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is named as those are that a write which was cut off leaves."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def write_json(path: str | Path, value: Any) -> None:

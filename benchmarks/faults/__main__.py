@@ -60,13 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=600, help="stop after so many, whatever is left")
     parser.add_argument("--quick", action="store_true", help="40 faults")
-    parser.add_argument("--only", metavar="COMMAND|FAULT|SEED", help="one case alone")
+    parser.add_argument("--only", action="append", metavar="COMMAND|FAULT|SEED", help="these cases alone")
     options = parser.parse_args(argv)
     started = time.perf_counter()
     cases = plan(40 if options.quick else options.faults, options.seed)
     if options.only:
-        command, fault, seed = options.only.split("|")
-        cases, options.workers = [(command, fault, int(seed))], 1
+        chosen = [case.split("|") for case in options.only]
+        cases, options.workers = [(command, fault, int(seed)) for command, fault, seed in chosen], 1
     preload()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)

@@ -99,7 +99,7 @@ class Campaign:
     def _look(
         self, command: Command, fault: str, case: Path, reference: Reference, disturbed: list[Ended], result: Result
     ) -> None:
-        _unmount(case)
+        _widen(case)
         noise, kept = noisy_latents(case), finished(case / "out") if fault not in DAMAGES else {}
         again = wait(start(command, case), case)
         problems, result.ends = result.problems, [ended.code for ended in (*disturbed, again)]
@@ -219,6 +219,13 @@ def _mount(fault: str, chance: random.Random, case: Path) -> str | None:
     except OSError as error:
         return f"mount: {error.strerror}"
     return None if done.returncode == 0 else done.stderr.strip()[:100]
+
+
+def _widen(case: Path) -> None:
+    """Make a small or read-only disk large and writable, with what lies on it."""
+    if os.path.ismount(case / "out"):
+        words = ["mount", "-o", "remount,rw,size=1g", str(case / "out")]
+        subprocess.run(words, check=True, capture_output=True)
 
 
 def _unmount(case: Path) -> None:

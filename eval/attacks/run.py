@@ -164,12 +164,14 @@ def attack(
     stored = processes.collect([_earlier_scores(path, recorded, sets) if processes.is_main() else None])[0]
     if isinstance(stored, StageError):
         raise stored
+    parts = Path(folder) / f"parts-{hash_json(recorded)[:16]}"
     if stored is not None:
+        if processes.is_main():  # a run that was cut off between the two
+            shutil.rmtree(parts, ignore_errors=True)
         return stored
     for images in sets.values():
         if not len(images):
             raise _none_left(images)
-    parts = Path(folder) / f"parts-{hash_json(recorded)[:16]}"
     scores = run_attacks_on_sets(_open(settings, checkpoint), embedder, sets, settings, checkpoint.name, parts)
     if processes.is_main():
         lists = {key: {name: values.tolist() for name, values in one.items()} for key, one in scores.items()}

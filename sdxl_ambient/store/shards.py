@@ -19,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sdxl_ambient.errors import StoreError, one_line
-from sdxl_ambient.provenance import hash_tensors, read_json, write_json
+from sdxl_ambient.provenance import hash_tensors, is_temporary, read_json, write_json
 
 MARK = ".sha256.json"
-LEFTOVER = ".*.tmp"
 _FIELD = "sha256"
 
 
@@ -162,7 +161,7 @@ def prune(path: Path, names: Sequence[str]) -> None:
 
 def remove_leftovers(folder: Path) -> int:
     """Delete the files of writes that were cut off, and say how many; the caller holds the folder's lock."""
-    found = [path for pattern in (LEFTOVER, ".*.tmp.safetensors", ".*.tmp.json") for path in folder.glob(pattern)]
+    found = [path for path in folder.glob(".*") if path.is_file() and is_temporary(path)]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)

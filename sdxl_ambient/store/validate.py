@@ -101,10 +101,20 @@ def check_plan(plan: Mapping[str, Any]) -> None:
     if not isinstance(images, list) or not images:
         raise ValueError("images: there are none")
     restored = bool(plan.get("restored"))
+    if restored:
+        _check_lineage(plan["restored"])
     for entry in images:
         _check_entry(entry, restored)
     if len({entry["content"] for entry in images}) != len(images):
         raise ValueError("images: one is there twice")
+
+
+def _check_lineage(lineage: Any) -> None:
+    if not isinstance(lineage, list) or not all(isinstance(one, dict) for one in lineage):
+        raise ValueError(f"restored is {type(lineage).__name__}; allowed is a list of rounds")
+    for one in lineage:
+        if not isinstance(one["parent"], str) or not _whole(one["images_restored"], 0, 1 << 31):
+            raise ValueError("restored: a round has no parent or no number of images")
 
 
 def _check_entry(entry: Mapping[str, Any], restored: bool) -> None:

@@ -11,7 +11,8 @@ import pytest
 from support.stores import environment
 
 from sdxl_ambient.errors import LockedError
-from sdxl_ambient.locks import LOCK, OWNER, locked
+from sdxl_ambient.locks import LOCK, OWNER, is_empty, locked
+from sdxl_ambient.provenance import atomic, write_json
 
 HOLD = """
 import sys, time
@@ -61,6 +62,25 @@ def test_a_folder_in_which_nothing_was_made_goes(tmp_path):
     with locked(tmp_path / "out"):
         (tmp_path / "out" / "result").write_text("")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"result", LOCK}
+
+
+def test_what_a_write_that_was_cut_off_leaves_is_nothing(tmp_path):
+    """A run killed at its first write can be run again."""
+    names = []
+    for name in ("manifest.json", "latents-00000.safetensors", "note"):
+        with atomic(tmp_path / "elsewhere" / name) as temporary:
+            names.append(temporary.name)
+            temporary.touch()
+    out = tmp_path / "out"
+    assert is_empty(out)
+    write_json(out / OWNER, {})
+    for name in (LOCK, *names, ".checkpoint-2.tmp", ".unet.tmp"):
+        (out / name).touch()
+    assert is_empty(out)
+    for name in (".hidden", "a.tmp", "result.json"):
+        (out / name).touch()
+        assert not is_empty(out), name
+        (out / name).unlink()
 
 
 def test_a_damaged_note_of_the_owner_is_no_traceback(tmp_path):

@@ -25,6 +25,7 @@ from sdxl_ambient.errors import StageError
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.posterior import spaced_times
+from sdxl_ambient.provenance import hash_json
 from sdxl_ambient.randomness import Randomness, attack_generator
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -370,7 +371,11 @@ def test_the_miniature_knows_what_it_was_trained_on_and_nothing_else(miniature, 
     assert found["pretrain"]["error/500"]["n_train"] == 16 and found["pretrain"]["error/500"]["gap"] < 0
     # A second run reads what is there; another question is refused.
     before = (tmp_path / "out-finetune/attack.json").stat().st_mtime_ns
-    assert main(line) == 0 and (tmp_path / "out-finetune/attack.json").stat().st_mtime_ns == before
+    settings = json.loads((tmp_path / "out-finetune/attack.json").read_text())["settings"]
+    parts = tmp_path / "out-finetune" / f"parts-{hash_json(settings)[:16]}"
+    parts.mkdir()  # as a run leaves it that was killed when all was written
+    assert main(line) == 0 and not parts.exists()
+    assert (tmp_path / "out-finetune/attack.json").stat().st_mtime_ns == before
     assert main([*line, "--seed", "1"]) == 2
     assert "made with other settings: seed" in capsys.readouterr().err
 
