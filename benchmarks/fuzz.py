@@ -11,6 +11,7 @@ what the seal would have refused.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -65,8 +66,7 @@ def sealed(data: bytes) -> bytes:
 
 def fuzz(name: str, folder: Path, flags: list[str]) -> None:
     """Fuzz one target in this process, until libFuzzer ends it."""
-    import atheris
-
+    atheris = importlib.import_module("atheris")  # no package of ours: pip install atheris
     for module in [m for m in sys.modules if m.startswith("sdxl_ambient")]:  # imported without counting, for the record
         del sys.modules[module]
     with atheris.instrument_imports(include=["sdxl_ambient"]):

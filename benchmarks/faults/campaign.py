@@ -17,6 +17,7 @@ from PIL import Image
 from benchmarks.faults.child import YEAR, Armed, Ended, start, wait
 from benchmarks.faults.commands import PICTURES, Command, copy_pictures
 from benchmarks.faults.left import artefacts, differing, finished, noisy_latents
+from sdxl_ambient.store.register import open_register
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 FAULTS = (
@@ -253,8 +254,6 @@ def prepare(folder: Path, commands: dict[str, Command]) -> None:
 
 def _new_home(home: Path, key: bytes) -> None:
     """A home with this noise key and an empty register."""
-    from sdxl_ambient.store.register import open_register
-
     before = os.environ.get("SDXL_AMBIENT_HOME")
     os.environ["SDXL_AMBIENT_HOME"] = str(home)
     with open_register():

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +103,10 @@ def _run(command: Command, case: Path, armed: Armed) -> int:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2) if not armed.limit else None
-    (case / f"writes-{os.getpid()}").write_text(str(counted[0])) if not armed.limit else None
+    if not armed.limit:
+        (case / f"writes-{os.getpid()}").write_text(str(counted[0]))
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -79,8 +80,6 @@ def all_commands() -> list[Command]:
 
 def main_of(module: str) -> Main:
     """The ``main`` of a command's module."""
-    import importlib
-
     place = {"sdxl_ambient.loop": "sdxl_ambient.loop.__main__"}.get(module, module)
     return importlib.import_module(place).main
 
