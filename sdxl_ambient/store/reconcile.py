@@ -80,9 +80,10 @@ def reconcile_plan(output_dir: Path, wanted: Plan, key: NoiseKey | None, size: i
     if stored is not None:
         check_lost(output_dir, stored, key, log)
     plan = new_plan(wanted, key, size) if stored is None else grown_plan(output_dir, stored, wanted, key, size, log)
-    if key is not None and announce(output_dir, plan, key, allowed, log):
-        plan["second_observation"] = True
-    _write(output_dir, plan, stored)
+    if key is None or not observations_of(plan):
+        _write(output_dir, plan, stored)
+    else:
+        announce(output_dir, plan, stored, key, allowed, log)
     return plan
 
 
@@ -172,30 +173,34 @@ def remove_store(folder: Path) -> None:
 # -- observations elsewhere ------------------------------------------------------------------
 
 
-def announce(output_dir: Path, plan: Plan, key: NoiseKey, allowed: bool, warn: Log) -> bool:
-    """Enter a plan's observations into the register before they are drawn. Whether some are second ones, which are allowed.
+def announce(output_dir: Path, plan: Plan, stored: Plan | None, key: NoiseKey, allowed: bool, warn: Log) -> None:
+    """Put a plan on disk, and enter its observations into the register, before they are drawn.
 
-    Stores beside this one are looked at as well: somebody else may have made them.
+    It says so where some are second ones, which are allowed. Stores beside this one are looked at as well: somebody else
+    may have made them.
 
     Raises:
         StoreError: other noise of some pictures exists, and that isn't allowed.
     """
     store, folder = plan["store_id"], output_dir.resolve()  # pyright: ignore[reportTypedDictNotRequiredAccess]
     wanted = observations_of(plan)
-    if not wanted:
-        return False
     with open_register() as register:
         new = register.unannounced(wanted, key_id=key.id, store=store, folder=folder)
         beside = observed_elsewhere(output_dir, plan, new) if new else None
         if beside is not None and not allowed:
             raise StoreError(f"{_beside(*beside)}. {SECOND}. {_WAYS_OUT}")
-        conflicts = register.add(new, key_id=key.id, store=store, folder=folder, allowed=allowed)
+
+        def put(conflicts: list[Conflict]) -> None:
+            if conflicts or beside:
+                plan["second_observation"] = True
+            _write(output_dir, plan, stored)
+
+        conflicts = register.add(new, key_id=key.id, store=store, folder=folder, allowed=allowed, before=put)
     messages = [*map(_before, conflicts), *([_beside(*beside)] if beside else [])]
     if conflicts and not allowed:
         raise StoreError(f"{messages[0]}. {SECOND}. {_WAYS_OUT}")
     if messages:
         warn(f"warning: {messages[0]}. {SECOND}; going on, as --allow_second_observation asks")
-    return bool(messages)
 
 
 _WAYS_OUT = "Use that store, or give --allow_second_observation"

@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -100,16 +100,19 @@ class Register:
         store: str,
         folder: Path,
         allowed: bool = False,
+        before: Callable[[list[Conflict]], None] = lambda conflicts: None,
     ) -> list[Conflict]:
         """Announce observations that are about to be drawn, all or none.
 
         Returns the earlier stores that hold other noise for some of the pictures. Where there are any and they aren't
-        ``allowed``, nothing is written; where they are, the rows say so.
+        ``allowed``, nothing is written; where they are, the rows say so. ``before`` is called when they may be drawn and no
+        row is there yet: a store that the rows name is on disk, and goes on under its name, whenever the run is killed.
         """
         with self._writing():
             conflicts = self._conflicts(wanted, key_id, store, folder)
             if conflicts and not allowed:
                 return conflicts
+            before(conflicts)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             rows = (
                 (self._hashed(o.content), o.latent, key_id or "", o.t_n, store, str(folder), now, int(bool(conflicts)))

@@ -177,6 +177,34 @@ def test_one_store_has_one_key(build, emoji, tmp_path, first, then):
         build(emoji, tmp_path / "s", noise_key=then)
 
 
+@pytest.mark.parametrize("key", ["none", "kept"])
+@pytest.mark.parametrize("place", ["before the rows", "after the rows"])
+def test_a_run_killed_about_the_register_goes_on(build, emoji, tmp_path, monkeypatch, key, place):
+    """Nothing was drawn yet, so the same command draws, also with a key that is kept nowhere."""
+    from sdxl_ambient.store import reconcile, register
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if place == "before the rows":
+            write = reconcile._write
+            patch.setattr(reconcile, "_write", lambda *arguments: killed(write(*arguments)))
+        else:
+            patch.setattr("sdxl_ambient.store.build.remove_dropped", killed)
+        build(emoji, tmp_path / "s", noise_key=key)
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {".lock", "plan.json"}
+    with register.open_register() as known:
+        assert (known.pictures(None) > 0) == (place == "after the rows")
+    build(emoji, tmp_path / "s", noise_key=key)
+    assert len(latents_in(tmp_path / "s")) == 6
+    with register.open_register() as known:
+        assert len(known.stores()) == 1 and known.pictures(None) == 6
+
+
 # -- lost and damaged shards ----------------------------------------------------------------------------------------
 
 
