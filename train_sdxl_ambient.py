@@ -164,11 +164,13 @@ def quick_look(options: TrainOptions, accelerator: Accelerator, stack: ExitStack
     if options.memorization_every is None or not accelerator.is_main_process:
         return None
     from eval.quick import QuickLook
+    from sdxl_ambient.images.captions import Columns
 
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     train, heldout = options.train_data_dir, options.heldout_data_dir
     assert train is not None and heldout is not None  # validated with --memorization_every
-    look = QuickLook(train, heldout, folder, options.memorization_embedder, caption_column=options.caption_column)
+    columns = Columns(options.caption_column, encoding=options.caption_encoding)
+    look = QuickLook(train, heldout, folder, options.memorization_embedder, columns=columns)
     look.prepare()
     return look
 

@@ -25,7 +25,7 @@ from eval.schema import AttackFigures
 from eval.shared_options import EmbedderOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import parse_options
 from sdxl_ambient.config.settings import settings_of
-from sdxl_ambient.config.shared import LoraOrUnetOptions
+from sdxl_ambient.config.shared import LoraOrUnetOptions, check_encoding, check_outside
 from sdxl_ambient.errors import OptionError, run_command
 
 
@@ -41,6 +41,9 @@ class AttackCommandOptions(
         for name in ("pretrained_model_name_or_path", "train_data_dir", "heldout_data_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise OptionError(f"--{name}: required")
+        sets = {name: getattr(self, name) for name in ("train_data_dir", "heldout_data_dir")}
+        check_outside("output_dir", self.output_dir, **sets)
+        check_encoding(self.caption_encoding)
         self.check_generation()
         check_tuned(self.lora, self.unet)
         self.check_embedder()
@@ -68,11 +71,16 @@ def _attack(options: AttackCommandOptions) -> None:
     from eval.embedders.registry import load_embedder
     from eval.images import drop_duplicates, read_folder
     from sdxl_ambient.devices import resolve_device
+    from sdxl_ambient.images.captions import Columns
 
     assert options.heldout_data_dir is not None, "validate() asks for it"
     main_process = processes.is_main()  # before anything is put on a GPU: it gives each process its own
-    train = drop_duplicates(read_folder(options.train_data_dir, options.caption_column))
-    heldout = drop_duplicates(read_folder(options.heldout_data_dir, options.caption_column), train)
+    columns = Columns(options.caption_column, encoding=options.caption_encoding)
+    sets = [read_folder(folder, columns) for folder in (options.train_data_dir, options.heldout_data_dir)]
+    for line in (line for one in sets for line in one.ledger.lines(one.folder) if main_process):
+        print(line)
+    train = drop_duplicates(sets[0])
+    heldout = drop_duplicates(sets[1], train)
     checkpoint = tuned(options.lora, options.unet, options.output_dir)
     embedder = load_embedder(options.embedder, options.embedder_weights, resolve_device(options.device))
     scores = attack(settings_of(AttackSettings, options), checkpoint, train, heldout, embedder, Path(options.output_dir))

@@ -20,7 +20,8 @@ from eval.processes import collect, is_main, share, wait
 from eval.samplers import Sampler
 from eval.stored import read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
-from sdxl_ambient.errors import JsonError, StageError
+from sdxl_ambient.errors import JsonError, StageError, TextError
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import list_images
 from sdxl_ambient.locks import is_empty
 from sdxl_ambient.models.load import load_unet
@@ -38,6 +39,7 @@ from sdxl_ambient.provenance import (
 )
 from sdxl_ambient.randomness import image_seed
 from sdxl_ambient.spread import spread
+from sdxl_ambient.texts import read_lines
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -65,9 +67,9 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise StageError(f"--prompts_file: {str(path)!r} can't be read as text: {error}") from None
+        lines = read_lines(path)
+    except TextError as error:
+        raise StageError(f"--prompts_file: {error}") from None
     if path.suffix == ".jsonl":
         lines = [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)]
     if not lines:
@@ -86,9 +88,9 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
     return text
 
 
-def captions_of(folder: str | Path, caption_column: str = "text") -> list[str]:
+def captions_of(folder: str | Path, columns: Columns | None = None) -> list[str]:
     """The captions of a data set in the order of its images. Raises StageError if it has none."""
-    captions = [r.caption for r in list_images(folder, caption_column) if r.caption]
+    captions = [r.caption for r in list_images(folder, columns) if r.caption]
     if not captions:
         raise StageError(f"--train_data_dir: {str(folder)!r} has no captions to use as prompts; give --prompts_file")
     return captions

@@ -114,7 +114,7 @@ def draw_all(settings: EvaluationSettings, models: list[tuple[Checkpoint, list[S
 def _prompts(settings: EvaluationSettings) -> list[str]:
     if settings.prompts_file:
         return read_prompts(settings.prompts_file)
-    return captions_of(settings.sets.train_data_dir, settings.sets.caption_column)
+    return captions_of(settings.sets.train_data_dir, settings.sets.columns)
 
 
 def attack_all(
@@ -139,7 +139,9 @@ def evaluate(settings: EvaluationSettings) -> Report | None:
     sets = ReferenceSets(
         train, heldout, embedding.pooled(train.images), embedding.pooled(heldout.images) if heldout else None
     )
-    embedded = {name: {s: embed_drawn(d, embedding) for s, d in m.folders.items()} for name, m in drawn.items()}
+    embedded = {
+        name: {s: embed_drawn(d, embedding, settings.sets) for s, d in m.folders.items()} for name, m in drawn.items()
+    }
     if last < STAGES.index("attack"):
         return None
     scores = attack_all(settings, train.images, heldout.images if heldout else None, embedding.embedder)
@@ -152,9 +154,9 @@ def evaluate(settings: EvaluationSettings) -> Report | None:
     return _report(settings, embedding, references, measure(settings, drawn, embedded, scores, references))
 
 
-def embed_drawn(drawn: Drawn, embedding: Embedding) -> EmbeddedFolder:
+def embed_drawn(drawn: Drawn, embedding: Embedding, settings: SetSettings) -> EmbeddedFolder:
     """What is measured of a folder, from the cache where it is there."""
-    images = read_folder(drawn.folder)
+    images = read_folder(drawn.folder, settings.columns_of(given=drawn.sampler is None))
     clip = embedding.clip.figures(images, embedding.cache, embedding.batch_size) if embedding.clip else None
     return EmbeddedFolder(embedding(images), embedding.pooled(images), clip)
 
@@ -207,7 +209,7 @@ def _report(
 
 def _data(embedded: Embedded) -> DataFigures:
     images = embedded.images
-    return {"folder": str(images.folder), "n_images": len(images), "excluded": images.excluded}
+    return {"folder": str(images.folder), "n_images": len(images), "excluded": images.excluded, "ledger": images.record()}
 
 
 def _relative(folder: Path, root: Path) -> str:

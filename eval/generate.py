@@ -14,7 +14,7 @@ from eval.choices import SAMPLERS
 from eval.shared_options import GenerationOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import option, parse_options, redeclare
 from sdxl_ambient.config.settings import settings_of
-from sdxl_ambient.config.shared import LoraOrUnetOptions
+from sdxl_ambient.config.shared import LoraOrUnetOptions, check_encoding, check_outside
 from sdxl_ambient.errors import OptionError, run_command
 
 
@@ -25,6 +25,7 @@ class GenerateOptions(ResultOptions, LoraOrUnetOptions, GenerationOptions):
     sampler: str = option("full", "how to sample", choices=SAMPLERS)
     train_data_dir: str | None = redeclare(SetOptions, "train_data_dir")
     caption_column: str = redeclare(SetOptions, "caption_column")
+    caption_encoding: str | None = redeclare(SetOptions, "caption_encoding")
 
     def validate(self) -> None:
         from eval.checkpoints import check_tuned  # here for start-up time
@@ -34,6 +35,8 @@ class GenerateOptions(ResultOptions, LoraOrUnetOptions, GenerationOptions):
                 raise OptionError(f"--{name}: required")
         if (self.prompts_file is None) == (self.train_data_dir is None):
             raise OptionError("--prompts_file: give this or --train_data_dir, whose captions are then the prompts")
+        check_outside("output_dir", self.output_dir, train_data_dir=self.train_data_dir)
+        check_encoding(self.caption_encoding)
         self.check_generation()
         check_tuned(self.lora, self.unet)
 
@@ -56,6 +59,7 @@ def _generate(options: GenerateOptions) -> None:
     from eval.drawing import GenerationSettings, captions_of, describe, generate_images, open_checkpoint, plan, read_prompts
     from eval.processes import collect, is_main
     from eval.samplers import SamplerSettings, own_samplers
+    from sdxl_ambient.images.captions import Columns
 
     is_main()  # gives each process its GPU, before anything is loaded
     checkpoint = tuned(options.lora, options.unet, options.output_dir)
@@ -63,7 +67,8 @@ def _generate(options: GenerateOptions) -> None:
     (sampler,) = own_samplers(checkpoint, own)
     generation = settings_of(GenerationSettings, options)
     if options.train_data_dir is not None:
-        prompts = captions_of(options.train_data_dir, options.caption_column)
+        columns = Columns(options.caption_column, encoding=options.caption_encoding)
+        prompts = captions_of(options.train_data_dir, columns)
     else:
         assert options.prompts_file is not None, "validate() asks for one of the two"
         prompts = read_prompts(options.prompts_file)

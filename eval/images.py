@@ -7,12 +7,15 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from eval.drawn import check_drawn
 from eval.schema import Excluded
 from sdxl_ambient.errors import ImageError
+from sdxl_ambient.images.captions import Columns
+from sdxl_ambient.images.folder import Ledger
 from sdxl_ambient.images.load import Record, list_images, load_rgb
 from sdxl_ambient.provenance import hash_file
 from sdxl_ambient.spread import spread
@@ -26,6 +29,7 @@ class ImageSet:
     records: list[Record]
     hashes: list[str]
     excluded: list[Excluded] = field(default_factory=list)
+    ledger: Ledger = Ledger(0, 0)  # what became of every file below the folder
 
     def __len__(self) -> int:
         return len(self.records)
@@ -41,19 +45,25 @@ class ImageSet:
     def subset(self, indices: Iterable[int], excluded: Sequence[Excluded] = ()) -> ImageSet:
         """The images at ``indices``; ``excluded`` is added to what was left out before."""
         picked = [(self.records[i], self.hashes[i]) for i in indices]
-        return ImageSet(self.folder, [r for r, _ in picked], [h for _, h in picked], [*self.excluded, *excluded])
+        left_out = [*self.excluded, *excluded]
+        return ImageSet(self.folder, [r for r, _ in picked], [h for _, h in picked], left_out, self.ledger)
+
+    def record(self) -> dict[str, Any]:
+        """What became of every file below the folder, as the report keeps it."""
+        return self.ledger.record(len(self), len(self.excluded))
 
 
-def read_folder(folder: str | Path, caption_column: str = "text") -> ImageSet:
-    """List a folder (images below it, captions from metadata.jsonl or .txt files) and hash every file.
+def read_folder(folder: str | Path, columns: Columns | None = None) -> ImageSet:
+    """List a folder as training does (:func:`sdxl_ambient.images.load.list_images`), and hash every image's file.
 
     Raises:
         sdxl_ambient.images.load.ImagesMissing: no such folder, nothing in it, or damaged metadata.
         StageError: images that a stage drew and that are not as it drew them.
     """
     folder = Path(folder)
-    images = ImageSet(folder, [], [])
-    for record in list_images(folder, caption_column):
+    listing = list_images(folder, columns or Columns(captions_needed=False))
+    images = ImageSet(folder, [], [], ledger=listing.ledger)
+    for record in listing:
         try:
             digest = hash_file(record.path)
         except OSError as error:

@@ -22,6 +22,7 @@ from eval.schema import Excluded
 from eval.sets import Embedding, SetSettings, check_set_folders, embed_sets, read_sets
 from eval.statistics.calibrate import smallest_null
 from sdxl_ambient.errors import ImageError, OptionError, StageError
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import load_rgb
 
 
@@ -36,7 +37,7 @@ class QuickLook:
         work_dir: a folder outside both; nothing is written into it.
         embedder: one of the evaluation's, as NAME, or NAME=WEIGHTS with a local folder or file, or a name on the Hub.
         alpha: share of held-out images above the threshold.
-        caption_column: key of the caption in both folders' metadata.
+        columns: where the captions are in both folders' metadata.
 
     Raises:
         OptionError: a folder or an embedder that can't be had.
@@ -49,7 +50,7 @@ class QuickLook:
         work_dir: str | Path,
         embedder: str,
         alpha: float = ALPHA,
-        caption_column: str = "text",
+        columns: Columns | None = None,
     ):
         name, _, weights = embedder.partition("=")
         check_set_folders(train_data_dir, heldout_data_dir, str(work_dir))
@@ -61,7 +62,8 @@ class QuickLook:
         self.settings = SetSettings(
             train_data_dir=train_data_dir,
             heldout_data_dir=heldout_data_dir,
-            caption_column=caption_column,
+            caption_column=(columns or Columns()).caption,
+            caption_encoding=(columns or Columns()).encoding,
             output_dir=str(work_dir),
             embedder=name,
             embedder_weights=weights or None,

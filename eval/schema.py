@@ -177,6 +177,7 @@ class FolderFigures(ShareFigures, ExcessFigures, QualityFigures):
     clip_score: ClipFigures | None
     most_copied: list[CopiedImage]
     excluded: list[Excluded]
+    ledger: dict[str, Any]  # what became of every file of the folder
     images: list[ImageRow]
 
 
@@ -317,6 +318,7 @@ class DataFigures(TypedDict):
     folder: str
     n_images: int
     excluded: list[Excluded]
+    ledger: dict[str, Any]
 
 
 class Data(TypedDict):

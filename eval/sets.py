@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from eval.duplicates import drop_near_duplicates, drop_near_embeddings, jpeg_lim
 from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import Embedded, embed
 from eval.images import ImageSet, drop_duplicates, read_folder
+from eval.processes import is_main
 from eval.quality import FRECHET_MOST
 from eval.stored import arrays, read_object
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import OptionError, StageError
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.duplicates import Fingerprints
 from sdxl_ambient.provenance import hash_tensors, write_sealed
 
@@ -33,6 +35,7 @@ class SetSettings:
     train_data_dir: str
     heldout_data_dir: str | None
     caption_column: str
+    caption_encoding: str | None
     output_dir: str
     embedder: str
     embedder_weights: str | None
@@ -40,6 +43,16 @@ class SetSettings:
     clip_score_model: str | None
     near_duplicates: str
     device: str
+
+    @property
+    def columns(self) -> Columns:
+        """Where captions are."""
+        return Columns(self.caption_column, encoding=self.caption_encoding)
+
+    def columns_of(self, given: bool) -> Columns:
+        """Where the captions of generated images are, which need none: of those that were ``given``, or of our own."""
+        own = Columns(captions_needed=False)
+        return replace(self.columns, captions_needed=False) if given else own
 
 
 def check_set_folders(train_data_dir: str, heldout_data_dir: str | None, output_dir: str) -> None:
@@ -77,12 +90,21 @@ class Embedding:
 
 def read_sets(settings: SetSettings) -> tuple[ImageSet, ImageSet | None]:
     """The fine-tuning and the held-out set, without files that come twice."""
-    train = drop_duplicates(read_folder(settings.train_data_dir, settings.caption_column))
+    train = drop_duplicates(_read(settings, settings.train_data_dir))
     if settings.heldout_data_dir is None:
         return train, None
-    heldout = drop_duplicates(drop_duplicates(read_folder(settings.heldout_data_dir, settings.caption_column)), train)
+    heldout = drop_duplicates(drop_duplicates(_read(settings, settings.heldout_data_dir)), train)
     _check_left(heldout)
     return train, heldout
+
+
+def _read(settings: SetSettings, folder: str) -> ImageSet:
+    """A folder's images; the first process tells what became of every file."""
+    images = read_folder(folder, settings.columns)
+    if is_main():
+        for line in images.ledger.lines(folder):
+            print(line)
+    return images
 
 
 def _check_left(heldout: ImageSet) -> None:

@@ -57,6 +57,7 @@ class SetOptions:
         metavar="DIR",
     )
     caption_column: str = redeclare(ImageOptions, "caption_column")
+    caption_encoding: str | None = redeclare(ImageOptions, "caption_encoding")
 
 
 @dataclass

@@ -21,6 +21,10 @@ class JsonError(UserError, ValueError):
     """JSON that can't be read: damaged, not in UTF-8, nested too deeply, or with what is no JSON. The message says which."""
 
 
+class TextError(UserError, ValueError):
+    """A text file that can't be read. The message names the file, and what is wrong with it."""
+
+
 class ImageError(UserError, ValueError):
     """An image that can't be used. The message is the reason."""
 

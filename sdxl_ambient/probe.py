@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sdxl_ambient.devices import Placement
 from sdxl_ambient.errors import ImagesMissing, ModelError, ProbeError
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import list_images, load_rgb
 from sdxl_ambient.images.sources import Log
@@ -58,7 +59,7 @@ class ImageChoice:
     """Which images of a folder are probed."""
 
     folder: str
-    caption_column: str = "text"
+    columns: Columns = Columns()
     instance_prompt: str | None = None  # caption for images that have none
     caption: bool = True  # the model gets the captions; without, images need none
     num_candidates: int = 256  # images that are encoded, at most
@@ -72,8 +73,10 @@ def choose(choice: ImageChoice, state: PartialState, log: Log) -> tuple[list[Sca
         ImagesMissing: no usable image.
     """
     needed = choice.caption and not choice.instance_prompt
-    records = list_images(choice.folder, choice.caption_column, captions_needed=needed)
-    some = spread(records, choice.num_candidates)
+    listing = list_images(choice.folder, replace(choice.columns, captions_needed=needed))
+    for line in listing.ledger.lines(choice.folder):
+        log(line)
+    some = spread(listing, choice.num_candidates)
     # The placeholder is never read.
     prompt = choice.instance_prompt if choice.caption else choice.instance_prompt or "-"
     pictures, skipped = scan(some, prompt, state)

@@ -140,6 +140,7 @@ class Evaluation:
             train_data_dir=str(folders.train(size)),
             heldout_data_dir=str(folders.heldout),
             caption_column="text",
+            caption_encoding=None,
             output_dir=str(folders.work / "evaluation" / str(size)),
             embedder="pixel",
             embedder_weights=None,

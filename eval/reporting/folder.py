@@ -74,6 +74,7 @@ def folder_figures(
         "clip_score": clip,
         "most_copied": most_copied(generated, neighbours, references),
         "excluded": generated.images.excluded,
+        "ledger": generated.images.record(),
         "images": image_rows(generated, neighbours, p, train),
     }
 

@@ -15,6 +15,7 @@ import jinja2
 from eval.images import data_uri
 from eval.reporting.plots import RunPoint, model_curves, overview_curves, rate_curves, trade_off, training_curve
 from eval.schema import AttackFigures, EstimateFigures, ImageRow, ModelFigures, Report, SamplerFigures
+from sdxl_ambient.images.folder import ledger_line
 from sdxl_ambient.provenance import atomic
 
 TOP_PAIRS, THRESHOLD_PAIRS, RANDOM_PAIRS = 8, 6, 4
@@ -251,16 +252,22 @@ def runs(report: Report) -> list[dict[str, Any]]:
 def excluded(report: Report) -> list[dict[str, Any]]:
     """What was left out of each set of images, at most MOST_EXCLUDED of it named."""
     data = report["data"]
-    sets = [("training set", data["train"]["excluded"])]
+    sets = [("training set", data["train"])]
     if data["heldout"]:
-        sets.append(("held-out set", data["heldout"]["excluded"]))
+        sets.append(("held-out set", data["heldout"]))
     generated = [
-        (f"{name}, {sampler}", figures["excluded"])
+        (f"{name}, {sampler}", figures)
         for name, model in report["models"].items()
         for sampler, figures in model["samplers"].items()
         if figures["excluded"]
     ]
-    return [{"what": what, "count": len(rows), "rows": rows[:MOST_EXCLUDED]} for what, rows in sets + generated]
+    return [_left_out(what, figures) for what, figures in sets + generated]
+
+
+def _left_out(what: str, figures: Any) -> dict[str, Any]:
+    rows, ledger = figures["excluded"], figures.get("ledger")  # reports of earlier versions have no ledger
+    files = ledger_line(ledger) if ledger and ledger["files"] else None
+    return {"what": what, "count": len(rows), "rows": rows[:MOST_EXCLUDED], "files": files}
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -20,9 +20,10 @@ from eval.statistics.calibrate import (
 
 
 def prompts_of(images: Embedded) -> np.ndarray:
-    """What images have in common: their prompt, (n,). Without prompts every image stands for itself."""
-    prompts = [record.caption or "" for record in images.images.records]
-    return np.array(prompts) if any(prompts) else np.arange(len(prompts))
+    """What images have in common: their prompt, as a number (n,). An image without a prompt stands for itself."""
+    numbers: dict[object, int] = {}
+    keys = [record.caption or i for i, record in enumerate(images.images.records)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def share_figures(values: np.ndarray, references: References, clusters: np.ndarray | None = None) -> ShareFigures:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_ambient.config.parser import option, redeclare
-from sdxl_ambient.config.shared import DeviceOptions, ImageOptions, ModelOptions, SeedOptions, check_writable
+from sdxl_ambient.config.shared import DeviceOptions, ImageOptions, ModelOptions, SeedOptions, check_encoding, check_writable
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
 from sdxl_ambient.locks import is_empty
@@ -24,6 +24,7 @@ class AnnotateOptions(DeviceOptions, SeedOptions, ModelOptions):
     trusted_data_dir: str = option(None, "folder of images as they should be, captions as in training")
     untrusted_data_dir: str = option(None, "folder of other images: blurred, recompressed, generated, …")
     caption_column: str = redeclare(ImageOptions, "caption_column")
+    caption_encoding: str | None = redeclare(ImageOptions, "caption_encoding")
     instance_prompt: str | None = redeclare(ImageOptions, "instance_prompt")
     resolution: int = redeclare(ImageOptions, "resolution")
     center_crop: bool = redeclare(ImageOptions, "center_crop")
@@ -57,6 +58,7 @@ class AnnotateOptions(DeviceOptions, SeedOptions, ModelOptions):
         if not self.output_dir:
             raise OptionError("--output_dir: a value is required, a folder for the result")
         check_writable("output_dir", self.output_dir)
+        check_encoding(self.caption_encoding)
         self._validate_places()
         if len(self.levels) < 2 or sorted(set(self.levels)) != self.levels:
             raise OptionError(f"--levels: {self.levels} is not allowed; two or more are needed, ascending, each once")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sdxl_ambient.annotate.settings import AnnotateSettings
 from sdxl_ambient.errors import AnnotateError, ImagesMissing
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import list_images, load_rgb
 from sdxl_ambient.images.sources import Log
@@ -41,13 +42,16 @@ class ImageSet:
 def read_set(settings: AnnotateSettings, name: str, state: PartialState, log: Log) -> ImageSet:
     """Open every image of a set once. Raises ImagesMissing for one without a usable image."""
     folder = Path(getattr(settings, f"{name}_data_dir"))
-    records = list_images(folder, settings.caption_column, captions_needed=not settings.instance_prompt)
-    pictures, skipped = scan(records, settings.instance_prompt, state)
+    columns = Columns(settings.caption_column, None, not settings.instance_prompt, encoding=settings.caption_encoding)
+    listing = list_images(folder, columns)
+    for line in listing.ledger.lines(folder):
+        log(line)
+    pictures, skipped = scan(listing, settings.instance_prompt, state)
     if not pictures:
-        raise ImagesMissing(f"none of {len(records)} images in {str(folder)!r} can be used: {skipped[0]['reason']}")
+        raise ImagesMissing(f"none of {len(listing)} images in {str(folder)!r} can be used: {skipped[0]['reason']}")
     if skipped:
         first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
-        log(f"note: {len(skipped)} of {len(records)} {name} images are skipped, the first is {first}")
+        log(f"note: {len(skipped)} of {len(listing)} {name} images are skipped, the first is {first}")
     return ImageSet(name, folder, pictures, skipped)
 
 

@@ -19,6 +19,7 @@ class AnnotateSettings:
     trusted_data_dir: str
     untrusted_data_dir: str
     caption_column: str
+    caption_encoding: str | None
     instance_prompt: str | None
     resolution: int
     center_crop: bool

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_ambient.config.parser import option, redeclare
-from sdxl_ambient.config.shared import ImageOptions, ModelOptions, check_writable
+from sdxl_ambient.config.shared import ImageOptions, ModelOptions, check_encoding, check_outside, check_writable
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.home import check_home
 from sdxl_ambient.levels import MAXIMUM_T_N
@@ -20,13 +20,15 @@ class DataOptions(ModelOptions):
 
     train_data_dir: str | None = option(
         None,
-        "folder of images, with captions in metadata.jsonl, metadata.csv or .txt files; or of parquet or webdataset files",
+        "folder of images, with captions in metadata.jsonl, .csv or .parquet, or in .txt files; or of parquet or "
+        "webdataset files",
     )
     dataset_name: str | None = option(None, "in its place, a data set that the datasets library loads from the Hub")
     dataset_config_name: str | None = option(None, "its configuration")
-    dataset_split: str = option("train", "its split that is trained on")
+    dataset_split: str = option("train", "its split that is trained on; also of a folder of parquet or webdataset files")
     image_column: str = option("image", "its column of pictures")
     caption_column: str = redeclare(ImageOptions, "caption_column")
+    caption_encoding: str | None = redeclare(ImageOptions, "caption_encoding")
     t_n_column: str | None = option(
         None, "column of pictures' own noise levels, timesteps; -1 for clean, nothing for --t_n [default: --t_n for all]"
     )
@@ -79,6 +81,7 @@ class DataOptions(ModelOptions):
         return self.train_data_dir is not None or self.dataset_name is not None
 
     def validate_data(self) -> None:
+        check_encoding(self.caption_encoding)
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise OptionError(f"--train_data_dir: {self.train_data_dir!r} is not a folder")
         if self.train_data_dir is not None and self.dataset_name is not None:
@@ -125,4 +128,5 @@ class LatentsOptions(DataOptions):
         if not self.output_dir:
             raise OptionError("--output_dir: a value is required, a folder for the store")
         check_writable("output_dir", self.output_dir)
+        check_outside("output_dir", self.output_dir, train_data_dir=self.train_data_dir)
         self.validate_key(self.output_dir, self.train_data_dir)

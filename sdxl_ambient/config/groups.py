@@ -12,6 +12,7 @@ from pathlib import Path
 from sdxl_ambient.config.parser import default_of, option, redeclare
 from sdxl_ambient.config.shared import SeedOptions
 from sdxl_ambient.errors import OptionError
+from sdxl_ambient.texts import read_lines
 
 # What a LoRA that is given to start from has already decided.
 _DECIDED_BY_LORA = ("rank", "lora_alpha", "lora_targets", "use_dora", "use_rslora", "init_lora_weights")
@@ -376,8 +377,8 @@ class WatchOptions:
     def prompts(self) -> list[str]:
         """All prompts for validation images."""
         file = self.validation_prompts_file
-        lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
-        return [*self.validation_prompt, *(line.strip() for line in lines if line.strip() and not line.startswith("#"))]
+        lines = read_lines(file) if file else []
+        return [*self.validation_prompt, *(line for line in lines if not line.startswith("#"))]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from sdxl_ambient.config.parser import option
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
+from sdxl_ambient.texts import is_encoding
 
 DTYPES = ("float32", "float16", "bfloat16")  # names alone; sdxl_ambient.devices knows what they stand for in torch
 
@@ -38,11 +39,14 @@ class ImageOptions:
     """Images"""
 
     train_data_dir: str | None = option(
-        None, "folder of images, with captions in metadata.jsonl, metadata.csv or .txt files"
+        None, "folder of images, with captions in metadata.jsonl, .csv or .parquet, or in .txt files"
     )
     caption_column: str = option(
         "text",
         "column of the captions: a text, or a list of texts, of which training draws one each time the picture is shown",
+    )
+    caption_encoding: str | None = option(
+        None, "encoding of captions and metadata without a byte order mark: latin-1, cp1252, … [default: utf-8]"
     )
     instance_prompt: str | None = option(None, "caption for images that have none; without it they are skipped")
     resolution: int = option(1024, "side of the square that images are resized and cropped to, pixels", minimum=16)
@@ -120,6 +124,25 @@ class LoraOrUnetOptions:
         "in its place, a fully fine-tuned UNet: a training run, a unet folder, or a .safetensors file",
         metavar="PATH",
     )
+
+
+def check_outside(name: str, folder: str, **images: str | None) -> None:
+    """A folder for results that doesn't lie among images, by the option that names them; an OptionError else.
+
+    What is written there would be read as data the next time.
+    """
+    for option_name, among in images.items():
+        if among is not None and Path(folder).resolve().is_relative_to(Path(among).resolve()):
+            raise OptionError(
+                f"--{name}: {folder!r} lies inside --{option_name} {among!r}, whose images its own would be taken for; "
+                "allowed is a folder elsewhere"
+            )
+
+
+def check_encoding(name: str | None) -> None:
+    """A text encoding, or None; an OptionError else."""
+    if name is not None and not is_encoding(name):
+        raise OptionError(f"--caption_encoding: {name!r} is no text encoding; allowed are latin-1, cp1252, utf-16-le, …")
 
 
 def check_writable(name: str, folder: str) -> None:

@@ -15,7 +15,7 @@ from sdxl_ambient.config.groups import (
     WeightOptions,
 )
 from sdxl_ambient.config.parser import option
-from sdxl_ambient.config.shared import check_writable
+from sdxl_ambient.config.shared import check_outside, check_writable
 from sdxl_ambient.errors import OptionError
 
 # Stores within --output_dir that no option places elsewhere.
@@ -66,6 +66,8 @@ class TrainOptions(
         if not self.output_dir:
             raise OptionError("--output_dir: a value is required, a folder for the results")
         check_writable("output_dir", self.output_dir)
+        sources = {name: getattr(self, name) for name in ("train_data_dir", "heldout_data_dir")}
+        check_outside("output_dir", self.output_dir, **sources)
         if not self.has_images and not self.latents_dir:
             raise OptionError(
                 "--train_data_dir: a folder of images is required, or --dataset_name, or a store (--latents_dir)"
@@ -94,8 +96,10 @@ class TrainOptions(
     def _validate_heldout(self) -> None:
         if self.heldout_data_dir is not None and not Path(self.heldout_data_dir).is_dir():
             raise OptionError(f"--heldout_data_dir: {self.heldout_data_dir!r} is not a folder")
-        if self.heldout_split is not None and self.dataset_name is None:
-            raise OptionError(f"--heldout_split: {self.heldout_split!r} needs --dataset_name")
+        if self.heldout_split is not None and not self.has_images:
+            raise OptionError(f"--heldout_split: {self.heldout_split!r} needs --dataset_name or --train_data_dir")
+        if self.heldout_split is not None and self.heldout_split == self.dataset_split:
+            raise OptionError(f"--heldout_split: {self.heldout_split!r} is the split that is trained on")
         if self.heldout_split is not None and self.heldout_data_dir is not None:
             raise OptionError(f"--heldout_split: {self.heldout_split!r} excludes --heldout_data_dir")
         for name in ("early_stopping", "max_denoising_gap"):

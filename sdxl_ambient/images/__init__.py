@@ -2,8 +2,9 @@
 
 from sdxl_ambient.images.captions import Columns, Description, read_descriptions
 from sdxl_ambient.images.duplicates import Fingerprints, earlier_twins, fingerprint, matches
+from sdxl_ambient.images.folder import Ledger, Unread, list_files
 from sdxl_ambient.images.geometry import Geometry, Size, bucket_counts, mirrored, parse_buckets, size_of
-from sdxl_ambient.images.load import Record, list_files, list_images, load_rgb
+from sdxl_ambient.images.load import Listing, Record, list_images, load_rgb
 from sdxl_ambient.images.sources import HubDataset, open_records
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "Fingerprints",
     "Geometry",
     "HubDataset",
+    "Ledger",
+    "Listing",
     "Record",
     "Size",
+    "Unread",
     "bucket_counts",
     "earlier_twins",
     "fingerprint",

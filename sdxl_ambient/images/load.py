@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import os
 import warnings
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -14,10 +15,18 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdxl_ambient.errors import ImageError, ImagesMissing
-from sdxl_ambient.images.captions import Columns, read_descriptions
-from sdxl_ambient.provenance import is_utf8
+from sdxl_ambient.images.captions import CAPTION_ENDINGS, Columns, read_descriptions, read_metadata
+from sdxl_ambient.images.colour import to_srgb
+from sdxl_ambient.images.folder import Ledger, Unread, ending, refuse_unnamed, shown, walk
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+# Formats of Pillow that need another program, or only know that a file is there: an EPS file is a program.
+_NO_FORMATS = frozenset({"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"})
+# HEIC, which Pillow reads with the package pillow-heif alone.
+_HEIC = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+# What is known to be none and may be large.
+_NO_PICTURES = frozenset(
+    {*CAPTION_ENDINGS, ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tar", ".zip", ".safetensors", ".npz", ".npy"}
+)
 MINIMUM_SIDE = 8  # pixels; below this the VAE has nothing to encode
 MAXIMUM_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # where Pillow takes a picture for a decompression bomb
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -53,8 +62,31 @@ class Record:
         return self if self.captions or not instance_prompt else replace(self, captions=(instance_prompt,))
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats that pictures are read in: all of the installed Pillow's, and HEIC where pillow-heif is there."""
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - _NO_FORMATS))
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """The endings of pictures, in small letters."""
+    known = set(formats())
+    return frozenset({e.lower() for e, kind in Image.registered_extensions().items() if kind in known} | _HEIC)
+
+
 def load_rgb(source: str | Path | bytes | BinaryIO) -> Image.Image:
-    """Open any picture as 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits to 8. Bytes are a file's.
+    """Open any picture as 8-bit sRGB as a viewer shows it. Bytes are a file's.
+
+    EXIF orientation is applied, its colour profile converted to sRGB, transparency laid on white, and 16 bits become 8. Of
+    several frames it is the first. ``info["profile"]`` of the result names the profile that was converted, if any was.
 
     Raises:
         ImageError: unreadable, truncated, smaller than 8 pixels on a side, or implausibly large.
@@ -63,15 +95,14 @@ def load_rgb(source: str | Path | bytes | BinaryIO) -> Image.Image:
         with warnings.catch_warnings():
             # Our own limit stands in for Pillow's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
                 _check_size(image)
                 image.load()
-                image = ImageOps.exif_transpose(image)
-                return _to_rgb(image)
+                return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("not an image, or of an unknown format") from None
+        raise ImageError(_unknown(source)) from None
     except Image.DecompressionBombError:
         raise ImageError(f"more than {MAXIMUM_PIXELS} pixels") from None
     except Exception as error:  # decoders of damaged files raise whatever they like: struct.error, zlib.error, …
@@ -87,56 +118,104 @@ def _check_size(image: Image.Image) -> None:
         raise ImageError(f"too large: {width}x{height} pixels")
 
 
+def _unknown(source: str | Path | bytes | BinaryIO) -> str:
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in _HEIC and "HEIF" not in formats():
+        return "HEIC needs the package pillow-heif, which is not installed (pip install pillow-heif)"
+    return "not an image, or of an unknown format"
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         # Pillow's own conversion clips at 255 instead of scaling.
         values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8), "L").convert("RGB")
+        image = _with_info(Image.fromarray(np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8), "L"), image)
     if image.mode == "F":
         raise ImageError("floating-point pixels have no defined range")
+    alpha = None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        mode = "L" if image.mode in ("L", "LA", "La") else "RGB"
+        image = _with_info(image.convert("RGBA"), image)
+        alpha = image.getchannel("A")
+        # Without its alpha channel, and no pixel changed: of a grey picture all channels are equal.
+        image = _with_info(image.getchannel("R") if mode == "L" else Image.merge("RGB", image.split()[:3]), image)
+    picture, profile = to_srgb(image)
+    if alpha is not None:
+        picture.putalpha(alpha)
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+    picture.info = {} if profile is None else {"profile": profile}
+    return picture
 
 
-def list_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
-    """Files below ``folder`` with one of these endings, hidden ones left out, in the order of their relative paths.
-
-    Raises:
-        ImagesMissing: no such folder, or files whose names are not UTF-8, which no record or report could name.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImagesMissing(f"{str(folder)!r} is not a folder")
-    files = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file()),
-        key=lambda p: p.relative_to(folder).as_posix(),
-    )
-    if unnamed := [name for p in files if not is_utf8(name := p.relative_to(folder).as_posix())]:
-        count = "1 file's name is" if len(unnamed) == 1 else f"{len(unnamed)} files' names are"
-        raise ImagesMissing(
-            f"{str(folder)!r}: {count} not UTF-8, such as {os.fsencode(unnamed[0])!r}; rename or remove what is named so"
-        )
-    return files
+def _with_info(image: Image.Image, other: Image.Image) -> Image.Image:
+    image.info = dict(other.info)
+    return image
 
 
-def list_images(
-    folder: str | Path, caption_column: str = "text", t_n_column: str | None = None, captions_needed: bool = True
-) -> list[Record]:
-    """Every picture below ``folder``, in the order of their relative paths.
+class Listing(list[Record]):
+    """The pictures of a source, with what became of its files: ``ledger``."""
 
-    Captions and noise levels come from a ``metadata.jsonl`` or ``metadata.csv`` (imagefolder layout: ``file_name``,
-    ``caption_column``, ``t_n_column``), captions also from a ``.txt`` file beside the picture.
+    def __init__(self, records: Iterable[Record], ledger: Ledger):
+        super().__init__(records)
+        self.ledger = ledger
+
+
+def list_images(folder: str | Path, columns: Columns | None = None) -> Listing:
+    """Every picture below ``folder``, in the order of their relative paths, and every other file with the reason.
+
+    What is a picture is told by its ending, by metadata that names it, or by its content. Captions and noise levels come
+    from a ``metadata.jsonl``, ``.csv`` or ``.parquet`` (imagefolder layout: ``file_name``, and the columns' names), captions
+    also from a ``.txt`` or ``.caption`` file beside the picture.
 
     Raises:
         ImagesMissing: no such folder, no pictures, or metadata that is damaged, lacks a column or names a file that isn't
             there.
     """
-    folder = Path(folder)
-    paths = list_files(folder, SUFFIXES)
+    folder, columns = Path(folder), columns or Columns()
+    files, unread = walk(folder)
+    metadata = read_metadata(folder, files, columns)
+    named, texts = set(metadata.rows), set(metadata.files)
+    paths = [p for p in files if p not in texts and (_is_picture(p) or p.relative_to(folder).as_posix() in named)]
+    refuse_unnamed(paths, folder)
+    if lost := sorted(named - {p.relative_to(folder).as_posix() for p in paths}):
+        location, _ = metadata.rows[lost[0]]
+        raise ImagesMissing(f"{location}: {lost[0]!r} lies in a hidden or system folder, or behind a link, and is not read")
     if not paths:
-        raise ImagesMissing(f"{str(folder)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-    described = read_descriptions(folder, paths, Columns(caption_column, t_n_column, captions_needed))
-    return [Record(p.relative_to(folder).as_posix(), p, d.captions, d.t_n) for p, d in zip(paths, described, strict=True)]
+        raise ImagesMissing(f"{str(folder)!r} holds no images, but {_others(files, unread)}")
+    described, captions = read_descriptions(folder, paths, columns, metadata)
+    read = {*texts, *captions}
+    stems = {p.with_suffix("") for p in paths}
+    unread += [Unread(shown(p, folder), _why_unread(p, stems)) for p in files if p not in {*paths, *read}]
+    records = [Record(p.relative_to(folder).as_posix(), p, d.captions, d.t_n) for p, d in zip(paths, described, strict=True)]
+    count = len(paths) + len(read) + sum(one.files for one in unread)
+    return Listing(records, Ledger(count, len(paths), len(read), tuple(sorted(unread, key=lambda one: one.name))))
+
+
+def _is_picture(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in endings() or (suffix not in _NO_PICTURES and _looks_like_one(path))
+
+
+def _looks_like_one(path: Path) -> bool:
+    """Whether a file begins as pictures do."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=formats()):
+                return True
+    except Exception:  # decoders raise whatever they like
+        return False
+
+
+def _why_unread(path: Path, stems: set[Path]) -> str:
+    if path.suffix.lower() not in CAPTION_ENDINGS:
+        return ending(path)
+    if path.with_suffix("") not in stems:
+        return "a text without a picture of its name"
+    return "a caption that metadata, or a .txt file, stands in for"
+
+
+def _others(files: Sequence[Path], unread: Sequence[Unread]) -> str:
+    kinds = Counter(p.suffix.lower() or "no ending" for p in files)
+    kinds.update({reason: n for one in unread for reason, n in [(f"{one.reason}", one.files)]})
+    return ", ".join(f"{n} × {kind}" for kind, n in kinds.most_common(6)) or "nothing"

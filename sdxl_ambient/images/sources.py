@@ -11,22 +11,26 @@ import glob
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from sdxl_ambient.errors import ImageError, ImagesMissing, one_line
-from sdxl_ambient.images.captions import Columns, captions_of, level_of, not_one_of
-from sdxl_ambient.images.load import SUFFIXES, Record, list_files, list_images
+from sdxl_ambient.images.captions import METADATA, Columns, captions_of, level_of, not_one_of
+from sdxl_ambient.images.folder import Ledger, Unread, shown, walk
+from sdxl_ambient.images.load import Listing, Record, list_images
 
 Log = Callable[[str], None]
 # Kinds of files that hold many pictures: ending → the module of ``datasets`` that reads them.
 KINDS = {".parquet": "parquet", ".tar": "webdataset"}
+TRAIN = "train"  # the split that is read by default
 # Where webdataset's customary names stand for the defaults.
 _CUSTOMARY = {"text": ("txt", "json.text", "json.caption")}
 
@@ -37,17 +41,21 @@ class HubDataset:
 
     name: str
     config_name: str | None = None
-    split: str = "train"
+    split: str = TRAIN
 
 
 def open_records(
     source: str | Path | HubDataset,
     columns: Columns | None = None,
     *,
+    split: str = TRAIN,
     state: PartialState | None = None,
     log: Log = print,
-) -> list[Record]:
+) -> Listing:
     """Every picture of a folder or of a data set, in an order that is the same in every process. All processes call it.
+
+    Args:
+        split: of a folder of parquet or webdataset files, the one that is read.
 
     Raises:
         ImagesMissing: nothing there, a package, data set, split or column that is missing, or wrong values in a column.
@@ -56,28 +64,88 @@ def open_records(
     if isinstance(source, HubDataset):
         location = f"{source.name}, split {source.split}"
         load = partial(_load, "dataset_name", source.name, source.name, name=source.config_name, split=source.split)
-    else:
-        files = _packed(source)
-        if not files:
-            return list_images(source, columns.caption, columns.t_n, columns.captions_needed)
-        location = str(source)
-        # Names are patterns to the library.
-        names = [glob.escape(str(path.resolve())) for path in files]
-        kind = KINDS[files[0].suffix.lower()]
-        load = partial(_load, "train_data_dir", location, kind, data_files=names, split="train")
-    return _records(_in_private(load, state), location, columns, log)
+        records = _records(_in_private(load, state), location, columns, log)
+        return Listing(records, Ledger(0, 0))
+    packed = _packed(Path(source), split)
+    if packed is None:
+        return list_images(source, columns)
+    files, ledger = packed
+    kind = KINDS[files[0].suffix.lower()]
+    # Names are patterns to the library.
+    names = [glob.escape(str(path.resolve())) for path in files]
+    load = partial(_load, "train_data_dir", str(source), kind, data_files=names, split=TRAIN)
+    return Listing(_records(_in_private(load, state), str(source), columns, log), ledger)
 
 
-def _packed(folder: str | Path) -> list[Path]:
-    """The parquet or webdataset files of a folder that holds no images; none for other folders."""
-    files = list_files(folder, {*KINDS, *SUFFIXES})
-    packed = [p for p in files if p.suffix.lower() in KINDS]
-    if len(packed) < len(files):
-        return []
+# -- a folder's files ----------------------------------------------------------------------
+
+
+def _packed(folder: Path, split: str) -> tuple[list[Path], Ledger] | None:
+    """The parquet or webdataset files of one split in a folder, and what became of the others; None for a folder of images.
+
+    Raises:
+        ImagesMissing: two kinds of them, or no such split.
+    """
+    files, unread = walk(folder)
+    packed = [p for p in files if p.suffix.lower() in KINDS and _holds_pictures(p)]
+    if not packed:
+        if split != TRAIN:
+            raise ImagesMissing(f"--dataset_split: {split!r} needs a data set, and {str(folder)!r} is a folder of images")
+        return None
     kinds = sorted({p.suffix.lower() for p in packed})
     if len(kinds) > 1:
         raise ImagesMissing(f"--train_data_dir: {str(folder)!r} holds {' and '.join(kinds)} files; allowed is one kind")
-    return packed
+    splits = _splits(folder, packed)
+    if split == TRAIN and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        raise ImagesMissing(f"--dataset_split: {split!r} is not one of: {', '.join(splits)} ({str(folder)!r})")
+    wanted = splits[split]
+    others = {path: f"of the split {name}" for name, some in splits.items() for path in some if path not in wanted}
+    for path in files:
+        if path not in wanted:
+            reason = others.get(path, f"beside the {kinds[0]} files of a data set, which are read in its place")
+            unread.append(Unread(shown(path, folder), reason))
+    count = len(wanted) + sum(one.files for one in unread)
+    return wanted, Ledger(count, 0, len(wanted), tuple(sorted(unread, key=lambda one: one.name)))
+
+
+def _holds_pictures(path: Path) -> bool:
+    """Whether a file can hold pictures: a webdataset, or a table with a column of bytes that is not a folder's metadata."""
+    if path.name in METADATA:
+        return False
+    if path.suffix.lower() != ".parquet":
+        return True
+    try:
+        schema = pq.read_schema(path)
+    except (pyarrow.ArrowException, OSError):
+        return True  # told when it is loaded
+    types = [kind for field in schema for kind in (field.type, *_inner(field.type))]
+    return any(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) for kind in types)
+
+
+def _inner(kind: pyarrow.DataType) -> list[pyarrow.DataType]:
+    return [kind.field(i).type for i in range(kind.num_fields)] if pyarrow.types.is_struct(kind) else []
+
+
+def _splits(folder: Path, packed: list[Path]) -> dict[str, list[Path]]:
+    """The files of each split, by the names that the ``datasets`` library goes by; all of them train where it sees none."""
+    try:
+        from datasets.data_files import get_data_patterns, resolve_pattern
+    except ImportError:
+        return {TRAIN: packed}  # told when they are loaded
+    base = glob.escape(str(folder.resolve()))
+    split_of: dict[Path, str] = {}
+    for split, patterns in get_data_patterns(base).items():
+        for pattern in patterns:
+            with suppress(FileNotFoundError):  # not every pattern of a split has files
+                for path in resolve_pattern(pattern, base):
+                    split_of.setdefault(Path(path), str(split))
+    found: dict[str, list[Path]] = {}
+    for path in packed:
+        if (split := split_of.get(path.resolve())) is not None:
+            found.setdefault(split, []).append(path)
+    return found or {TRAIN: packed}
 
 
 # -- loading ----------------------------------------------------------------------

@@ -175,6 +175,7 @@ def manifest_of(store: LatentStore, plan: Plan) -> Manifest:
         "counts": {**store.manifest["counts"], **own},
         "skipped": [],
         "near_duplicates": None,
+        "ledger": None,
         "versions": versions(),
         **prompts_of(store),
     }

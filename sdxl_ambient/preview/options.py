@@ -14,6 +14,8 @@ from sdxl_ambient.config.shared import (
     PrecisionOptions,
     ReconstructionOptions,
     SeedOptions,
+    check_encoding,
+    check_outside,
     check_writable,
 )
 from sdxl_ambient.errors import OptionError
@@ -41,6 +43,7 @@ class PreviewOptions(
             raise OptionError("--train_data_dir: a value is required, a folder of images")
         if not Path(self.train_data_dir).is_dir():
             raise OptionError(f"--train_data_dir: {self.train_data_dir!r} is not a folder")
+        check_encoding(self.caption_encoding)
         self._validate_output(self.train_data_dir)
         self.validate_levels()
         self.validate_device()
@@ -49,12 +52,8 @@ class PreviewOptions(
         """What is made to be kept apart from clean images must not come to hold them."""
         from sdxl_ambient.store.lineage import is_store  # here for start-up time
 
+        check_outside("output_dir", self.output_dir, train_data_dir=images)
         output = Path(self.output_dir).resolve()
-        if output.is_relative_to(Path(images).resolve()):
-            raise OptionError(
-                f"--output_dir: {self.output_dir!r} lies inside --train_data_dir, whose images it would be taken for; "
-                "allowed is a folder elsewhere"
-            )
         for folder in (output, *output.parents):
             if is_store(folder):
                 raise OptionError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.probe import ImageChoice
 
 
@@ -17,6 +18,7 @@ class PreviewSettings:
     variant: str | None
     train_data_dir: str
     caption_column: str
+    caption_encoding: str | None
     instance_prompt: str | None
     caption: bool
     resolution: int
@@ -36,7 +38,7 @@ class PreviewSettings:
         """Which images it shows."""
         return ImageChoice(
             self.train_data_dir,
-            self.caption_column,
+            Columns(self.caption_column, encoding=self.caption_encoding),
             self.instance_prompt,
             self.caption,
             self.num_candidates,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.probe import ImageChoice
 
 
@@ -18,6 +19,7 @@ class PrivacySettings:
     train_data_dir: str | None  # without it, closed forms alone
     reference_data_dir: str | None  # goes with it
     caption_column: str
+    caption_encoding: str | None
     instance_prompt: str | None
     caption: bool
     resolution: int
@@ -38,13 +40,18 @@ class PrivacySettings:
     dtype: str
 
     @property
+    def columns(self) -> Columns:
+        """Where captions are."""
+        return Columns(self.caption_column, encoding=self.caption_encoding)
+
+    @property
     def attacked(self) -> ImageChoice:
         """The images that are looked for, and those of them that are reconstructed."""
-        texts = self.caption_column, self.instance_prompt, self.caption
+        texts = self.columns, self.instance_prompt, self.caption
         return ImageChoice(str(self.train_data_dir), *texts, self.num_candidates, self.num_images)
 
     @property
     def references(self) -> ImageChoice:
         """The other images, whose captions nobody reads."""
-        texts = self.caption_column, self.instance_prompt, False
+        texts = self.columns, self.instance_prompt, False
         return ImageChoice(str(self.reference_data_dir), *texts, self.num_references, 1)

@@ -14,31 +14,28 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from sdxl_ambient.devices import locked_by_main
-from sdxl_ambient.errors import ImageError, ImagesMissing, StoreError, UserError
+from sdxl_ambient.errors import ImageError, StoreError, UserError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.load import Record, load_rgb
-from sdxl_ambient.images.sources import Log, open_records
+from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.load import Encoders
-from sdxl_ambient.models.vae import check_geometry, encode_image
+from sdxl_ambient.models.vae import encode_image
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.provenance import versions, write_sealed
-from sdxl_ambient.store.deduplicate import MAXIMUM_REPORTED, handle_near_duplicates
+from sdxl_ambient.store.collect import Collected, collect
 from sdxl_ambient.store.keys import NoiseKey, shared_key
-from sdxl_ambient.store.lineage import refuse_restored
 from sdxl_ambient.store.observation import draw_z
 from sdxl_ambient.store.plan import fingerprint, latent_hash_of, make_plan, plan_of, shards
 from sdxl_ambient.store.prenoised import (
     fingerprint_of_latents,
     ids_of_latent,
     latent_hash,
-    list_latents,
     load_latent,
-    scan_latent,
 )
 from sdxl_ambient.store.prompts import write_texts
 from sdxl_ambient.store.reconcile import known_hashes, reconcile_plan, remove_dropped
-from sdxl_ambient.store.records import Counts, Entry, Hashes, LatentSettings, Manifest, Plan, Prompts, Skipped, Twin
-from sdxl_ambient.store.scan import Check, Scanned, content_hash, scan, scan_image, scan_image_with_hash
+from sdxl_ambient.store.records import Counts, Entry, Hashes, LatentSettings, Manifest, Plan, Prompts
+from sdxl_ambient.store.scan import Check, Scanned, content_hash
 from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.store.shards import (
     Shard,
@@ -76,9 +73,23 @@ def build_store(
         ImagesMissing, StoreError, NoiseKeyError, ModelError: with one line that says what is wrong.
     """
     state = state or PartialState()
-    output_dir = Path(output_dir)
     log = log if state.is_main_process else (lambda message: None)
     collected = collect(train_data_dir, encoders, settings, state, log, check)
+    return build_collected(collected, output_dir, encoders, schedule, settings, state, log, check)
+
+
+def build_collected(
+    collected: Collected,
+    output_dir: str | Path,
+    encoders: Encoders,
+    schedule: NoiseSchedule,
+    settings: StoreSettings,
+    state: PartialState,
+    log: Log,
+    check: Check = lambda: None,
+) -> Manifest:
+    """:func:`build_store` of pictures that were opened before."""
+    output_dir = Path(output_dir)
     with locked_by_main(output_dir, log, state):
         plan, key = plan_store(output_dir, collected.pictures, encoders, schedule, settings, state, log)
         latents = plan["fingerprint"]["latent"]
@@ -90,79 +101,7 @@ def build_store(
         return write_manifest(output_dir, plan, collected, prompts, counts, state, log)
 
 
-# -- 1: records => scanned pictures ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Collected:
-    """The usable pictures of a source, what was left out of it, and its near-duplicates; None where none were looked for."""
-
-    files: int  # all of the source
-    pictures: list[Scanned]
-    skipped: list[Skipped]
-    twins: list[Twin] | None = None
-
-    @property
-    def records(self) -> dict[str, Record]:
-        """The first record of each picture, by the hash of its pixels."""
-        return {p.content: p.record for p in reversed(self.pictures)}
-
-
-def collect(
-    train_data_dir: str | Path | None,
-    encoders: Encoders,
-    settings: StoreSettings,
-    state: PartialState,
-    log: Log,
-    check: Check,
-) -> Collected:
-    """Open every picture, or every latent that is noisy already, and sort out which can be used.
-
-    Raises:
-        ImagesMissing: nothing that can be used, or broken metadata.
-        StoreError: near-duplicates that are to be refused, or restored samples in place of observations.
-        ModelError: sizes that the model can't have.
-    """
-    if train_data_dir is not None:
-        refuse_restored("train_data_dir", train_data_dir)
-    if settings.pre_noised:
-        collected = _collect_latents(train_data_dir, settings, state, check)
-    else:
-        check_geometry(settings.geometry, encoders.vae)
-        collected = _collect_pictures(train_data_dir, settings, state, log, check)
-    report_skipped(collected.skipped, collected.files, log)
-    if not collected.pictures:
-        raise ImagesMissing(
-            f"none of the {collected.files} images in {str(train_data_dir or settings.dataset_name)!r} can be used: "
-            f"{collected.skipped[0]['reason']}"
-        )
-    return collected
-
-
-def _collect_latents(folder: str | Path | None, settings: StoreSettings, state: PartialState, check: Check) -> Collected:
-    if folder is None:
-        raise ImagesMissing("--pre_noised: needs a folder of noisy latents")
-    records = list_latents(folder, settings.t_n, settings.columns)
-    for parent in sorted({record.path.parent for record in records}):
-        refuse_restored("train_data_dir", parent)
-    return Collected(len(records), *scan(records, settings.instance_prompt, state, scan_latent, check))
-
-
-def _collect_pictures(
-    folder: str | Path | None, settings: StoreSettings, state: PartialState, log: Log, check: Check
-) -> Collected:
-    source = settings.dataset or folder
-    if source is None:
-        raise ImagesMissing("no folder of images and no data set is given")
-    records = open_records(source, settings.columns, state=state, log=log)
-    # Perceptual hashes cost a second look at each picture.
-    scan_one = scan_image if settings.near_duplicates == "ignore" else scan_image_with_hash
-    pictures, skipped = scan(records, settings.instance_prompt, state, scan_one, check)
-    pictures, dropped, twins = handle_near_duplicates(pictures, settings.near_duplicates, state, log)
-    return Collected(len(records), pictures, [*skipped, *dropped], twins)
-
-
-# -- 2: scanned pictures => a plan ------------------------------------------------------------------
+# -- 1: scanned pictures => a plan ------------------------------------------------------------------
 
 
 def plan_store(
@@ -219,7 +158,7 @@ def reconcile_on_main(
     return plan
 
 
-# -- 3: a plan => latents ------------------------------------------------------------------
+# -- 2: a plan => latents ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -329,7 +268,7 @@ def unfinished(
     return missing
 
 
-# -- 4: the manifest ------------------------------------------------------------------
+# -- 3: the manifest ------------------------------------------------------------------
 
 
 def write_manifest(
@@ -358,6 +297,7 @@ def write_manifest(
         "counts": counts,
         "skipped": collected.skipped,
         "near_duplicates": collected.twins,
+        "ledger": collected.ledger(),
         "versions": versions(),
     }
     if state.is_main_process:
@@ -379,17 +319,6 @@ def hashes_of(output_dir: Path, plan: Plan, prompts: Prompts) -> Hashes:
 
 
 # -- reports ------------------------------------------------------------------
-
-
-def report_skipped(skipped: Sequence[Skipped], total: int, log: Log) -> None:
-    """Count the skipped files, and name the first ones."""
-    if not skipped:
-        return
-    log(f"{len(skipped)} of {total} images are skipped:")
-    for entry in skipped[:MAXIMUM_REPORTED]:
-        log(f"  {entry['file']}: {entry['reason']}")
-    if len(skipped) > MAXIMUM_REPORTED:
-        log(f"  … and {len(skipped) - MAXIMUM_REPORTED} more, all listed in manifest.json")
 
 
 def report_clean(entries: Sequence[Entry], output_dir: Path, log: Log) -> None:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from sdxl_ambient.errors import StoreError
-from sdxl_ambient.images.duplicates import Fingerprints, earlier_twins
+from sdxl_ambient.images.duplicates import Fingerprints, earlier_twins, matches
 from sdxl_ambient.images.sources import Log
 from sdxl_ambient.store.records import Skipped, Twin
 from sdxl_ambient.store.scan import Scanned
@@ -50,6 +50,57 @@ def handle_near_duplicates(
     return list(pictures), [], twins
 
 
+def handle_heldout_twins(
+    heldout: Sequence[Scanned], train: Sequence[Scanned], policy: str, state: PartialState, log: Log
+) -> tuple[list[Scanned], list[Skipped]]:
+    """The held-out pictures that stay, and those that don't, since they are training pictures. All processes call it.
+
+    Equal pixels are found under every ``policy``; recompressed, resized and mirrored ones where both have fingerprints. A
+    held-out loss that is measured on training pictures falls while they are learnt by heart.
+
+    Raises:
+        StoreError: any of them, where they are to be refused.
+    """
+    reasons = _heldout_twins(heldout, train, state)
+    found = [p for p in heldout if p.content in reasons]
+    if not found:
+        return list(heldout), []
+    first = f"{found[0].record.name}: {reasons[found[0].content]}"
+    what = f"{len(found)} of {len(heldout)} held-out images are training images, the first is {first}"
+    if policy == "refuse":
+        raise StoreError(f"--near_duplicates refuse: {what}. Remove them, or use drop or report")
+    if policy != "drop":
+        log(
+            f"warning: {what}. The held-out loss falls while these are learnt by heart, so --early_stopping means nothing "
+            "for them (--near_duplicates drop leaves them out)"
+        )
+        return list(heldout), []
+    stays = [p for p in heldout if p.content not in reasons]
+    if not stays:
+        raise StoreError(f"--heldout_data_dir: {what}; nothing is held out")
+    log(f"note: {what}; they are left out")
+    return stays, [{"file": p.record.name, "reason": reasons[p.content]} for p in found]
+
+
+def _heldout_twins(heldout: Sequence[Scanned], train: Sequence[Scanned], state: PartialState) -> dict[str, str]:
+    """Content of each held-out picture that is a training picture → which, and in what."""
+    same = {p.content: p.record.name for p in reversed(train)}
+    reasons = {p.content: f"the same pixels as {same[p.content]}" for p in heldout if p.content in same}
+    left = list({p.content: p for p in heldout if p.content not in same and p.print}.values())
+    known = list({p.content: p for p in train if p.print}.values())
+    near: dict[str, str] = {}
+    if state.is_main_process and left and known:
+        for i, j, mirrored in matches(_fingerprints(left), _fingerprints(known)):
+            reason = f"near-duplicate of {known[j].record.name}{' (mirrored)' if mirrored else ''}"
+            near.setdefault(left[i].content, reason)
+    return {**reasons, **(gather_object([near])[0] if state.num_processes > 1 else near)}
+
+
+def _fingerprints(pictures: Sequence[Scanned]) -> Fingerprints:
+    prints = np.frombuffer(b"".join(p.print or b"" for p in pictures), np.uint8)
+    return Fingerprints.of(prints.reshape(len(pictures), -1))
+
+
 def _copies(pictures: Sequence[Scanned]) -> list[str]:
     """Files with the pixels of an earlier one. They are one picture in every store, drawn once, with all their captions."""
     first: dict[str, Scanned] = {}
@@ -66,8 +117,7 @@ def _find(pictures: Sequence[Scanned], dropping: bool, state: PartialState) -> l
     twins: list[Twin] = []
     if state.is_main_process and pictures:
         distinct = list({p.content: p for p in reversed(pictures)}.values())[::-1]
-        prints = np.frombuffer(b"".join(p.print or b"" for p in distinct), np.uint8).reshape(len(distinct), -1)
-        for i, j, mirrored in earlier_twins(Fingerprints.of(prints), kept_only=dropping):
+        for i, j, mirrored in earlier_twins(_fingerprints(distinct), kept_only=dropping):
             later, earlier = distinct[i], distinct[j]
             twins.append(
                 {"file": later.record.name, "shows": earlier.record.name, "mirrored": mirrored, "content": later.content}

@@ -16,15 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_ambient.errors import ImageError, ImagesMissing, one_line
-from sdxl_ambient.images.captions import Columns, Description, read_descriptions
-from sdxl_ambient.images.load import Record, list_files
+from sdxl_ambient.images.captions import Columns, Description, read_descriptions, read_metadata
+from sdxl_ambient.images.folder import Ledger, list_files
+from sdxl_ambient.images.load import Listing, Record
 from sdxl_ambient.models.conditioning import time_ids
 from sdxl_ambient.models.load import Encoders
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import hash_bytes
 from sdxl_ambient.store.plan import FORMAT_VERSION, fingerprint_of_text
 from sdxl_ambient.store.records import Fingerprint, LatentSettings
-from sdxl_ambient.store.scan import Scanned
+from sdxl_ambient.store.scan import Look, Scanned
 
 SUFFIX, TENSOR = ".safetensors", "latent"
 FACTOR = 8  # pixels of a latent's side
@@ -40,18 +41,22 @@ class LatentRecord(Record):
     crop_top_left: tuple[int, int] | None = None
 
 
-def list_latents(folder: str | Path, t_n: int | None, columns: Columns | None = None) -> list[LatentRecord]:
+def list_latents(folder: str | Path, t_n: int | None, columns: Columns | None = None) -> Listing:
     """Every .safetensors file below ``folder``, in the order of their relative paths; ``t_n`` is of those without their own.
 
     Raises:
         ImagesMissing: no such folder or files, broken metadata, or a latent without a noise level.
     """
     folder = Path(folder)
-    paths = list_files(folder, {SUFFIX})
+    paths, unread = list_files(folder, {SUFFIX})
     if not paths:
         raise ImagesMissing(f"--pre_noised: {str(folder)!r} holds no {SUFFIX} files")
-    records = []
-    for path, described in zip(paths, read_descriptions(folder, paths, columns or Columns()), strict=True):
+    records: list[Record] = []
+    metadata = read_metadata(folder, paths, columns or Columns())
+    if lost := sorted(metadata.rows.keys() - {p.relative_to(folder).as_posix() for p in paths}):
+        raise ImagesMissing(f"{metadata.rows[lost[0]][0]}: {lost[0]!r} is no {SUFFIX} file")
+    found, captions = read_descriptions(folder, paths, columns or Columns(), metadata)
+    for path, described in zip(paths, found, strict=True):
         name = path.relative_to(folder).as_posix()
         if described.t_n is None and t_n is None:
             raise ImagesMissing(
@@ -59,7 +64,10 @@ def list_latents(folder: str | Path, t_n: int | None, columns: Columns | None = 
             )
         size, corner = (_pair(described, column) for column in ("original_size", "crop_top_left"))
         records.append(LatentRecord(name, path, described.captions, described.t_n, size, corner))
-    return records
+    texts = {p.relative_to(folder).as_posix() for p in (*metadata.files, *captions)}
+    unread = [one for one in unread if one.name not in texts]
+    count = len(paths) + len(texts) + sum(one.files for one in unread)
+    return Listing(records, Ledger(count, len(paths), len(texts), tuple(unread)))
 
 
 def _pair(described: Description, column: str) -> tuple[int, int] | None:
@@ -102,10 +110,10 @@ def latent_hash(latent: torch.Tensor) -> str:
     return hash_bytes(f"{tuple(latent.shape)}|".encode() + latent.numpy().tobytes())
 
 
-def scan_latent(record: Record) -> tuple[str, tuple[int, int], None]:
+def scan_latent(record: Record) -> Look:
     """Content hash and (height, width) in pixels of a latent. Raises ImageError."""
     latent = load_latent(record.path)
-    return latent_hash(latent), (FACTOR * latent.shape[1], FACTOR * latent.shape[2]), None
+    return Look(latent_hash(latent), (FACTOR * latent.shape[1], FACTOR * latent.shape[2]))
 
 
 def ids_of_latent(p: Scanned) -> list[int]:

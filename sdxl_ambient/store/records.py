@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class _LatentSettings(TypedDict):
@@ -162,4 +162,5 @@ class Manifest(Plan, Prompts):
     counts: dict[str, int]
     skipped: list[Skipped]
     near_duplicates: list[Twin] | None
+    ledger: dict[str, Any] | None  # what became of every file of the source
     versions: dict[str, str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -31,6 +32,7 @@ class Scanned:
     size: tuple[int, int]  # (height, width) in pixels
     record: Record  # with the captions that it is shown with
     print: bytes | None = None  # its perceptual fingerprint, 400 bytes, where the scan makes it
+    profile: str | None = None  # the colour profile that it was converted from, if any
 
     @property
     def caption(self) -> str:
@@ -39,19 +41,31 @@ class Scanned:
 
 
 Check = Callable[[], None]
-Scan = Callable[[Record], tuple[str, tuple[int, int], bytes | None]]
 
 
-def scan_image(record: Record) -> tuple[str, tuple[int, int], None]:
-    """Content hash and (height, width) of a picture. Raises ImageError."""
+class Look(NamedTuple):
+    """What a scan finds out of a picture: the hash of its content, (height, width) in pixels, fingerprint and profile."""
+
+    content: str
+    size: tuple[int, int]
+    print: bytes | None = None
+    profile: str | None = None
+
+
+Scan = Callable[[Record], Look]
+
+
+def scan_image(record: Record) -> Look:
+    """Content hash, size and profile of a picture. Raises ImageError."""
     image = load_rgb(record.read())
-    return content_hash(image), (image.height, image.width), None
+    return Look(content_hash(image), (image.height, image.width), None, image.info.get("profile"))
 
 
-def scan_image_with_hash(record: Record) -> tuple[str, tuple[int, int], bytes]:
+def scan_image_with_hash(record: Record) -> Look:
     """The same with its perceptual fingerprint."""
     image = load_rgb(record.read())
-    return content_hash(image), (image.height, image.width), perceptual(image).astype(np.uint8).tobytes()
+    mark = perceptual(image).astype(np.uint8).tobytes()
+    return Look(content_hash(image), (image.height, image.width), mark, image.info.get("profile"))
 
 
 def scan(
@@ -65,7 +79,7 @@ def scan(
 
     Records stay where they are: all processes have the same ones. ``check`` is called before each, and may raise.
     """
-    scanned: list[tuple[int, tuple[str, tuple[int, int], bytes | None]]] = []
+    scanned: list[tuple[int, Look]] = []
     skipped: list[tuple[int, Skipped]] = []
     share = range(state.process_index, len(records), state.num_processes)
     for i in tqdm(share, desc="reading images", unit="img", disable=not state.is_main_process, mininterval=1):
@@ -79,7 +93,7 @@ def scan(
     if state.num_processes > 1:
         scanned, skipped = gather_object(scanned), gather_object(skipped)
     usable = [
-        Scanned(content, size, records[i].captioned(instance_prompt), mark)
-        for i, (content, size, mark) in sorted(scanned, key=lambda p: p[0])
+        Scanned(look.content, look.size, records[i].captioned(instance_prompt), look.print, look.profile)
+        for i, look in sorted(scanned, key=lambda p: p[0])
     ]
     return usable, [s for _, s in sorted(skipped, key=lambda p: p[0])]

@@ -23,6 +23,7 @@ class StoreSettings:
     dataset_split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
+    caption_encoding: str | None = None
     t_n_column: str | None = None
     pre_noised: bool = False
     instance_prompt: str | None = None
@@ -36,7 +37,8 @@ class StoreSettings:
     @property
     def columns(self) -> Columns:
         """Which columns are read."""
-        return Columns(self.caption_column, self.t_n_column, not self.instance_prompt, self.image_column)
+        needed = not self.instance_prompt
+        return Columns(self.caption_column, self.t_n_column, needed, self.image_column, self.caption_encoding)
 
     @property
     def dataset(self) -> HubDataset | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from sdxl_ambient.images.folder import ledger_line
 from sdxl_ambient.images.geometry import bucket_counts
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.vae import decode_latents, load_vae
@@ -83,6 +84,7 @@ def of_the_store(store: LatentStore) -> dict:
         "store": str(store.folder),
         "counts": manifest["counts"],
         "skipped": manifest["skipped"],
+        "ledger": manifest.get("ledger"),
         "near_duplicates": manifest.get("near_duplicates") or [],
         "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in sorted(bucket_counts(store.images).items())],
         "t_n": dict(sorted(levels.items())),
@@ -151,7 +153,10 @@ def summary_lines(report: dict) -> list[str]:
     counts, parts = report["counts"], report["memory"]
     sizes = ", ".join(f"{s['height']}x{s['width']}: {s['images']}" for s in report["sizes"])
     spent = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size and name != "total")
+    ledger = report["ledger"]
+    files = [ledger_line(ledger)] if ledger and ledger["files"] else []
     return [
+        *files,
         f"Images: {counts['images']} at {report['levels']}, {counts['captions']} captions, {counts['skipped']} skipped, "
         f"{counts['exact_duplicates']} exact duplicates, {len(report['near_duplicates'])} near-duplicates",
         f"Sizes (height x width in pixels: images): {sizes}",

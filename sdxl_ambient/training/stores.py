@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
-from sdxl_ambient.models.load import load_encoders
-from sdxl_ambient.store.build import build_store
+from sdxl_ambient.errors import StoreError
+from sdxl_ambient.images.sources import TRAIN, Log
+from sdxl_ambient.models.load import Encoders, load_encoders
+from sdxl_ambient.noise import NoiseSchedule
+from sdxl_ambient.store.build import build_collected
+from sdxl_ambient.store.collect import apart, collect
 from sdxl_ambient.store.reader import LatentStore, Presentation
 from sdxl_ambient.store.settings import StoreSettings
 from sdxl_ambient.training.weights import BaseModel
@@ -50,7 +55,8 @@ class StoresSettings:
             wanted.append((self.train_data_dir, self.latents_dir, self.store))
         if self.heldout_latents_dir and (self.heldout_data_dir is not None or self.heldout_split is not None):
             own = heldout_of(self.store, self.heldout_data_dir, self.heldout_split)
-            wanted.append((self.heldout_data_dir, self.heldout_latents_dir, own))
+            folder = self.train_data_dir if self.heldout_data_dir is None else self.heldout_data_dir
+            wanted.append((folder, self.heldout_latents_dir, own))
         if self.clean_latents_dir and has_images:
             # Last, since the noisy one may be refused.
             wanted.append((self.train_data_dir, self.clean_latents_dir, clean_of(self.store)))
@@ -67,7 +73,7 @@ def open_stores(
     """
     if settings.clean_latents_dir is not None:
         accelerator.print(UNPROTECTED.format(folder=settings.clean_latents_dir))
-    if to_build := settings.to_build:
+    if settings.to_build:
         accelerator.print("Encoding the images to noisy latents, once (a store that is there is checked and reused).")
         base = settings.base
         encoders = load_encoders(
@@ -76,15 +82,43 @@ def open_stores(
             revision=base.revision,
             variant=base.variant,
         ).to(accelerator.device)
-        for data_dir, store, wanted in to_build:
-            build_store(data_dir, store, encoders, schedule, wanted, log=accelerator.print, check=check)
+        build_all(settings, encoders, schedule, accelerator.print, check)
         # VAE and text encoders are out of memory from here on.
         del encoders
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     heldout = settings.heldout_latents_dir
     held = open_store(heldout, accelerator) if heldout is not None else None
-    return open_store(settings.latents_dir, accelerator, presentation), held
+    train = open_store(settings.latents_dir, accelerator, presentation)
+    if held is not None and len(settings.to_build) < 2:  # else the pictures themselves were compared
+        check_apart(held, train, settings.store.near_duplicates, accelerator.print)
+    return train, held
+
+
+def build_all(
+    settings: StoresSettings, encoders: Encoders, schedule: NoiseSchedule, log: Log, check: Callable[[], None]
+) -> None:
+    """Make every store that pictures are given for, when all of them were opened: what is to be refused is refused first."""
+    state, near = PartialState(), settings.store.near_duplicates
+    opened = []
+    for data_dir, folder, wanted in settings.to_build:
+        prints = folder == settings.heldout_latents_dir and near != "ignore"
+        opened.append(collect(data_dir, encoders, wanted, state, log, check, prints=prints))
+    for (_, folder, wanted), collected in zip(settings.to_build, opened, strict=True):
+        if folder == settings.heldout_latents_dir and collected is not opened[0]:
+            collected = apart(collected, opened[0], near, state, log)
+        build_collected(collected, folder, encoders, schedule, wanted, state, log, check)
+
+
+def check_apart(heldout: LatentStore, train: LatentStore, policy: str, log: Log) -> None:
+    """Say that held-out pictures are training pictures, by their pixels; a StoreError where that is to be refused."""
+    shared = len(heldout.observed.keys() & train.observed.keys())
+    if not shared:
+        return
+    what = f"{shared} of {len(heldout)} held-out images in {heldout.folder} are training images"
+    if policy == "refuse":
+        raise StoreError(f"--near_duplicates refuse: {what}")
+    log(f"warning: {what}. The held-out loss falls while these are learnt by heart")
 
 
 def open_store(folder: Path, accelerator, presentation: Presentation | None = None) -> LatentStore:
@@ -106,9 +140,10 @@ def clean_of(settings: StoreSettings) -> StoreSettings:
 def heldout_of(settings: StoreSettings, data_dir: str | None, split: str | None) -> StoreSettings:
     """Settings for the held-out images: a folder, or another ``split`` of the data set.
 
-    Near-duplicates among them are left alone, since nothing is trained on them.
+    Near-duplicates among them are left alone, since nothing is trained on them. Those of training images are not
+    (:func:`build_all`).
     """
     settings = replace(settings, near_duplicates="ignore")
     if data_dir is not None:
-        return replace(settings, dataset_name=None)
+        return replace(settings, dataset_name=None, dataset_split=TRAIN)
     return replace(settings, dataset_split=split)

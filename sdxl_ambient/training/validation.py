@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import EulerDiscreteScheduler
 
 from sdxl_ambient.errors import OptionError
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import list_images
 from sdxl_ambient.levels import CLEAN
 from sdxl_ambient.models.denoiser import Denoiser
@@ -51,6 +52,7 @@ class ValidationSettings:
     memorization_images: int
     train_data_dir: str | None
     caption_column: str
+    caption_encoding: str | None
     instance_prompt: str | None
 
 
@@ -226,7 +228,8 @@ class Validation:
         """Draw with training captions, and compare: the share of copies and its excess over held-out images."""
         settings = self.settings
         assert settings.train_data_dir is not None, "validated with --memorization_every"
-        records = list_images(settings.train_data_dir, settings.caption_column)
+        columns = Columns(settings.caption_column, encoding=settings.caption_encoding)
+        records = list_images(settings.train_data_dir, columns)
         captions = [r.captions[0] if r.captions else settings.instance_prompt or "" for r in records]
         prompts = _spread(captions, settings.memorization_images)
         folder = self.output / "memorization" / f"step-{step:06d}"

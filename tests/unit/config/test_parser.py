@@ -150,5 +150,5 @@ def test_a_list_given_twice_is_refused_and_the_last_single_value_wins():
 
     with pytest.raises(OptionError, match="--lora_targets: given twice"):
         load_options(TrainOptions, ["--lora_targets", "all", "--lora_targets", "linear"])
-    base = ["--pretrained_model_name_or_path", "x", "--train_data_dir", ".", "--output_dir", "runs/nothing"]
+    base = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "tests", "--output_dir", "runs/nothing"]
     assert load_options(TrainOptions, [*base, "--rank", "4", "--rank", "8"]).rank == 8

@@ -49,7 +49,7 @@ def test_captions_that_are_not_utf8_are_refused(tmp_path, read):
         read(folder)
     assert "metadata.jsonl, line 2: 'text' holds half of a surrogate pair" in printable(error)
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "%s", "text": "\xed\xa0\x80"}' % first.name.encode())
-    with pytest.raises(ImagesMissing, match="line 1: not a JSON object"):
+    with pytest.raises(ImagesMissing, match="line 1: byte 41 is not UTF-8"):
         read(folder)
     (folder / "metadata.jsonl").write_bytes(b"[" * 100_000)
     with pytest.raises(ImagesMissing, match="line 1: not a JSON object"):
@@ -58,7 +58,7 @@ def test_captions_that_are_not_utf8_are_refused(tmp_path, read):
     first.with_suffix(".txt").write_bytes(b"caf\xe9")
     with pytest.raises(ImagesMissing) as error:
         read(folder)
-    assert printable(error).endswith(".txt: byte 3 is not UTF-8, which captions are read in")
+    assert ".txt, line 1: byte 3 is not UTF-8; save it as UTF-8, or say what it is with --caption_enc" in printable(error)
 
 
 @pytest.mark.parametrize("line", ['{"text": "\\ud800"}', "[" * 100_000, '{"text": 1}', "[]", "9" * 5000])
