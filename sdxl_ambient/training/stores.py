@@ -102,11 +102,11 @@ def build_all(
     state, near = PartialState(), settings.store.near_duplicates
     opened = []
     for data_dir, folder, wanted in settings.to_build:
-        prints = folder == settings.heldout_latents_dir and near != "ignore"
-        opened.append(collect(data_dir, encoders, wanted, state, log, check, prints=prints))
+        heldout = folder == settings.heldout_latents_dir
+        collected = collect(data_dir, encoders, wanted, state, log, check, prints=heldout and near != "ignore")
+        # Training images come first, if there are any.
+        opened.append(apart(collected, opened[0], near, state, log) if heldout and opened else collected)
     for (_, folder, wanted), collected in zip(settings.to_build, opened, strict=True):
-        if folder == settings.heldout_latents_dir and collected is not opened[0]:
-            collected = apart(collected, opened[0], near, state, log)
         build_collected(collected, folder, encoders, schedule, wanted, state, log, check)
 
 
