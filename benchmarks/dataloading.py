@@ -25,8 +25,9 @@ import torch
 from benchmarks.measuring import resident
 from benchmarks.record import ROOT, target, write_record
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.base import load_schedule
 from sdxl_ambient.models.denoiser import Denoiser
-from sdxl_ambient.models.load import load_encoders, load_schedule, load_unet
+from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.objective import ObjectiveOptions, ambient_objective
 from sdxl_ambient.store.batches import Batch, Stream, loader

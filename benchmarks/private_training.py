@@ -21,8 +21,9 @@ from sdxl_ambient.config.shared import check_writable
 from sdxl_ambient.errors import OptionError, StoreError
 from sdxl_ambient.formats.peft import save_lora
 from sdxl_ambient.levels import CLEAN
+from sdxl_ambient.models.base import load_schedule
 from sdxl_ambient.models.denoiser import Denoiser
-from sdxl_ambient.models.load import load_schedule, load_unet
+from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.models.lora import add_lora
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.objective import ambient_loss

@@ -77,7 +77,7 @@ def export(options: ExportOptions) -> str:
     from sdxl_ambient import devices
     from sdxl_ambient.formats.lora_export import export_lora
     from sdxl_ambient.formats.unet_export import export_unet
-    from sdxl_ambient.models.load import unet_config
+    from sdxl_ambient.models.base import unet_config
 
     output, base = Path(options.output), options.pretrained_model_name_or_path
     dtype = devices.DTYPES[options.dtype] if options.dtype else None

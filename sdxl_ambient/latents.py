@@ -48,17 +48,19 @@ def _build(options: LatentsOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from sdxl_ambient.devices import processes
     from sdxl_ambient.images.geometry import Geometry
-    from sdxl_ambient.models.load import load_encoders, load_schedule
+    from sdxl_ambient.models.base import check_sdxl, load_schedule
+    from sdxl_ambient.models.load import load_encoders
     from sdxl_ambient.store.build import build_store
     from sdxl_ambient.store.settings import StoreSettings
 
     state, base, revision = processes(), options.pretrained_model_name_or_path, options.revision
+    check_sdxl(base, revision, state.print)
+    schedule = load_schedule(base, revision)
     buckets = options.aspect_ratio_buckets, options.bucket_reso_steps
     geometry = Geometry.parse(options.resolution, options.center_crop, *buckets)
     settings = settings_of(StoreSettings, options, geometry=geometry, keep_tokens=False)
     vae = options.pretrained_vae_model_name_or_path
     encoders = load_encoders(base, vae=vae, revision=revision, variant=options.variant).to(state.device or "cpu")
-    schedule = load_schedule(base, revision)
     build_store(options.train_data_dir, options.output_dir, encoders, schedule, settings, state=state)
 
 

@@ -19,7 +19,8 @@ from sdxl_ambient.formats.find import unet_file
 from sdxl_ambient.formats.load_lora import load_lora
 from sdxl_ambient.formats.names import LORA_PARTS
 from sdxl_ambient.formats.record import read_training_info
-from sdxl_ambient.models.load import base_folder, check_sdxl, load_text_encoder, load_unet, load_unet_file
+from sdxl_ambient.models.base import check_sdxl
+from sdxl_ambient.models.load import base_folder, load_text_encoder, load_unet, load_unet_file
 from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_part
 
 SAMPLERS = ("full", "early_stop", "hybrid")

@@ -16,7 +16,8 @@ import torch
 from support.pictures import REPOSITORY, copy_emoji
 
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.models.load import load_encoders, load_schedule, load_unet
+from sdxl_ambient.models.base import load_schedule
+from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.settings import StoreSettings
 

@@ -25,7 +25,8 @@ from eval.reporting.references import References, ReferenceSets, make_references
 from eval.samplers import Sampler
 from eval.sets import Embedding, SetSettings, embed_sets, plant, read_sets
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.models.load import load_encoders, load_schedule
+from sdxl_ambient.models.base import load_schedule
+from sdxl_ambient.models.load import load_encoders
 from sdxl_ambient.provenance import read_json, write_json
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.settings import StoreSettings

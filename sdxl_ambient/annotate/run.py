@@ -17,7 +17,7 @@ from sdxl_ambient.devices import Placement, one_process, resolve_device
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.sources import Log
-from sdxl_ambient.models.load import check_sdxl, load_schedule
+from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.models.vae import check_resolution, load_vae
 from sdxl_ambient.provenance import atomic, hash_json, hash_tensors, write_json
 
@@ -49,7 +49,7 @@ def annotate(settings: AnnotateSettings, log: Log = print) -> dict[str, Any]:
         ImagesMissing, ImageError, ModelError, AnnotateError, ProbeError: with one line that says what is wrong.
     """
     base, device = settings.pretrained_model_name_or_path, resolve_device(settings.device)
-    check_sdxl(base, settings.revision)
+    check_sdxl(base, settings.revision, log)
     schedule = load_schedule(base, settings.revision)
     if settings.levels[-1] >= schedule.num_timesteps - 1:
         raise ModelError(

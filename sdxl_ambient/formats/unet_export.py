@@ -21,7 +21,8 @@ from sdxl_ambient.formats.record import (
     public_info,
     read_training_info,
 )
-from sdxl_ambient.models.load import base_folder, check_sdxl, load_unet_file, unet_config
+from sdxl_ambient.models.base import check_sdxl, unet_config
+from sdxl_ambient.models.load import base_folder, load_unet_file
 from sdxl_ambient.provenance import read_json, write_json
 
 _DESCRIPTIONS = (".json", ".txt", ".model")  # configurations and tokenizers; weights are taken by their own names

@@ -16,7 +16,7 @@ from sdxl_ambient.loop.draw import RestoredLatentMaker, missing_shards, prompts_
 from sdxl_ambient.loop.model import load_model, training_info
 from sdxl_ambient.loop.provenance import check_base, check_history, next_round, seen_besides
 from sdxl_ambient.loop.settings import LoopSettings
-from sdxl_ambient.models.load import check_sdxl, load_schedule
+from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import differences, versions, write_sealed
 from sdxl_ambient.store.build import hashes_of
@@ -132,7 +132,7 @@ def restore_store(settings: LoopSettings, state: PartialState | None = None, log
     state = state or PartialState()
     log = log if state.is_main_process else (lambda message: None)
     output, store = Path(settings.output_dir), LatentStore(settings.latents_dir)
-    check_sdxl(settings.pretrained_model_name_or_path, settings.revision)
+    check_sdxl(settings.pretrained_model_name_or_path, settings.revision, log)
     schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
     store.verify(quiet=not state.is_main_process)
     with locked_by_main(output, log, state):

@@ -7,41 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models import quantization
+from sdxl_ambient.models.base import load_schedule
 from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_config, load_part
 from sdxl_ambient.models.vae import load_vae
-from sdxl_ambient.noise import NoiseSchedule
 
-_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 # Where the original layout's and diffusers' UNet files keep the UNet's weights.
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
 _ORIGINAL_PREFIX = "model.diffusion_model."
 _ANOTHER = "is incomplete, or of another architecture than that of"
-
-
-def check_sdxl(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """Read the configurations only, and make sure that they are SDXL's. Returns the pipeline's ``model_index`` mapping.
-
-    Raises:
-        ModelError: no such model, or another architecture (SD 1.5, SDXL refiner, SD3, …).
-    """
-    try:
-        index = load_config(DiffusionPipeline, name_or_path, revision=revision)
-        unet = load_config(UNet2DConditionModel, name_or_path, subfolder="unet", revision=revision)
-    except LOADING_ERRORS as error:
-        raise ModelError(f"{str(name_or_path)!r} is not a diffusers pipeline that can be read: {one_line(error)}") from None
-    kind = index.get("_class_name")
-    if kind not in _PIPELINES or unet.get("addition_embed_type") != "text_time":
-        raise ModelError(f"{str(name_or_path)!r} holds a {kind}, not an SDXL model ({_PIPELINES[0]})")
-    if index.get("text_encoder", [None])[0] is None:
-        raise ModelError(f"{str(name_or_path)!r} has one text encoder only: the SDXL refiner can't be fine-tuned here")
-    return index
 
 
 def base_folder(base: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
@@ -56,18 +36,6 @@ def base_folder(base: str | Path, revision: str | None = None, variant: str | No
         return Path(DiffusionPipeline.download(str(base), revision=revision, variant=variant, use_safetensors=True))
     except LOADING_ERRORS as error:
         raise ModelError(f"{str(base)!r} can't be downloaded: {one_line(error)}") from None
-
-
-def unet_config(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of an SDXL model's UNet. Raises ModelError where it isn't SDXL."""
-    check_sdxl(name_or_path, revision)
-    return load_config(UNet2DConditionModel, name_or_path, subfolder="unet", revision=revision)
-
-
-def load_schedule(name_or_path: str | Path, revision: str | None = None) -> NoiseSchedule:
-    """The noise schedule of the base model's own scheduler."""
-    scheduler = load_part(DDPMScheduler, name_or_path, "scheduler", subfolder="scheduler", revision=revision)
-    return NoiseSchedule.from_scheduler(scheduler)
 
 
 def load_unet(

@@ -15,8 +15,9 @@ from sdxl_ambient.devices import DTYPES, Placement, one_process, resolve_device
 from sdxl_ambient.errors import ModelError, PreviewError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.sources import Log
+from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.models.denoiser import Denoiser
-from sdxl_ambient.models.load import Encoders, check_sdxl, load_encoders, load_schedule, load_unet
+from sdxl_ambient.models.load import Encoders, load_encoders, load_unet
 from sdxl_ambient.models.vae import check_resolution
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.preview.figures import decibel, latent_moments, linear_error, linear_reconstruction, nearest
@@ -224,7 +225,7 @@ def make_preview(settings: PreviewSettings, log: Log = print) -> dict[str, Any]:
     refuse_other(stored, record)
     base, place, dtype = settings.pretrained_model_name_or_path, Placement(device), DTYPES[settings.dtype]
     revision, variant = settings.revision, settings.variant
-    zeros = check_sdxl(base, revision).get("force_zeros_for_empty_prompt", True)
+    zeros = check_sdxl(base, revision, log).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, revision)
     if max(settings.t_n) >= schedule.num_timesteps:
         raise ModelError(f"--t_n: {max(settings.t_n)} is beyond this model's last level, {schedule.num_timesteps - 1}")

@@ -14,8 +14,9 @@ from sdxl_ambient.devices import DTYPES, Placement, one_process, resolve_device
 from sdxl_ambient.errors import PrivacyError
 from sdxl_ambient.images.geometry import Geometry
 from sdxl_ambient.images.sources import Log
+from sdxl_ambient.models.base import check_sdxl
 from sdxl_ambient.models.denoiser import Denoiser
-from sdxl_ambient.models.load import check_sdxl, load_encoders, load_unet
+from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.vae import check_resolution, load_vae
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.privacy import accounting

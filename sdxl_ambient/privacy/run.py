@@ -7,7 +7,7 @@ from typing import Any
 
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.images.sources import Log
-from sdxl_ambient.models.load import load_schedule
+from sdxl_ambient.models.base import load_schedule
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.privacy import accounting
 from sdxl_ambient.privacy.attacks import coefficients, measure

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from sdxl_ambient.config.data import KEY_OPTIONS
 from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.models.denoiser import Conditioning
-from sdxl_ambient.models.load import check_sdxl, load_schedule
 from sdxl_ambient.provenance import environment, write_json
 from sdxl_ambient.store.batches import Batch, small_groups
 from sdxl_ambient.store.checks import check_stores, format_store_levels
@@ -71,7 +71,7 @@ def open_data(options: TrainOptions, accelerator: Accelerator, interruption: Int
         Interrupted: told to stop while images are encoded.
     """
     base = options.pretrained_model_name_or_path
-    zero_empty = check_sdxl(base, options.revision).get("force_zeros_for_empty_prompt", True)
+    zero_empty = check_sdxl(base, options.revision, accelerator.print).get("force_zeros_for_empty_prompt", True)
     schedule = load_schedule(base, options.revision)
     presentation = Presentation(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
     store, heldout = open_stores(stores_settings(options), accelerator, schedule, presentation, interruption.check)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sdxl_ambient.errors import ModelError
+from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
-from sdxl_ambient.models.load import check_sdxl, load_encoders, load_schedule, load_unet
+from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora, lora_targets, trainable_to_float32
 
 
