@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option, redeclare
+from sdxl_ambient.config.parser import APPLIED, FREE, option, redeclare
 from sdxl_ambient.config.shared import ImageOptions, ModelOptions, check_encoding, check_outside, check_writable
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.home import check_home
@@ -22,15 +22,22 @@ class DataOptions(ModelOptions):
         None,
         "folder of images, with captions in metadata.jsonl, .csv or .parquet, or in .txt files; or of parquet or "
         "webdataset files",
+        resume=APPLIED,
     )
-    dataset_name: str | None = option(None, "in its place, a data set that the datasets library loads from the Hub")
-    dataset_config_name: str | None = option(None, "its configuration")
-    dataset_split: str = option("train", "its split that is trained on; also of a folder of parquet or webdataset files")
-    image_column: str = option("image", "its column of pictures")
+    dataset_name: str | None = option(
+        None, "in its place, a data set that the datasets library loads from the Hub", resume=APPLIED
+    )
+    dataset_config_name: str | None = option(None, "its configuration", resume=APPLIED)
+    dataset_split: str = option(
+        "train", "its split that is trained on; also of a folder of parquet or webdataset files", resume=APPLIED
+    )
+    image_column: str = option("image", "its column of pictures", resume=APPLIED)
     caption_column: str = redeclare(ImageOptions, "caption_column")
     caption_encoding: str | None = redeclare(ImageOptions, "caption_encoding")
     t_n_column: str | None = option(
-        None, "column of pictures' own noise levels, timesteps; -1 for clean, nothing for --t_n [default: --t_n for all]"
+        None,
+        "column of pictures' own noise levels, timesteps; -1 for clean, nothing for --t_n [default: --t_n for all]",
+        resume=APPLIED,
     )
     pre_noised: bool = option(
         False,
@@ -50,6 +57,7 @@ class DataOptions(ModelOptions):
         "what is done with pictures that show another one again, recompressed, resized or mirrored: two noisy latents of "
         "one picture tell more of it than t_n promises",
         choices=("report", "drop", "refuse", "ignore"),
+        resume=FREE,
     )
     center_crop: bool = redeclare(ImageOptions, "center_crop")
     t_n: int | None = option(
@@ -64,16 +72,21 @@ class DataOptions(ModelOptions):
         "or none, one that is never written, so that no later run can observe these images again. Whoever has the key can "
         "remove the noise",
         choices=("kept", "none"),
+        resume=FREE,
     )
     noise_key_file: str | None = option(
-        None, "file with the key in place of the kept one; created with mode 600 if missing", metavar="PATH"
+        None,
+        "file with the key in place of the kept one; created with mode 600 if missing",
+        metavar="PATH",
+        resume=FREE,
     )
     allow_second_observation: bool = option(
         False,
         "observe images again that were observed with another key, VAE, size or crop, or draw a store anew; two independent "
         "draws can be averaged",
+        resume=FREE,
     )
-    shard_size: int = option(256, "images or captions per stored file", minimum=1)
+    shard_size: int = option(256, "images or captions per stored file", minimum=1, resume=FREE)
 
     @property
     def has_images(self) -> bool:
@@ -118,7 +131,7 @@ class DataOptions(ModelOptions):
 class LatentsOptions(DataOptions):
     """Store"""
 
-    output_dir: str = option(None, "folder for the store")
+    output_dir: str = option(None, "folder for the store", resume=FREE)
 
     def validate(self) -> None:
         super().validate()

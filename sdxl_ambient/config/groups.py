@@ -9,7 +9,7 @@ import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sdxl_ambient.config.parser import default_of, option, redeclare
+from sdxl_ambient.config.parser import APPLIED, FREE, default_of, option, redeclare
 from sdxl_ambient.config.shared import SeedOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.texts import read_lines
@@ -60,7 +60,7 @@ class WeightOptions:
         "none", "frozen base weights under a LoRA, held in fewer bits (bitsandbytes)", choices=("none", "int8", "nf4")
     )
     use_ema: bool = option(False, "save, validate and evaluate exponentially averaged weights")
-    offload_ema: bool = option(False, "keep the averaged weights in the processor's memory")
+    offload_ema: bool = option(False, "keep the averaged weights in the processor's memory", resume=FREE)
 
     def validate_weights(self) -> None:
         if self.finetune == "full":
@@ -208,11 +208,13 @@ class OptimizerOptions:
     """Optimizer and machine"""
 
     seed: int = redeclare(SeedOptions, "seed")
-    train_batch_size: int = option(16, "samples per process and forward pass", minimum=1)
-    num_train_epochs: int = option(100, "passes over the data, where --max_train_steps is not given", minimum=1)
-    max_train_steps: int | None = option(None, "optimizer steps", minimum=1)
+    train_batch_size: int = option(16, "samples per process and forward pass", minimum=1, resume=FREE)
+    num_train_epochs: int = option(
+        100, "passes over the data, where --max_train_steps is not given", minimum=1, resume=APPLIED
+    )
+    max_train_steps: int | None = option(None, "optimizer steps", minimum=1, resume=APPLIED)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", minimum=1)
-    gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory")
+    gradient_checkpointing: bool = option(False, "recompute activations: slower, less memory", resume=FREE)
     learning_rate: float = option(1e-4, "peak learning rate", above=0)
     scale_lr: bool = option(False, "multiply it by processes × accumulation × batch size")
     lr_scheduler: str = option(
@@ -251,9 +253,9 @@ class OptimizerOptions:
     mixed_precision: str | None = option(
         None, "precision of the forward pass [default: what accelerate is configured for]", choices=("no", "fp16", "bf16")
     )
-    allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
-    enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention (CUDA)")
-    dataloader_num_workers: int = option(0, "processes that read the store", minimum=0)
+    allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later", resume=APPLIED)
+    enable_xformers_memory_efficient_attention: bool = option(False, "xformers attention (CUDA)", resume=APPLIED)
+    dataloader_num_workers: int = option(0, "processes that read the store", minimum=0, resume=FREE)
 
     def validate_optimizer(self) -> None:
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
@@ -304,21 +306,26 @@ class OptimizerOptions:
 class LifeOptions:
     """Checkpoints"""
 
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints", minimum=1)
-    checkpoints_total_limit: int | None = option(None, "how many checkpoints are kept", minimum=1)
-    time_limit: float | None = option(None, "stop with a checkpoint so many minutes after the start", above=0)
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints", minimum=1, resume=FREE)
+    checkpoints_total_limit: int | None = option(None, "how many checkpoints are kept", minimum=1, resume=FREE)
+    time_limit: float | None = option(None, "stop with a checkpoint so many minutes after the start", above=0, resume=FREE)
     max_skipped_steps: int = option(
-        10, "steps in a row that may be left out because a gradient is not finite; one more is an error", minimum=0
+        10,
+        "steps in a row that may be left out because a gradient is not finite; one more is an error",
+        minimum=0,
+        resume=APPLIED,
     )
-    resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder")
+    resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder", resume=FREE)
     trust_checkpoint: bool = option(
         False,
         "go on from a checkpoint of FSDP or DeepSpeed that somebody else wrote; reading its states can run code",
+        resume=FREE,
     )
     dry_run: bool = option(
         False,
         "make or check the stores, load everything, say what would be trained, with buckets, counts, a memory estimate and "
         "the first batch's noisy pictures, and stop",
+        resume=FREE,
     )
 
 
@@ -327,43 +334,60 @@ class WatchOptions:
     """Watching a run"""
 
     report_to: str = option(
-        "tensorboard", "tracker; all is every one that is installed, none is none", choices=(*TRACKERS, "all", "none")
+        "tensorboard",
+        "tracker; all is every one that is installed, none is none",
+        choices=(*TRACKERS, "all", "none"),
+        resume=FREE,
     )
-    logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
-    validation_prompt: list[str] = option([], "prompts for validation images")
-    validation_prompts_file: str | None = option(None, "text file with one prompt for validation images in a line")
-    num_validation_images: int = option(4, "images per validation prompt", minimum=1)
-    validation_steps: int = option(500, "optimizer steps between validations (images and held-out loss)", minimum=1)
+    logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir", resume=FREE)
+    validation_prompt: list[str] = option([], "prompts for validation images", resume=FREE)
+    validation_prompts_file: str | None = option(
+        None, "text file with one prompt for validation images in a line", resume=FREE
+    )
+    num_validation_images: int = option(4, "images per validation prompt", minimum=1, resume=FREE)
+    validation_steps: int = option(
+        500, "optimizer steps between validations (images and held-out loss)", minimum=1, resume=FREE
+    )
     validation_sampler: list[str] = option(
         ["auto"],
         "how validation images are drawn; auto is hybrid where the levels below t_n are skipped, else full",
         choices=_SAMPLERS,
+        resume=FREE,
     )
-    validation_inference_steps: int = option(25, "sampler steps of validation images", minimum=1)
-    heldout_samples: int = option(256, "held-out images in the held-out loss, at most", minimum=1)
+    validation_inference_steps: int = option(25, "sampler steps of validation images", minimum=1, resume=FREE)
+    heldout_samples: int = option(256, "held-out images in the held-out loss, at most", minimum=1, resume=APPLIED)
     heldout_bands: int = option(
-        4, "equal ranges of the times above t_n that the held-out loss is taken and shown in", minimum=1, maximum=50
+        4,
+        "equal ranges of the times above t_n that the held-out loss is taken and shown in",
+        minimum=1,
+        maximum=50,
+        resume=APPLIED,
     )
     early_stopping: int | None = option(
         None,
         "validations in a row without a lower held-out loss after which training stops [default: it doesn't]",
         minimum=1,
+        resume=APPLIED,
     )
     max_denoising_gap: float | None = option(
         None,
         "training stops when the held-out loss is above the training images' by more than this part of itself, beyond two "
         "standard errors [default: it doesn't]",
         above=0,
+        resume=APPLIED,
     )
     memorization_every: int | None = option(
         None,
         "optimizer steps between short memorisation evaluations of the current weights; needs the images, also held-out "
         "ones [default: none]",
         minimum=1,
+        resume=APPLIED,
     )
-    memorization_images: int = option(64, "images drawn for each of them", minimum=8)
+    memorization_images: int = option(64, "images drawn for each of them", minimum=8, resume=FREE)
     memorization_embedder: str = option(
-        "dinov2", "embedder of the evaluation that they are compared by, as NAME or NAME=WEIGHTS"
+        "dinov2",
+        "embedder of the evaluation that they are compared by, as NAME or NAME=WEIGHTS",
+        resume=FREE,
     )
 
     def validate_watching(self) -> None:
@@ -385,12 +409,14 @@ class WatchOptions:
 class HubOptions:
     """Hugging Face Hub"""
 
-    push_to_hub: bool = option(False, "upload the result with its model card when training is done")
-    hub_model_id: str | None = option(None, "repository on the Hub [default: the output folder's name]")
-    hub_private: bool = option(True, "make that repository a private one")
-    hub_license: str = option("openrail++", "licence in the model card; the default is SDXL's own")
+    push_to_hub: bool = option(False, "upload the result with its model card when training is done", resume=FREE)
+    hub_model_id: str | None = option(None, "repository on the Hub [default: the output folder's name]", resume=FREE)
+    hub_private: bool = option(True, "make that repository a private one", resume=FREE)
+    hub_license: str = option("openrail++", "licence in the model card; the default is SDXL's own", resume=FREE)
     memorization_report: str | None = option(
-        None, "report.json of an evaluation, for the model card [default: OUTPUT_DIR/report/report.json where it is there]"
+        None,
+        "report.json of an evaluation, for the model card [default: OUTPUT_DIR/report/report.json where it is there]",
+        resume=FREE,
     )
 
     def validate_hub(self) -> None:

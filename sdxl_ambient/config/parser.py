@@ -23,6 +23,9 @@ from sdxl_ambient.errors import OptionError, one_line, print_error
 from sdxl_ambient.provenance import is_utf8
 
 T = TypeVar("T")
+# What an option does when training goes on from a checkpoint: another value is refused; it counts, and is named in the first
+# lines; or it may be anything, since it changes no weight.
+SAME, APPLIED, FREE = "same", "applied", "free"
 
 
 def option(
@@ -34,10 +37,15 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     metavar: str | None = None,
+    resume: str = SAME,
 ) -> Any:
-    """A dataclass field that carries its help text and its allowed values (``above`` is an exclusive minimum)."""
+    """A dataclass field that carries its help text and its allowed values (``above`` is an exclusive minimum).
+
+    ``resume``: of options of training, what another value does on resume: SAME, APPLIED or FREE.
+    """
     metadata = {
-        "help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "metavar": metavar
+        "help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "metavar": metavar,
+        "resume": resume,
     }  # fmt: skip
     return _field(default, metadata)
 
@@ -204,11 +212,11 @@ def _parser(cls: type, prog: str | None, description: str | None) -> _Parser:
     for title, fields in groups(cls):
         group = parser.add_argument_group(title)
         for field in fields:
-            _add(group, field, types[field.name])
+            _add(group, field, types[field.name], resumed="resume_from_checkpoint" in types)
     return parser
 
 
-def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Type) -> None:
+def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Type, resumed: bool) -> None:
     keywords: dict[str, Any] = {}
     if kind.base is bool:
         keywords.update(nargs="?", const=True, metavar="true|false")
@@ -216,7 +224,7 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: _Type) 
         keywords["metavar"] = field.metadata.get("metavar") or {str: "TEXT", int: "INT", float: "FLOAT"}[kind.base]
     if kind.many:
         keywords["nargs"] = "+"
-    text = _help_of(field).replace("%", "%%")
+    text = _help_of(field).replace("%", "%%") + (f" [on resume: {field.metadata['resume']}]" if resumed else "")
     group.add_argument(f"--{field.name}", dest=field.name, default=argparse.SUPPRESS, help=text, **keywords)
 
 

@@ -19,6 +19,9 @@ TABLE_HEAD = """# Options of train_sdxl_ambient.py
 Each is a flag (`--name value`) and a key of the YAML file given with `--config_file`; flags win. An unknown key is an
 error that names the nearest valid one. `python -m sdxl_ambient.latents` takes those of the first two tables and
 `--output_dir`. Written by `python -m sdxl_ambient.option_table docs/OPTIONS.md`.
+
+*On resume* says what another value does with `--resume_from_checkpoint`. *same*: it is refused, with both values. *applied*:
+it counts from there on, and is named in the first lines. *free*: it changes no weight.
 """
 TEMPLATE_HEAD = """# Every option of train_sdxl_ambient.py with its default, to copy and uncomment.
 #   accelerate launch train_sdxl_ambient.py --config_file configs/template.yaml \\
@@ -41,14 +44,17 @@ def _row(field: dataclasses.Field) -> str:
     default = default_of(field)
     shown = ", ".join(default) if isinstance(default, list) else default
     shown = "none" if shown in (None, "") else str(shown).lower() if isinstance(shown, bool) else shown
-    return f"| `--{field.name}` | {shown} | {_described(field)} |"
+    return f"| `--{field.name}` | {shown} | {field.metadata['resume']} | {_described(field)} |"
 
 
 def option_table() -> str:
     """The whole of docs/OPTIONS.md."""
     parts = [TABLE_HEAD]
     for title, own in groups(TrainOptions):
-        parts.append("\n".join([f"## {title}", "", "| option | default | what |", "|---|---|---|", *map(_row, own)]) + "\n")
+        parts.append(
+            "\n".join([f"## {title}", "", "| option | default | on resume | what |", "|---|---|---|---|", *map(_row, own)])
+            + "\n"
+        )
     return "\n".join(parts)
 
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import option
+from sdxl_ambient.config.parser import APPLIED, option
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.levels import MAXIMUM_T_N
 from sdxl_ambient.texts import is_encoding
@@ -23,11 +23,13 @@ class ModelOptions:
     """Base model"""
 
     pretrained_model_name_or_path: str = option(
-        None, "base model: a local directory in diffusers format, or a name on the Hub"
+        None,
+        "base model: a local directory in diffusers format, or a name on the Hub",
+        resume=APPLIED,
     )
-    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base model's own")
-    revision: str | None = option(None, "branch, tag or commit of the base model on the Hub")
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base model's own", resume=APPLIED)
+    revision: str | None = option(None, "branch, tag or commit of the base model on the Hub", resume=APPLIED)
+    variant: str | None = option(None, "variant of the weight files, such as fp16", resume=APPLIED)
 
     def validate(self) -> None:
         if not self.pretrained_model_name_or_path:
@@ -39,16 +41,23 @@ class ImageOptions:
     """Images"""
 
     train_data_dir: str | None = option(
-        None, "folder of images, with captions in metadata.jsonl, .csv or .parquet, or in .txt files"
+        None,
+        "folder of images, with captions in metadata.jsonl, .csv or .parquet, or in .txt files",
+        resume=APPLIED,
     )
     caption_column: str = option(
         "text",
         "column of the captions: a text, or a list of texts, of which training draws one each time the picture is shown",
+        resume=APPLIED,
     )
     caption_encoding: str | None = option(
-        None, "encoding of captions and metadata without a byte order mark: latin-1, cp1252, … [default: utf-8]"
+        None,
+        "encoding of captions and metadata without a byte order mark: latin-1, cp1252, … [default: utf-8]",
+        resume=APPLIED,
     )
-    instance_prompt: str | None = option(None, "caption for images that have none; without it they are skipped")
+    instance_prompt: str | None = option(
+        None, "caption for images that have none; without it they are skipped", resume=APPLIED
+    )
     resolution: int = option(1024, "side of the square that images are resized and cropped to, pixels", minimum=16)
     center_crop: bool = option(True, "crop the middle; if false, a place drawn once per image, the same in every store")
 

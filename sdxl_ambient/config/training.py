@@ -14,7 +14,7 @@ from sdxl_ambient.config.groups import (
     WatchOptions,
     WeightOptions,
 )
-from sdxl_ambient.config.parser import option
+from sdxl_ambient.config.parser import APPLIED, FREE, option
 from sdxl_ambient.config.shared import check_outside, check_writable
 from sdxl_ambient.errors import OptionError
 
@@ -31,17 +31,22 @@ class FolderOptions(DataOptions):
     """Folders and data of a run"""
 
     latents_dir: str | None = option(
-        None, "store of noisy latents; made from the images if missing [default: OUTPUT_DIR/latents]"
+        None,
+        "store of noisy latents; made from the images if missing [default: OUTPUT_DIR/latents]",
+        resume=APPLIED,
     )
-    heldout_data_dir: str | None = option(None, "folder of images kept out of training, for the held-out loss")
-    heldout_split: str | None = option(None, "in its place, a split of --dataset_name")
-    heldout_latents_dir: str | None = option(None, "their store [default: OUTPUT_DIR/latents_heldout]")
+    heldout_data_dir: str | None = option(
+        None, "folder of images kept out of training, for the held-out loss", resume=APPLIED
+    )
+    heldout_split: str | None = option(None, "in its place, a split of --dataset_name", resume=APPLIED)
+    heldout_latents_dir: str | None = option(None, "their store [default: OUTPUT_DIR/latents_heldout]", resume=APPLIED)
     clean_latents_dir: str | None = option(
         None,
         "store of clean latents, which decode to the images, for --low_noise clean alone; made from the images if missing "
         "[default: OUTPUT_DIR/latents_clean_unprotected]",
+        resume=APPLIED,
     )
-    output_dir: str = option(None, "folder for the results")
+    output_dir: str = option(None, "folder for the results", resume=FREE)
     random_flip: bool = option(
         False,
         "mirror half of the stored noisy latents, drawn anew each time they are shown; VAEs are not symmetric, so that this "

@@ -22,6 +22,11 @@ _SAME = ("low_noise", "consistency_teacher", "consistency_every", "consistency_s
 _SAME_SHOWN = ("random_flip", "proportion_empty_prompts")
 _SAME_RESTORE = ("restore_start", "restore_teacher")
 _SAME_AVERAGES = ("ema_decay", "use_ema")
+_SAME_OPTIMIZER = (
+    *("learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "fused_backward_pass"),
+    "quantize_base",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,20 @@ class RunRecordSettings:
     restore_teacher: str
     ema_decay: float
     use_ema: bool
+    learning_rate: float
+    text_encoder_lr: float | None
+    scale_lr: bool
+    lr_scheduler: str
+    lr_warmup_steps: int
+    lr_num_cycles: int
+    lr_power: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_weight_decay: float
+    adam_epsilon: float
+    max_grad_norm: float
+    fused_backward_pass: bool
+    quantize_base: str
 
     @property
     def averages(self) -> bool:
@@ -91,6 +110,7 @@ def run_record(settings: RunRecordSettings, store: LatentStore, samples_per_step
     names = [
         *_SAME,
         *_SAME_SHOWN,
+        *_SAME_OPTIMIZER,
         *(_SAME_RESTORE if settings.restore else ()),
         *(_SAME_AVERAGES if settings.averages else ()),
     ]

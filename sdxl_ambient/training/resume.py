@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -43,7 +43,9 @@ def resume(run: Run, resume_from: str | None, trust: bool = False) -> int:
         if run.extra:
             run.extra.load(folder)
         accelerator.print(f"Resuming from {folder}.")
-    run.progress.update(run=run.record, processes=accelerator.num_processes)
+        for line in changed_options(run.progress.get("applied", {}), run.applied):
+            accelerator.print(line)
+    run.progress.update(run=run.record, applied=run.applied, processes=accelerator.num_processes)
     return run.progress["step"]
 
 
@@ -71,6 +73,12 @@ def find_start(
         raise CheckpointError(f"{folder} is of another run: {'; '.join(changed)}")
     _check_processes(folder, progress, record, accelerator, sharded)
     return folder, progress
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each option that may change on resume, and did. What an earlier version didn't record is not compared."""
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return [f"note: --{name} is {now[name]} from here on; it was {before[name]}" for name in changed]
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -74,6 +74,7 @@ class Run:
     average: averaged weights, where they are exported or draw samples.
     skipped: steps that were left out.
     record: what a resume must agree in.
+    applied: values of options that may change on resume, which is then said.
     progress: what a checkpoint says of where the run is.
     """
 
@@ -90,6 +91,7 @@ class Run:
     validation: Validation
     skipped: Skipped
     record: dict
+    applied: dict = field(default_factory=dict)
     progress: dict = field(default_factory=dict)
 
     @property

@@ -6,7 +6,9 @@ With setup.py this is the part of a run's set-up that sees the options; the sett
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
+from sdxl_ambient.config.parser import APPLIED
 from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.images.geometry import Geometry
@@ -60,6 +62,12 @@ def restore_settings(options: TrainOptions) -> RestoreOptions:
     count = options.restored_per_batch
     refresh = count // 4 if options.restore_refresh is None else options.restore_refresh
     return RestoreOptions(count, refresh, options.restore_steps, options.restore_levels)
+
+
+def applied_options(options: TrainOptions) -> dict[str, Any]:
+    """The values of the options that may change on resume, and then count."""
+    names = [field.name for field in fields(options) if field.metadata["resume"] == APPLIED]
+    return {name: getattr(options, name) for name in names}
 
 
 def run_record_settings(options: TrainOptions) -> RunRecordSettings:

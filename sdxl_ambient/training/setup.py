@@ -33,6 +33,7 @@ from sdxl_ambient.training.posterior_buffer import PosteriorBuffer, Teacher
 from sdxl_ambient.training.record import InfoSettings, run_record
 from sdxl_ambient.training.run import Data, Run, RunSettings, max_train_steps, samples_per_step
 from sdxl_ambient.training.settings import (
+    applied_options,
     objective_settings,
     restore_settings,
     run_record_settings,
@@ -184,6 +185,7 @@ def set_up(
         extra.teacher = Teacher(teacher, data.schedule, condition_of(model, accelerator), model.dtype, options.restore_start)
     settings = settings_of(RunSettings, options)
     more = extra.record if isinstance(extra, CleanLevels) else {}
+    more |= {"mixed_precision": accelerator.mixed_precision}
     samples = samples_per_step(settings, accelerator)
     watched = data.schedule, data.store, data.heldout
     return Run(
@@ -200,6 +202,7 @@ def set_up(
         validation=Validation(validation_settings(options), accelerator, model, *watched, quick),
         skipped=Skipped(options.max_skipped_steps),
         record=run_record(run_record_settings(options), data.store, samples, model.record | more),
+        applied=applied_options(options),
     )
 
 
