@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from sdxl_ambient.config.migration import answer
 from sdxl_ambient.errors import OptionError, one_line, print_error
 from sdxl_ambient.provenance import is_utf8
 
@@ -187,9 +188,23 @@ def _check(name: str, value, metadata) -> None:
             raise OptionError(f"--{name}: {v} is above the largest allowed value, {high}")
 
 
-def _unknown(name: str, known, source: str) -> OptionError:
+def checked(cls: type, name: str, value: Any) -> Any:
+    """One option's value, converted as a flag's or a file's is. Raises OptionError."""
+    value = _convert(name, value, _types(cls)[name])
+    _check(name, value, _fields(cls)[name].metadata)
+    return value
+
+
+def _unknown(names: list[str], known, source: str) -> OptionError:
+    """All unknown options at once: what another trainer's is here, else the nearest name."""
+    return OptionError(f"{source}: {'; '.join(_why_unknown(name, known) for name in names)}")
+
+
+def _why_unknown(name: str, known) -> str:
+    if (found := answer(name, known)) is not None:
+        return found
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return OptionError(f"{source}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -310,15 +325,14 @@ def load_options(
     flags = vars(_parser(cls, prog, description).parse_args(argv))
     path = flags.pop("config_file", None)
     values, known = read_yaml(path) if path else {}, _fields(cls)
-    for name in values:
-        if name not in known:
-            raise _unknown(str(name), known, str(path))
+    if unknown := [str(name) for name in values if name not in known]:
+        raise _unknown(unknown, known, str(path))
     return build_options(cls, {**values, **flags})
 
 
 def _check_flags(cls: type, argv: list[str]) -> None:
     """Refuse a flag that isn't there, and a list that is given twice."""
-    types, given = _types(cls), set()
+    types, given, unknown = _types(cls), set(), dict[str, None]()
     names = ["config_file", *types]
     for token in argv:
         name = token[2:].split("=", 1)[0]
@@ -328,7 +342,9 @@ def _check_flags(cls: type, argv: list[str]) -> None:
         if token.startswith("--") and name in types and types[name].many:
             given.add(name)
         if token.startswith("--") and name and name not in names and name != "help":
-            raise _unknown(name, names, "command line")
+            unknown[name] = None
+    if unknown:
+        raise _unknown(list(unknown), names, "command line")
 
 
 def parse_options(

@@ -159,6 +159,11 @@ def _distilled(base: str, index: Mapping[str, Any], scheduler: Mapping[str, Any]
 def _hint(base: str) -> str:
     """What a folder that is no pipeline may be."""
     folder = Path(base)
+    if folder.is_file():
+        return (
+            ". It is a file: make a folder of it with diffusers' StableDiffusionXLPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER), and give that"
+        )
     if not folder.is_dir():
         return ""
     if (folder / "unet/config.json").is_file():

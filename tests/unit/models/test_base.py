@@ -177,6 +177,13 @@ def test_a_full_runs_output_says_how_to_make_a_base_of_it(miniature, tmp_path):
         check_sdxl(str(run))
 
 
+def test_a_single_file_says_how_to_make_a_folder_of_it(miniature):
+    file = miniature / "unet/diffusion_pytorch_model.safetensors"
+    with pytest.raises(ModelError, match=r"It is a file: make a folder of it .*from_single_file") as error:
+        check_sdxl(str(file))
+    assert "\n" not in str(error.value)
+
+
 def test_a_scheduler_whose_weights_are_fine_is_still_refused(base):
     """A base with another schedule trains, draws and saves without an error: its noise is what is wrong."""
     folder = base(scheduler=dict(_class_name="EDMEulerScheduler", beta_start=GONE, beta_end=GONE, beta_schedule=GONE))
