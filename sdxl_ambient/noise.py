@@ -84,6 +84,11 @@ class NoiseSchedule:
         """SHA-256 of ᾱ; identifies the schedule in manifests."""
         return hashlib.sha256(self._bar.numpy().tobytes()).hexdigest()
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """Whether x_T has no signal: zero terminal SNR (Lin et al. 2024, arXiv 2305.08891)."""
+        return float(self._bar[self.num_timesteps - 1]) == 0
+
     # -- coefficients ------------------------------------------------------------------
 
     def alpha_bar(self, t: torch.Tensor) -> torch.Tensor:

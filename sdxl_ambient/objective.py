@@ -142,7 +142,9 @@ def snr_weight(
     loss that is x_n, and x_t = r x_n + ν ξ, so the ratio is r²/ν² and the loss in ξ is r²/ν² times the squared error of
     E[x_n|x_t]. Capping the latter's weight at γ (Hang et al. 2023, arXiv 2303.09556, eq. 7) gives min(r²/ν², γ)/(r²/ν²);
     debiasing (Yu et al. 2024, arXiv 2310.08442) gives 1/√(r²/ν²) = ν/r. For clean data both are the published ones for ε
-    prediction; whatever the network predicts, the loss is taken in ξ, so they hold for all of them. Zero at t = t_n.
+    prediction; whatever the network predicts, the loss is taken in ξ, so they hold for all of them. Zero at t = t_n. Where
+    x_t has no signal (r = 0, zero terminal SNR), the debiased loss is (r/ν) times the squared error of E[x_n|x_t], so 0: its
+    weight is 0 there.
 
     "balanced" is ours: the ambient loss weighs an error of ε̂ by (ν/σ_t)², next to nothing just above t_n, and everything
     below rests on those levels. min((σ_t/ν)², cap) undoes that as far as ``cap``. The target's noise grows with the weight;
@@ -154,7 +156,9 @@ def snr_weight(
     if weighting == "min_snr":
         # min(r²/ν², γ)/(r²/ν²) without dividing by ν, which is tiny next to t_n.
         return torch.minimum(torch.ones_like(r), gamma * (nu / r).square())
-    return nu / r if weighting == "debiased" else torch.ones_like(r)
+    if weighting == "debiased":
+        return torch.where(r > 0, nu / torch.where(r > 0, r, 1.0), 0.0)
+    return torch.ones_like(r)
 
 
 def draw_times(
@@ -182,7 +186,8 @@ def ambient_loss(
     """Ambient denoising score matching at given times and noise; (batch,) mean over all other dimensions.
 
     ε space: ‖ξ − (ν/σ_t) ε̂(x_t, t)‖². x_n space: the same times (ν/r)², which is ‖x_n − E[x_n|x_t]‖². Both have the
-    minimiser E[ε|x_t] (arXiv 2404.10177, Theorem 3.2), and for clean data the first is the plain denoising loss.
+    minimiser E[ε|x_t] (arXiv 2404.10177, Theorem 3.2), and for clean data the first is the plain denoising loss. At zero
+    terminal SNR ε says nothing: there the second is ‖x_n − α_n x̂_0‖², its limit for r → 0.
 
     Args:
         x_n: (batch, …) noisy data at levels ``t_n`` (batch,), −1 for clean. t: (batch,) times above t_n.
@@ -209,7 +214,11 @@ def _ambient(
     per_sample = (xi - scale * epsilon).square().flatten(1).mean(1)
     if loss_space == "x_n":
         r, nu = schedule.transition(t_n, t)
-        per_sample = per_sample * (nu / r).square().to(per_sample)
+        per_sample = per_sample * (nu / torch.where(r > 0, r, 1.0)).square().to(per_sample)
+        if schedule.ends_without_signal:
+            x_0 = schedule.denoised(output, x_t, t)
+            blind = (x_n - schedule.broadcast(schedule.alpha(t_n), x_0) * x_0).square().flatten(1).mean(1)
+            per_sample = torch.where(r.to(per_sample) > 0, per_sample, blind)
     return per_sample, x_t, output
 
 

@@ -5,8 +5,8 @@ import torch
 from support.schedules import sdxl
 
 from sdxl_ambient.levels import CLEAN
-from sdxl_ambient.noise import PREDICTION_TYPES
-from sdxl_ambient.objective import CHOICES, ObjectiveOptions, ambient_loss, ambient_objective
+from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
+from sdxl_ambient.objective import CHOICES, ObjectiveOptions, ambient_loss, ambient_objective, snr_weight
 from sdxl_ambient.randomness import Randomness
 
 LOSS_SPACES = CHOICES["loss_space"]
@@ -24,6 +24,57 @@ def test_x_n_space_is_the_error_of_the_expected_x_n(prediction_type):
     torch.testing.assert_close(loss["x_n"], want, rtol=1e-9, atol=1e-12)
     r, nu = schedule.transition(t_n, t)
     torch.testing.assert_close(loss["epsilon"] * (nu / r) ** 2, want, rtol=1e-9, atol=1e-12)
+
+
+def zero_terminal(prediction_type):
+    """SDXL's betas rescaled to zero terminal SNR, in float64 by their definition (Lin et al. 2024, algorithm 1)."""
+    roots = sdxl().alpha_bar(torch.arange(1000)).sqrt()
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return NoiseSchedule(roots.square(), prediction_type)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("level", [CLEAN, 0, 500, 998])
+def test_x_n_space_at_zero_terminal_snr_is_the_error_of_the_clean_mean(prediction_type, level):
+    """Closed form in float64: x_T has no signal, so E[x_n|x_T] = α_n x̂_0; and it is the limit of small signals."""
+    schedule = zero_terminal(prediction_type)
+    t_n, t = torch.tensor([level]), torch.tensor([999])
+    x_n, xi, output = (torch.randn(1, 4, 3, 3, dtype=torch.float64) for _ in range(3))
+    got = ambient_loss(lambda x, t: output, schedule, x_n, t_n, t, xi, "x_n")
+    x_0 = -output if prediction_type == "v_prediction" else output  # α = 0, σ = 1
+    want = (x_n - schedule.alpha(t_n) * x_0).square().mean((1, 2, 3))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    bars = schedule.alpha_bar(torch.arange(1000))
+    bars[-1] = 1e-14
+    near = ambient_loss(
+        lambda x, t: output, NoiseSchedule(bars, prediction_type), x_n, t_n, t, xi, "x_n"
+    )  # fmt: skip
+    torch.testing.assert_close(near, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("space", LOSS_SPACES)
+@pytest.mark.parametrize("weighting", ["none", "min_snr", "debiased", "balanced"])
+def test_every_loss_and_its_gradient_is_finite_at_every_time(prediction_type, dtype, space, weighting):
+    schedule = zero_terminal(prediction_type)
+    t_n = torch.tensor([CLEAN, 0, 500, 998]).repeat_interleave(3)
+    t = torch.stack([t_n[::3] + 1, (t_n[::3] + 1000) // 2, torch.full((4,), 999)], 1).flatten()
+    x_n, xi = (torch.randn(12, 4, 3, 3, dtype=dtype) for _ in range(2))
+    weight = torch.randn(4, 3, 3, dtype=dtype, requires_grad=True)
+    loss = ambient_loss(lambda x, t: weight * x, schedule, x_n, t_n, t, xi, space)
+    weighted = loss * snr_weight(schedule, t_n, t, weighting).to(loss)
+    (gradient,) = torch.autograd.grad(weighted.sum(), weight)
+    assert bool(torch.isfinite(weighted).all()) and bool(torch.isfinite(gradient).all())
+
+
+def test_the_debiased_weight_at_zero_terminal_snr_is_the_limit_of_its_loss():
+    """ν/r times the ε-space loss is r/ν times the error of E[x_n|x_t], which r → 0 takes to 0."""
+    schedule = zero_terminal("v_prediction")
+    t_n, t = torch.tensor([500, 500]), torch.tensor([998, 999])
+    weight = snr_weight(schedule, t_n, t, "debiased")
+    r, nu = schedule.transition(t_n, t)
+    assert weight[0] == nu[0] / r[0] and weight[1] == 0
 
 
 # -- draws --------------------------------------------------------------------------------------------------
