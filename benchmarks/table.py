@@ -43,6 +43,19 @@ WHAT = {
         )
     },
     "study_again": "part of the study's figures that a second run, with other noise, gives again within 95 % intervals",
+    "faults_injected": "faults injected: killed, starved, damaged and doubled runs of every command",
+    "second_observations": "faults after which some picture has two noisy latents",
+    "silent_corruptions": "faults after which the continued run ends well with another result than the undisturbed one",
+    "lost_finished_work": "faults after which finished shards, images or checkpoints are gone",
+    "tracebacks": "faults that end in a traceback",
+    "code_executed": "faults after which a planted payload ran",
+    "not_resumed": "faults after which the run neither goes on nor says in one line what is damaged",
+    "fuzz_failures": "inputs that a reader of stores, checkpoints or LoRAs neither reads nor refuses, coverage-guided",
+    "fuzz_minutes": "minutes of that",
+    "path_over_draw": "seconds of a draw from a picture's noise path at t_n = 500 / of a plain draw",
+    "path_over_draw_round_levels": "the same at the worst multiple of 100",
+    "path_over_draw_any_level": "the same at the worst of all levels",
+    "verify_over_encode": "seconds of checking a store / of encoding it",
     "peak_gib_1m": "peak memory in GiB of a search in a million × 1024 embeddings, exact or with a FAISS shortlist",
 }
 

@@ -25,7 +25,7 @@ from eval.schema import AttackFigures
 from eval.shared_options import EmbedderOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import parse_options
 from sdxl_ambient.config.settings import settings_of
-from sdxl_ambient.config.shared import LoraOrUnetOptions, check_encoding, check_outside
+from sdxl_ambient.config.shared import LoraOrUnetOptions, check_encoding
 from sdxl_ambient.errors import OptionError, run_command
 
 
@@ -41,8 +41,6 @@ class AttackCommandOptions(
         for name in ("pretrained_model_name_or_path", "train_data_dir", "heldout_data_dir", "output_dir"):
             if getattr(self, name) is None:
                 raise OptionError(f"--{name}: required")
-        sets = {name: getattr(self, name) for name in ("train_data_dir", "heldout_data_dir")}
-        check_outside("output_dir", self.output_dir, **sets)
         check_encoding(self.caption_encoding)
         self.check_generation()
         check_tuned(self.lora, self.unet)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from eval.shared_options import BatchOptions
 from sdxl_ambient.config.parser import option, parse_options
-from sdxl_ambient.config.shared import DeviceOptions, check_outside
+from sdxl_ambient.config.shared import DeviceOptions
 from sdxl_ambient.errors import OptionError, run_command
 
 
@@ -29,7 +29,6 @@ class EmbedOptions(DeviceOptions, BatchOptions):
         for folder in self.image_dir:
             if not Path(folder).is_dir():
                 raise OptionError(f"--image_dir: {folder!r} is not a folder")
-            check_outside("output_dir", self.output_dir, image_dir=folder)
         self.validate_device()
         self.check_embedder()
 

@@ -18,6 +18,7 @@ from eval.options import MemorizationOptions
 from eval.quick import QuickLook, _InMemory, check_quick
 from eval.settings import evaluation_settings
 from sdxl_ambient.errors import OptionError
+from sdxl_ambient.images.captions import Columns
 
 DATA = REPOSITORY / "miniature/data"
 
@@ -94,7 +95,7 @@ def test_captions_may_have_another_name(tmp_path):
     heldout.mkdir()
     for path in sorted((DATA / "heldout").glob("*.png")):
         shutil.copy(path, heldout)
-    look = QuickLook(str(train), str(heldout), tmp_path / "work", "pixel", caption_column="words")
+    look = QuickLook(str(train), str(heldout), tmp_path / "work", "pixel", columns=Columns("words"))
     look.prepare()
     assert look.references.threshold is not None
 

@@ -21,6 +21,7 @@ from sdxl_ambient.annotate import rule as annotate_rule
 from sdxl_ambient.annotate.classifier import LevelClassifier, Training, calibrate, judge, moments, stream, train_classifier
 from sdxl_ambient.config.parser import load_options
 from sdxl_ambient.config.training import TrainOptions
+from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import list_images, load_rgb
 from sdxl_ambient.provenance import read_json
 from sdxl_ambient.store.scan import content_hash
@@ -348,7 +349,7 @@ def test_what_is_written_is_what_the_trainer_reads(own, miniature, build, tmp_pa
     # Links to the pictures themselves; nothing else but text.
     files = {p for p in out.rglob("*") if not p.is_dir()}
     assert {p.name for p in files if not p.is_symlink()} == {".lock", "annotations.json", "metadata.jsonl"}
-    read = {r.name: r for r in list_images(out, t_n_column="t_n")}
+    read = {r.name: r for r in list_images(out, Columns(t_n="t_n"))}
     assert set(read) == {i["file"] for i in found["images"] if i["used"]} == {
         p.relative_to(out).as_posix() for p in files if p.is_symlink()
     }  # fmt: skip
@@ -464,7 +465,7 @@ def test_a_users_file_among_the_links_stays(own, miniature, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert annotate.main(command(miniature, Path("own"), "out")) == 0  # folders that are relative to where one is
     monkeypatch.chdir("/")
-    assert len(list_images(tmp_path / "out", t_n_column="t_n")) >= 4
+    assert len(list_images(tmp_path / "out", Columns(t_n="t_n"))) >= 4
     (tmp_path / "out" / "trusted" / "mine.png").write_bytes(b"mine")
     capsys.readouterr()
     assert "holds something else" in refused(capsys, miniature, own, tmp_path / "out")
