@@ -344,7 +344,7 @@ class WatchOptions:
     validation_prompts_file: str | None = option(
         None, "text file with one prompt for validation images in a line", resume=FREE
     )
-    num_validation_images: int = option(4, "images per validation prompt", minimum=1, resume=FREE)
+    num_validation_images: int = option(4, "images per validation prompt; 0 for none", minimum=0, resume=FREE)
     validation_steps: int = option(
         500, "optimizer steps between validations (images and held-out loss)", minimum=1, resume=FREE
     )
@@ -399,7 +399,9 @@ class WatchOptions:
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts for validation images."""
+        """All prompts for validation images; none where none are drawn."""
+        if self.num_validation_images == 0:
+            return []
         file = self.validation_prompts_file
         lines = read_lines(file) if file else []
         return [*self.validation_prompt, *(line for line in lines if not line.startswith("#"))]

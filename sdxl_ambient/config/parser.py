@@ -190,8 +190,12 @@ def _check(name: str, value, metadata) -> None:
 
 def checked(cls: type, name: str, value: Any) -> Any:
     """One option's value, converted as a flag's or a file's is. Raises OptionError."""
-    value = _convert(name, value, _types(cls)[name])
-    _check(name, value, _fields(cls)[name].metadata)
+    return _checked(name, value, _types(cls)[name], _fields(cls)[name])
+
+
+def _checked(name: str, value: Any, kind: _Type, field: dataclasses.Field) -> Any:
+    value = _convert(name, value, kind)
+    _check(name, value, field.metadata)
     return value
 
 
@@ -299,13 +303,10 @@ def read_yaml(path: str | Path) -> dict:
 
 def build_options(cls: type[T], values: dict, source: str = "options") -> T:
     """Make ``cls`` from a mapping, with every key and value checked. Raises OptionError."""
-    types, fields = _types(cls), _fields(cls)
-    converted = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise _unknown(str(name), fields, source)
-        converted[name] = _convert(name, value, types[name])
-        _check(name, converted[name], fields[name].metadata)
+    types, known = _types(cls), _fields(cls)
+    if unknown := [str(name) for name in values if name not in known]:
+        raise _unknown(unknown, known, source)
+    converted = {name: _checked(name, value, types[name], known[name]) for name, value in values.items()}
     options = cls(**converted)
     if validate := getattr(options, "validate", None):
         validate()

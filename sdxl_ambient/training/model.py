@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from sdxl_ambient.formats.attach import start_from
 from sdxl_ambient.formats.peft import save_lora, save_unet
@@ -15,6 +16,8 @@ from sdxl_ambient.models.conditioning import encode_tokens
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora, add_text_lora, trainable_to_float32
+from sdxl_ambient.models.parts import load_config
+from sdxl_ambient.provenance import write_json
 from sdxl_ambient.store.batches import Batch
 from sdxl_ambient.training.record import lora_record
 from sdxl_ambient.training.weights import BaseModel, WeightSettings
@@ -28,6 +31,7 @@ class TrainableModel:
     record: what a resume must agree in.
     text_encoders: both, where they are trained; else empty.
     zero_empty: whether an empty caption is shown as zeros, as SDXL's own pipeline has it.
+    scheduler: the configuration of the base's scheduler, which stands with a whole UNet.
     prepared: the modules as they are called, in their wrappers, the UNet first; empty before they are prepared.
     """
 
@@ -36,6 +40,7 @@ class TrainableModel:
     record: dict
     text_encoders: tuple = ()
     zero_empty: bool = True
+    scheduler: dict = field(default_factory=dict)
     prepared: list[torch.nn.Module] = field(default_factory=list)
 
     @property
@@ -80,7 +85,10 @@ class TrainableModel:
     def export(self, folder: Path, info: dict, state: dict | None = None) -> Path:
         """Write what users load; ``state``: the UNet's whole state dict where it is spread over processes."""
         if self.record["finetune"] == "full":
-            return save_unet(self.unet, folder, info, state=state)
+            unet = save_unet(self.unet, folder, info, state=state)
+            # What the UNet predicts, and on which noise, which its own configuration doesn't say.
+            write_json(Path(folder) / "scheduler" / SCHEDULER_CONFIG_NAME, self.scheduler)
+            return unet
         return save_lora(self.unet, folder, info, self.text_encoders or None, state=state)
 
 
@@ -94,7 +102,9 @@ def load_trainable(base: BaseModel, weights: WeightSettings, accelerator: Accele
     unet = load_unet(
         name, dtype=dtype, revision=revision, variant=variant, quantize=weights.quantize_base, device=accelerator.device
     )
-    trainable = TrainableModel(unet, dtype, {"finetune": weights.finetune, **lora_record(weights)}, zero_empty=zero_empty)
+    record = {"finetune": weights.finetune, **lora_record(weights)}
+    scheduler = load_config(DDPMScheduler, name, subfolder="scheduler", revision=revision)
+    trainable = TrainableModel(unet, dtype, record, zero_empty=zero_empty, scheduler=scheduler)
     if weights.train_text_encoder:
         encoders = load_encoders(name, text_dtype=dtype, revision=revision, variant=variant)
         trainable.text_encoders = encoders.text_encoders
