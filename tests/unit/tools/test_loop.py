@@ -262,6 +262,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(first, second, settings, t
     assert snapshot(part) == before
 
 
+def content_of(store):
+    """Every file of a store, but for the random name that the register knows it by."""
+    files = snapshot(store)
+    for name in ("plan.json", "manifest.json"):
+        files[name] = {k: v for k, v in json.loads(files[name]).items() if k not in ("store_id", "checksum")}
+    return files
+
+
 @pytest.mark.slow
 def test_two_real_processes_draw_what_one_draws(first, second, miniature, tmp_path):
     launch = [
@@ -280,7 +288,7 @@ def test_two_real_processes_draw_what_one_draws(first, second, miniature, tmp_pa
     run = subprocess.run(command, capture_output=True, text=True, env=process_env(), timeout=180)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("6 images restored to t_n = 300") == 1  # one process speaks
-    assert snapshot(tmp_path / "two") == snapshot(second)
+    assert content_of(tmp_path / "two") == content_of(second)
     run = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True, env=process_env(), timeout=180)
     assert run.returncode != 0 and run.stderr.count("is of something else (round 1: seed: stored 0, wanted 1)") == 2
 
