@@ -84,8 +84,11 @@ def test_the_summary_counts_what_was_injected_and_what_failed():
     assert figures["skipped"] == {"small disk: mount: not permitted": 1}
 
 
-def test_a_handful_of_faults_in_encodings_leaves_no_problem(tmp_path):
-    faults = ("SIGKILL at a write", "bit flipped", "pickle planted", "two at once", "disk full")
+HANDFUL = ("SIGKILL at a write", "pickle planted")
+
+
+@pytest.mark.parametrize("faults", [HANDFUL, pytest.param(FAULTS, marks=pytest.mark.slow)], ids=["a handful", "all"])
+def test_faults_in_encodings_leave_no_problem(tmp_path, faults):
     words = [sys.executable, "-m", "benchmarks.faults", "--json", str(tmp_path / "faults.json")]
     words += [f"--only=encode|{fault}|{seed}" for seed, fault in enumerate(faults)]
     done = subprocess.run(words, cwd=ROOT, env=process_env(), capture_output=True, text=True)

@@ -468,7 +468,10 @@ def test_the_repository_is_named_after_the_folder(tmp_path):
         ([], "--output_dir: None is not a folder"),
         (["--output_dir", "/nowhere"], "--output_dir: '/nowhere' is not a folder"),
         (["--output_dir", ".", "--memorization_report", "/no"], "--memorization_report: '/no' is not a file"),
-        (["--output_dir", ".", "--hub_token", "x"], "unknown option 'hub_token'"),
+        (
+            ["--output_dir", ".", "--hub_token", "x"],
+            "'hub_token', which diffusers has, is not here: a token on the command line",
+        ),
     ],
 )
 def test_wrong_options_of_the_command_are_one_line(capsys, argv, message):
