@@ -10,6 +10,7 @@ from pathlib import Path
 from sdxl_ambient.errors import InterchangeError
 from sdxl_ambient.formats.record import LORA_FILE, MODEL_FILE
 from sdxl_ambient.provenance import read_json
+from sdxl_ambient.variants import only_variant
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"  # as diffusers names it
 CONFIG_FILE = "config.json"
@@ -84,15 +85,17 @@ def unet_files(path: str | Path) -> list[Path]:
 def part_files(folder: Path) -> list[Path]:
     """The weights that are loaded of one part of a pipeline: one file, or shards with their index first.
 
-    Variants (``fp16``, …) and other formats are passed over.
+    A variant (``fp16``, …) is taken where there are no other weights. Other formats are passed over.
 
     Raises:
         InterchangeError: none there, or a damaged index.
     """
+    own = only_variant(folder)
     for name in _PART_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
+        stem = name.removesuffix(".safetensors") + (f".{own}" if own else "")
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+        if (index := folder / f"{name}.index{f'.{own}' if own else ''}.json").is_file():
             return [index, *(folder / shard for shard in _shards(index))]
     raise InterchangeError(f"{folder} holds no {' or '.join(_PART_FILES)}; other files of weights are not read")
 

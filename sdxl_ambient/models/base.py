@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models.parts import LOADING_ERRORS, load_config, load_part
 from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
+from sdxl_ambient.variants import only_variant
 
 _TEXT_TO_IMAGE = "StableDiffusionXLPipeline"
 _INPAINTING = "StableDiffusionXLInpaintPipeline"
@@ -63,6 +64,9 @@ def check_sdxl(
             f"warning: the base {base!r} looks as if it were distilled for few steps ({why}). Fine-tuned on noise of all "
             "levels it loses that; fine-tune the model that it was made of, and use its distillation as a LoRA"
         )
+    parts = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if only_variant(Path(base) / name)]
+    if parts:
+        log(f"note: the base {base!r} holds the variant {only_variant(Path(base) / parts[0])} alone of {', '.join(parts)}")
     return index
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models.finite import check_finite
+from sdxl_ambient.variants import only_variant
 
 # Of damaged files: a configuration of other types is a TypeError or an AttributeError somewhere in the libraries.
 LOADING_ERRORS = (
@@ -24,6 +25,7 @@ def load_part(kind: Any, name_or_path: str | Path, what: str, **keywords: Any) -
     """``kind.from_pretrained`` with every failure turned into a one-line ModelError.
 
     Of a network all weights must be there and finite; the libraries draw missing ones at random, with a warning at most.
+    Where a folder holds one variant of its weights alone (fp16), that is loaded.
 
     Args:
         kind: a class of diffusers or transformers.
@@ -31,7 +33,10 @@ def load_part(kind: Any, name_or_path: str | Path, what: str, **keywords: Any) -
         keywords: for ``from_pretrained``; those that are None are left out.
     """
     source, keywords = f"the {what} of {str(name_or_path)!r}", {k: v for k, v in keywords.items() if v is not None}
-    more = {"output_loading_info": True} if _is_network(kind, torch.nn.Module) else {}
+    more: dict[str, Any] = {"output_loading_info": True} if _is_network(kind, torch.nn.Module) else {}
+    folder = Path(name_or_path) / (keywords.get("subfolder") or "")
+    if more and "variant" not in keywords and (variant := only_variant(folder)) is not None:
+        keywords["variant"] = variant
     try:
         loaded = kind.from_pretrained(str(name_or_path), **keywords, **more)
     except LOADING_ERRORS as error:

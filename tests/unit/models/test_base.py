@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.latents import main as encode
 from sdxl_ambient.models.base import DDPM_FAMILY, check_sdxl, load_schedule
+from sdxl_ambient.models.load import load_unet
 from sdxl_ambient.pipeline import load_pipeline
 from sdxl_ambient.preview.__main__ import main as preview
 from train_sdxl_ambient import main as train
@@ -182,6 +183,49 @@ def test_a_single_file_says_how_to_make_a_folder_of_it(miniature):
     with pytest.raises(ModelError, match=r"It is a file: make a folder of it .*from_single_file") as error:
         check_sdxl(str(file))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def half(base):
+    """A folder that holds fp16 weights alone, under diffusers' names of a variant."""
+    folder = base()
+    for file in folder.rglob("*.safetensors"):
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(file).items()}
+        file.unlink()
+        save_file(tensors, file.with_name(f"{file.stem}.fp16.safetensors"), {"format": "pt"})
+    return folder
+
+
+def test_a_folder_of_fp16_weights_alone_is_found_and_said(half, emoji, tmp_path, capsys):
+    said = []
+    check_sdxl(str(half), log=said.append)
+    assert said == [f"note: the base {str(half)!r} holds the variant fp16 alone of unet, vae, text_encoder, text_encoder_2"]
+    pipe = load_pipeline(str(half))
+    wanted = load_file(half / "unet/diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(value.half(), wanted[name]) for name, value in pipe.unet.state_dict().items())
+    words = [
+        "--pretrained_model_name_or_path",
+        str(half),
+        "--train_data_dir",
+        str(emoji),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    words += ["--resolution", "64", "--rank", "2", "--max_train_steps", "1", "--report_to", "none"]
+    assert train(words) == 0
+    assert "holds the variant fp16 alone" in capsys.readouterr().out
+
+
+def test_both_variants_are_told_apart(half):
+    file = half / "unet/diffusion_pytorch_model.fp16.safetensors"
+    save_file(
+        {name: t.float() * 2 for name, t in load_file(file).items()}, half / "unet/diffusion_pytorch_model.safetensors"
+    )
+    said = []
+    check_sdxl(str(half), log=said.append)
+    assert "unet," not in said[0]
+    plain, named = (load_unet(half, variant=variant).conv_in.weight for variant in (None, "fp16"))
+    assert torch.equal(plain, named * 2)
 
 
 def test_a_scheduler_whose_weights_are_fine_is_still_refused(base):
