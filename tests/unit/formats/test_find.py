@@ -60,13 +60,16 @@ def test_half_a_unet_is_none(tmp_path, names):
         unet_files(folder)
 
 
-def test_shards_come_with_their_index_and_variants_do_not(tmp_path):
+def test_shards_come_with_their_index_and_a_variant_only_where_it_is_alone(tmp_path):
     shards = ["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"]
     folder = touch(tmp_path, *shards, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
     index = folder / f"{UNET}.index.json"
     index.write_text(json.dumps({"weight_map": {"x": shards[1], "y": shards[0], "z": shards[1]}}))
     assert part_files(folder) == [index, *(folder / shard for shard in shards)]
     index.unlink()
+    variant = folder / "diffusion_pytorch_model.fp16.safetensors"
+    assert part_files(folder) == [variant]
+    variant.unlink()
     with pytest.raises(InterchangeError, match="other files of weights are not read"):
         part_files(folder)
 
