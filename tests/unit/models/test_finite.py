@@ -160,6 +160,8 @@ def test_a_variant_is_taken_where_there_is_one(miniature, tmp_path):
     assert load_pipeline(str(base), variant="fp16").unet.dtype == torch.float32
     with pytest.raises(ModelError, match="holds no files of the variant 'ema'"):
         load_pipeline(str(base), variant="ema")
+    assert load_pipeline(str(base)).unet.dtype == torch.float32  # of the UNet there is no other
+    (base / FILES["unet"].replace(".safetensors", ".fp16.safetensors")).unlink()
     with pytest.raises(ModelError, match="the UNet of .* can't be loaded"):
         load_pipeline(str(base))
 
