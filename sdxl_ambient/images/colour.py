@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-_MODES = {"RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB", "L": "L"}
+_MODES = frozenset({"RGB", "CMYK", "LAB", "L"})  # that profiles are of
 _STEPS = 9  # of the colours that a profile is compared on, along each channel
 _SAME = 2  # of 255: what rounding in a profile's tables makes of sRGB itself
 UNREADABLE = "unreadable"

@@ -96,7 +96,7 @@ def is_hidden(name: str) -> str | None:
     """Why a file or folder of this name isn't read; None where nothing speaks against it."""
     if name.startswith("."):
         return "hidden"
-    if name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES:
+    if name.lower() in SYSTEM_FOLDERS or name.lower() in SYSTEM_FILES:
         return "kept by a system for itself"
     return None
 

@@ -160,19 +160,24 @@ class Listing(list[Record]):
         self.ledger = ledger
 
 
-def list_images(folder: str | Path, columns: Columns | None = None) -> Listing:
+def list_images(
+    folder: str | Path, columns: Columns | None = None, walked: tuple[list[Path], list[Unread]] | None = None
+) -> Listing:
     """Every picture below ``folder``, in the order of their relative paths, and every other file with the reason.
 
     What is a picture is told by its ending, by metadata that names it, or by its content. Captions and noise levels come
     from a ``metadata.jsonl``, ``.csv`` or ``.parquet`` (imagefolder layout: ``file_name``, and the columns' names), captions
     also from a ``.txt`` or ``.caption`` file beside the picture.
 
+    Args:
+        walked: what :func:`sdxl_ambient.images.folder.walk` found below the folder, where that is known.
+
     Raises:
         ImagesMissing: no such folder, no pictures, or metadata that is damaged, lacks a column or names a file that isn't
             there.
     """
     folder, columns = Path(folder), columns or Columns()
-    files, unread = walk(folder)
+    files, unread = walked or walk(folder)
     metadata = read_metadata(folder, files, columns)
     named, texts = set(metadata.rows), set(metadata.files)
     paths = [p for p in files if p not in texts and (_is_picture(p) or p.relative_to(folder).as_posix() in named)]
@@ -184,8 +189,8 @@ def list_images(folder: str | Path, columns: Columns | None = None) -> Listing:
         raise ImagesMissing(f"{str(folder)!r} holds no images, but {_others(files, unread)}")
     described, captions = read_descriptions(folder, paths, columns, metadata)
     read = {*texts, *captions}
-    stems = {p.with_suffix("") for p in paths}
-    unread += [Unread(shown(p, folder), _why_unread(p, stems)) for p in files if p not in {*paths, *read}]
+    looked_at, stems = {*paths, *read}, {p.with_suffix("") for p in paths}
+    unread = [*unread, *(Unread(shown(p, folder), _why_unread(p, stems)) for p in files if p not in looked_at)]
     records = [Record(p.relative_to(folder).as_posix(), p, d.captions, d.t_n) for p, d in zip(paths, described, strict=True)]
     count = len(paths) + len(read) + sum(one.files for one in unread)
     return Listing(records, Ledger(count, len(paths), len(read), tuple(sorted(unread, key=lambda one: one.name))))

@@ -66,9 +66,10 @@ def open_records(
         load = partial(_load, "dataset_name", source.name, source.name, name=source.config_name, split=source.split)
         records = _records(_in_private(load, state), location, columns, log)
         return Listing(records, Ledger(0, 0))
-    packed = _packed(Path(source), split)
+    walked = walk(source)
+    packed = _packed(Path(source), split, *walked)
     if packed is None:
-        return list_images(source, columns)
+        return list_images(source, columns, walked)
     files, ledger = packed
     kind = KINDS[files[0].suffix.lower()]
     # Names are patterns to the library.
@@ -80,13 +81,12 @@ def open_records(
 # -- a folder's files ----------------------------------------------------------------------
 
 
-def _packed(folder: Path, split: str) -> tuple[list[Path], Ledger] | None:
+def _packed(folder: Path, split: str, files: list[Path], unread: list[Unread]) -> tuple[list[Path], Ledger] | None:
     """The parquet or webdataset files of one split in a folder, and what became of the others; None for a folder of images.
 
     Raises:
         ImagesMissing: two kinds of them, or no such split.
     """
-    files, unread = walk(folder)
     packed = [p for p in files if p.suffix.lower() in KINDS and _holds_pictures(p)]
     if not packed:
         if split != TRAIN:
@@ -102,10 +102,8 @@ def _packed(folder: Path, split: str) -> tuple[list[Path], Ledger] | None:
         raise ImagesMissing(f"--dataset_split: {split!r} is not one of: {', '.join(splits)} ({str(folder)!r})")
     wanted = splits[split]
     others = {path: f"of the split {name}" for name, some in splits.items() for path in some if path not in wanted}
-    for path in files:
-        if path not in wanted:
-            reason = others.get(path, f"beside the {kinds[0]} files of a data set, which are read in its place")
-            unread.append(Unread(shown(path, folder), reason))
+    beside = f"beside the {kinds[0]} files of a data set, which are read in its place"
+    unread = [*unread, *(Unread(shown(p, folder), others.get(p, beside)) for p in files if p not in wanted)]
     count = len(wanted) + sum(one.files for one in unread)
     return wanted, Ledger(count, 0, len(wanted), tuple(sorted(unread, key=lambda one: one.name)))
 
