@@ -90,7 +90,8 @@ def open_stores(
     heldout = settings.heldout_latents_dir
     held = open_store(heldout, accelerator) if heldout is not None else None
     train = open_store(settings.latents_dir, accelerator, presentation)
-    if held is not None and len(settings.to_build) < 2:  # else the pictures themselves were compared
+    compared = {settings.latents_dir, heldout} <= {folder for _, folder, _ in settings.to_build}  # the pictures themselves
+    if held is not None and not compared:
         check_apart(held, train, settings.store.near_duplicates, accelerator.print)
     return train, held
 

@@ -118,6 +118,9 @@ def test_stores_that_were_made_apart_are_compared(folders, opened):
     assert any("1 of 3 held-out images in" in s for s in opened.said)
     with pytest.raises(StoreError, match="--near_duplicates refuse: 1 of 3"):
         opened(**made, train_data_dir=None, heldout_data_dir=None, near_duplicates="refuse")
+    # Another store that is made beside, of clean latents, is no comparison.
+    with pytest.raises(StoreError, match="--near_duplicates refuse: 1 of 3"):
+        opened(**made, heldout_data_dir=None, near_duplicates="refuse", low_noise="clean")
 
 
 def test_unlike_pictures_are_no_twins(opened):
