@@ -51,14 +51,17 @@ class Checkpoint:
 
 
 def check_model_path(name: str, value: str | None) -> None:
-    """A path that looks local must be a pipeline's directory; anything else is taken for a Hub id. Raises
-    OptionError.
+    """A path that looks local must be a pipeline's directory or a single file; anything else is taken for a Hub id.
+
+    Raises:
+        OptionError: it isn't. What a file holds is looked at when the model is checked.
     """
-    if value is None:
+    if value is None or Path(value).is_file():
         return
     local = Path(value).exists() or value.startswith(("/", ".", "~")) or value.count("/") != 1
     if local and not (Path(value) / "model_index.json").is_file():
-        raise OptionError(f"--{name}: {value!r} has no model_index.json; give a diffusers pipeline's directory or a Hub id")
+        allowed = "a diffusers pipeline's directory, a whole model's .safetensors file or a Hub id"
+        raise OptionError(f"--{name}: {value!r} has no model_index.json; give {allowed}")
 
 
 def check_checkpoint(option_name: str, path: Path) -> None:
@@ -171,11 +174,18 @@ def tuned(lora: str | None, unet: str | None, output_dir: str) -> Checkpoint:
     return Checkpoint(Path(output_dir).name, Path(lora) if lora else None, Path(unet) if unet else None)
 
 
-def resolve_base(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The base model's local directory, downloaded from the Hub (or found in its cache) where it isn't one."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+def resolve_base(
+    name_or_path: str, revision: str | None = None, variant: str | None = None, prediction_type: str | None = None
+) -> Path:
+    """The base model's folder or single file, downloaded from the Hub (or found in its cache) where it is neither."""
+    # Here for start-up time: options are parsed before torch and diffusers are imported.
     from diffusers import DiffusionPipeline
+
+    from sdxl_ambient.models.base import check_sdxl
+
+    check_sdxl(name_or_path, revision, prediction_type=prediction_type)
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
 
     try:
         folder = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)

@@ -15,7 +15,7 @@ from eval.images import ImageSet
 from eval.schema import ClipFigures
 from sdxl_ambient.errors import StageError, one_line
 from sdxl_ambient.models.finite import check_finite
-from sdxl_ambient.models.parts import LOADING_ERRORS
+from sdxl_ambient.models.libraries import LOADING_ERRORS
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection

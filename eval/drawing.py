@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ from sdxl_ambient.errors import JsonError, StageError, TextError
 from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import list_images
 from sdxl_ambient.locks import is_empty
+from sdxl_ambient.models.base import unet_config
 from sdxl_ambient.models.load import load_unet
+from sdxl_ambient.models.prediction import check_prediction
 from sdxl_ambient.models.vae import load_vae
+from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.pipeline import load_pipeline, sample
 from sdxl_ambient.provenance import (
     atomic,
@@ -34,7 +37,6 @@ from sdxl_ambient.provenance import (
     hash_file,
     hash_json,
     parse_json,
-    read_json,
     write_sealed,
 )
 from sdxl_ambient.randomness import image_seed
@@ -128,6 +130,7 @@ class GenerationSettings:
     pretrained_vae_model_name_or_path: str | None
     revision: str | None
     variant: str | None
+    prediction_type: str | None
     lora_scale: float
     num_images: int | None
     images_per_prompt: int | None
@@ -142,9 +145,32 @@ class GenerationSettings:
 
 
 def base_folder(settings: GenerationSettings) -> Path:
-    """The base model's local directory, downloaded from the Hub where it isn't one."""
+    """The base model's folder or single file, downloaded from the Hub where it is neither."""
     assert settings.pretrained_model_name_or_path is not None, "the options' own check asks for it"
-    return resolve_base(settings.pretrained_model_name_or_path, settings.revision, settings.variant)
+    base = settings.pretrained_model_name_or_path
+    return resolve_base(base, settings.revision, settings.variant, settings.prediction_type)
+
+
+def open_pipeline(settings: GenerationSettings, checkpoint: Checkpoint, lora_scale: float = 1.0) -> Any:
+    """The ``StableDiffusionXLPipeline`` that a checkpoint draws with, on its device.
+
+    Raises:
+        ModelError: a part that can't be used, or a UNet that predicts another thing than its scheduler says.
+    """
+    base = base_folder(settings)
+    pipe = load_pipeline(
+        str(base),
+        lora=checkpoint.lora,
+        lora_scale=lora_scale,
+        unet=checkpoint.unet,
+        vae=settings.pretrained_vae_model_name_or_path,
+        dtype=DTYPES[settings.dtype],
+        variant=settings.variant,
+        prediction_type=settings.prediction_type,
+    ).to(resolve_device(settings.device))
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    check_prediction(pipe.unet, schedule, repr(str(checkpoint.unet or base)), settings.prediction_type)
+    return pipe
 
 
 def describe(settings: GenerationSettings, checkpoint: Checkpoint, sampler: Sampler, draws: list[ImageRequest]) -> dict:
@@ -152,7 +178,8 @@ def describe(settings: GenerationSettings, checkpoint: Checkpoint, sampler: Samp
     vae = settings.pretrained_vae_model_name_or_path
     return {
         "base_weights": hash_weights(base_folder(settings), "base"),
-        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
+        **({} if settings.prediction_type is None else {"prediction_type": settings.prediction_type}),
+        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).exists() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
         **sampler.describe(),
@@ -174,15 +201,8 @@ def open_checkpoint(settings: GenerationSettings, checkpoint: Checkpoint) -> Cal
     dtype, device = DTYPES[settings.dtype], resolve_device(settings.device)
 
     @functools.cache
-    def pipe():
-        return load_pipeline(
-            base,
-            lora=checkpoint.lora,
-            unet=checkpoint.unet,
-            vae=settings.pretrained_vae_model_name_or_path,
-            dtype=dtype,
-            variant=settings.variant,
-        ).to(device)
+    def pipe() -> Any:
+        return open_pipeline(settings, checkpoint)
 
     @functools.cache
     def base_unet() -> torch.nn.Module:
@@ -213,7 +233,7 @@ def open_vae(settings: GenerationSettings) -> tuple[AutoencoderKL, int]:
     """The VAE that images are drawn with, and their side in pixels."""
     base = base_folder(settings)
     vae = load_vae(base, settings.pretrained_vae_model_name_or_path, variant=settings.variant)
-    size = read_json(base / "unet/config.json").get("sample_size")
+    size = unet_config(base).get("sample_size")
     if settings.resolution is None and not isinstance(size, int):
         raise StageError(f"--resolution: needed, since the UNet of {base} names no single side of its images (sample_size)")
     cast(torch.nn.Module, vae).to(resolve_device(settings.device))

@@ -36,6 +36,7 @@ class ExportOptions(LoraOrUnetOptions):
         None, "base model: for --unet, whose other parts it gives; for a LoRA only where it isn't of SDXL's own size"
     )
     revision: str | None = redeclare(ModelOptions, "revision")
+    prediction_type: str | None = redeclare(ModelOptions, "prediction_type")
     title: str | None = option(None, "what programs show as the model's name")
 
     def validate(self) -> None:
@@ -99,6 +100,7 @@ def export(options: ExportOptions) -> str:
         format=options.format,
         base=base,
         revision=options.revision,
+        prediction_type=options.prediction_type,
         dtype=dtype,
         title=options.title,
     )

@@ -54,8 +54,8 @@ def _build(options: LatentsOptions) -> None:
     from sdxl_ambient.store.settings import StoreSettings
 
     state, base, revision = processes(), options.pretrained_model_name_or_path, options.revision
-    check_sdxl(base, revision, state.print)
-    schedule = load_schedule(base, revision)
+    check_sdxl(base, revision, state.print, options.prediction_type)
+    schedule = load_schedule(base, revision, options.prediction_type)
     buckets = options.aspect_ratio_buckets, options.bucket_reso_steps
     geometry = Geometry.parse(options.resolution, options.center_crop, *buckets)
     settings = settings_of(StoreSettings, options, geometry=geometry, keep_tokens=False)

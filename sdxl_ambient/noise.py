@@ -18,9 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sdxl_ambient.levels import CLEAN
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from sdxl_ambient.levels import CLEAN, PREDICTION_TYPES
 
 
 class Scheduler(Protocol):

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from sdxl_ambient.errors import ModelError, one_line
+from sdxl_ambient.errors import ModelError
 from sdxl_ambient.formats.find import unet_file
 from sdxl_ambient.formats.load_lora import load_lora
 from sdxl_ambient.formats.names import LORA_PARTS
 from sdxl_ambient.formats.record import read_training_info
 from sdxl_ambient.models.base import check_sdxl
-from sdxl_ambient.models.load import base_folder, load_text_encoder, load_unet, load_unet_file
-from sdxl_ambient.models.parts import LOADING_ERRORS, in_precision, load_part
+from sdxl_ambient.models.load import assemble_pipeline, base_folder, load_text_encoder, load_unet, load_unet_file
+from sdxl_ambient.models.parts import load_part
+from sdxl_ambient.models.vae import load_vae
 
 SAMPLERS = ("full", "early_stop", "hybrid")
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -37,8 +38,9 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    prediction_type: str | None = None,
 ) -> StableDiffusionXLPipeline:
-    """A stock SDXL pipeline from a local directory or the Hub, with a LoRA or a fully fine-tuned UNet put in, on the CPU.
+    """A stock SDXL pipeline from a folder, a file or the Hub, with a LoRA or a fully fine-tuned UNet put in, on the CPU.
 
     Args:
         lora: a .safetensors file in peft's, diffusers' or kohya's format, or a directory with one; see
@@ -47,6 +49,7 @@ def load_pipeline(
         unet: a ``unet`` directory, a directory that holds one, or a .safetensors file: a UNet's weights, or a whole SDXL
             checkpoint in the original layout (kohya, ComfyUI), whose UNet is used with the base's text encoders and VAE.
         vae: another VAE; the stock one overflows in float16.
+        prediction_type: what the UNet predicts, where the base's scheduler says another thing.
 
     Raises:
         ModelError: not an SDXL model, files that are missing or damaged, or a LoRA that can't be loaded whole.
@@ -54,17 +57,21 @@ def load_pipeline(
     """
     if lora is not None and unet is not None:
         raise ValueError("give a LoRA or a fully fine-tuned UNet, not both")
-    check_sdxl(pretrained_model_name_or_path, revision)
+    check_sdxl(pretrained_model_name_or_path, revision, prediction_type=prediction_type)
     folder = base_folder(pretrained_model_name_or_path, revision, variant)
     parts: dict[str, torch.nn.Module] = {}
     if unet is not None:
         file = unet_file(unet)
-        parts["unet"] = load_unet_file(file, folder, dtype=dtype) if file else load_unet(unet, dtype=dtype)
+        if file is None:
+            parts["unet"] = load_unet(unet, dtype=dtype)
+        else:
+            parts["unet"] = load_unet_file(file, folder, dtype=dtype, prediction_type=prediction_type)
     if vae is not None:
-        parts["vae"] = load_part(AutoencoderKL, vae, "VAE", use_safetensors=True, **in_precision(dtype))
-    parts |= _base_networks(folder, dtype, variant, [name for name in _NETWORKS if name not in parts])
-    # Its own loader draws weights that are missing at random, and looks at none: it gets all networks from ours.
-    pipe = load_part(StableDiffusionXLPipeline, folder, "pipeline", add_watermarker=False, **in_precision(dtype), **parts)
+        parts["vae"] = load_vae(folder, vae, dtype=dtype)
+    if folder.is_dir():
+        # Its own loader draws weights that are missing at random, and looks at none: it gets all networks from ours.
+        parts |= _base_networks(folder, dtype, variant, [name for name in _NETWORKS if name not in parts])
+    pipe = assemble_pipeline(folder, parts, dtype=dtype, prediction_type=prediction_type)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         load_lora(pipe, lora, lora_scale)
@@ -88,8 +95,7 @@ def _base_networks(
         if name == "unet":
             networks[name] = load_unet(folder, dtype=dtype, variant=own)
         elif name == "vae":
-            keywords = {"subfolder": name, "variant": own, "use_safetensors": True, **in_precision(dtype)}
-            networks[name] = load_part(AutoencoderKL, folder, "VAE", **keywords)
+            networks[name] = load_vae(folder, dtype=dtype, variant=own)
         else:
             networks[name] = load_text_encoder(folder, name, dtype=dtype, variant=own)
     return networks
@@ -204,10 +210,7 @@ def timestep_grid(scheduler: EulerDiscreteScheduler, num_inference_steps: int) -
 
 def first_timestep(base: str | Path, num_inference_steps: int) -> int:
     """The timestep that sampling from a local base model starts at. Raises ModelError for a damaged scheduler."""
-    try:
-        scheduler = EulerDiscreteScheduler.from_pretrained(str(base), subfolder="scheduler")
-    except LOADING_ERRORS as error:
-        raise ModelError(f"the scheduler of {str(base)!r} can't be loaded: {one_line(error)}") from None
+    scheduler = load_part(EulerDiscreteScheduler, base, "scheduler", subfolder="scheduler")
     return timestep_grid(euler_like(scheduler), num_inference_steps)[0]
 
 

@@ -155,6 +155,7 @@ class Evaluation:
             pretrained_vae_model_name_or_path=None,
             revision=None,
             variant=None,
+            prediction_type=None,
             lora_scale=1.0,
             num_images=IMAGES,
             images_per_prompt=None,

@@ -17,13 +17,12 @@ from eval.attacks.membership import SETS, Scores, attack_figures
 from eval.attacks.model import LoadedModel
 from eval.attacks.settings import AttackSettings
 from eval.checkpoints import Checkpoint, hash_weights
-from eval.drawing import base_folder
+from eval.drawing import base_folder, open_pipeline
 from eval.embedders.registry import Embedder
 from eval.images import ImageSet
 from eval.stored import arrays, read_object
-from sdxl_ambient.devices import DTYPES, resolve_device
+from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import StageError
-from sdxl_ambient.pipeline import load_pipeline
 from sdxl_ambient.provenance import differences, hash_json, write_sealed
 
 
@@ -183,15 +182,7 @@ def attack(
 
 
 def _open(settings: AttackSettings, checkpoint: Checkpoint) -> LoadedModel:
-    pipe = load_pipeline(
-        str(base_folder(settings)),
-        lora=checkpoint.lora,
-        lora_scale=settings.lora_scale,
-        unet=checkpoint.unet,
-        vae=settings.pretrained_vae_model_name_or_path,
-        dtype=DTYPES[settings.dtype],
-        variant=settings.variant,
-    ).to(resolve_device(settings.device))
+    pipe = open_pipeline(settings, checkpoint, settings.lora_scale)
     return LoadedModel(pipe, settings.resolution or pipe.default_sample_size * pipe.vae_scale_factor)
 
 
@@ -208,7 +199,8 @@ def attack_settings(
         "lora_scale": settings.lora_scale if checkpoint.lora else None,
         "device": torch.device(resolve_device(settings.device)).type,
         "base_weights": hash_weights(base_folder(settings), "base"),
-        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).is_dir() else vae,
+        **({} if settings.prediction_type is None else {"prediction_type": settings.prediction_type}),
+        "vae_weights": hash_weights(Path(vae), "vae") if vae and Path(vae).exists() else vae,
         "lora_weights": hash_weights(checkpoint.lora, "lora") if checkpoint.lora else None,
         "unet_weights": hash_weights(checkpoint.unet, "unet") if checkpoint.unet else None,
         "embedder": embedder.key,

@@ -23,7 +23,7 @@ from eval.embedders.sscd import load_sscd
 from sdxl_ambient.errors import StageError, one_line
 from sdxl_ambient.images.duplicates import fingerprint
 from sdxl_ambient.models.finite import check_finite
-from sdxl_ambient.models.parts import LOADING_ERRORS
+from sdxl_ambient.models.libraries import LOADING_ERRORS
 from sdxl_ambient.provenance import hash_json, hash_tensors
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -49,8 +49,8 @@ def annotate(settings: AnnotateSettings, log: Log = print) -> dict[str, Any]:
         ImagesMissing, ImageError, ModelError, AnnotateError, ProbeError: with one line that says what is wrong.
     """
     base, device = settings.pretrained_model_name_or_path, resolve_device(settings.device)
-    check_sdxl(base, settings.revision, log)
-    schedule = load_schedule(base, settings.revision)
+    check_sdxl(base, settings.revision, log, settings.prediction_type)
+    schedule = load_schedule(base, settings.revision, settings.prediction_type)
     if settings.levels[-1] >= schedule.num_timesteps - 1:
         raise ModelError(
             f"--levels: {settings.levels[-1]} leaves nothing above it to train on; this model's last is "
@@ -82,6 +82,7 @@ def training_command(settings: AnnotateSettings) -> str:
         "pretrained_vae_model_name_or_path": settings.pretrained_vae_model_name_or_path,
         "revision": settings.revision,
         "variant": settings.variant,
+        "prediction_type": settings.prediction_type,
         "train_data_dir": settings.output_dir,
         "t_n_column": "t_n",
         "resolution": settings.resolution,

@@ -16,6 +16,7 @@ class AnnotateSettings:
     pretrained_vae_model_name_or_path: str | None
     revision: str | None
     variant: str | None
+    prediction_type: str | None
     trusted_data_dir: str
     untrusted_data_dir: str
     caption_column: str

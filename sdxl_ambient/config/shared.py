@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_ambient.config.parser import APPLIED, option
+from sdxl_ambient.config.parser import APPLIED, SAME, option
 from sdxl_ambient.errors import OptionError
-from sdxl_ambient.levels import MAXIMUM_T_N
+from sdxl_ambient.levels import MAXIMUM_T_N, PREDICTION_TYPES
 from sdxl_ambient.texts import is_encoding
 
 DTYPES = ("float32", "float16", "bfloat16")  # names alone; sdxl_ambient.devices knows what they stand for in torch
@@ -24,12 +24,20 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str = option(
         None,
-        "base model: a local directory in diffusers format, or a name on the Hub",
+        "base model: a local directory in diffusers format, a single .safetensors file, or a name on the Hub",
         resume=APPLIED,
     )
-    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base model's own", resume=APPLIED)
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "another VAE than the base model's own: a directory, a .safetensors file, or a name on the Hub", resume=APPLIED
+    )
     revision: str | None = option(None, "branch, tag or commit of the base model on the Hub", resume=APPLIED)
     variant: str | None = option(None, "variant of the weight files, such as fp16", resume=APPLIED)
+    prediction_type: str | None = option(
+        None,
+        "what the base model's UNet predicts, where its scheduler says another thing",
+        choices=PREDICTION_TYPES,
+        resume=SAME,
+    )
 
     def validate(self) -> None:
         if not self.pretrained_model_name_or_path:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import EulerDiscreteScheduler
+from transformers import AutoTokenizer
 
 from sdxl_ambient.errors import InterchangeError, ModelError
 from sdxl_ambient.formats.files import check_files, link, new_folder, part_state, write_tensors
-from sdxl_ambient.formats.find import UNET_FILE, part_files, unet_file, unet_folder
+from sdxl_ambient.formats.find import CONFIG_FILE, UNET_FILE, part_files, unet_file, unet_folder
 from sdxl_ambient.formats.names import unet_shapes
 from sdxl_ambient.formats.original import original_model
 from sdxl_ambient.formats.record import (
@@ -21,10 +25,14 @@ from sdxl_ambient.formats.record import (
     public_info,
     read_training_info,
 )
-from sdxl_ambient.models.base import check_sdxl, unet_config
-from sdxl_ambient.models.load import base_folder, load_unet_file
+from sdxl_ambient.models.base import check_sdxl, unet_config, with_prediction
+from sdxl_ambient.models.load import base_folder, load_text_encoder, load_unet_file
+from sdxl_ambient.models.parts import load_part
+from sdxl_ambient.models.single_file import TEXT_ENCODERS, VAE, stored_dtype
+from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.provenance import read_json, write_json
 
+_SCHEDULER = "scheduler/scheduler_config.json"
 _DESCRIPTIONS = (".json", ".txt", ".model")  # configurations and tokenizers; weights are taken by their own names
 
 
@@ -35,6 +43,7 @@ def export_unet(
     format: str,
     base: str,
     revision: str | None = None,
+    prediction_type: str | None = None,
     dtype: torch.dtype | None = None,
     title: str | None = None,
 ) -> str:
@@ -52,23 +61,44 @@ def export_unet(
         InterchangeError, ModelError: one that is unreadable, incomplete, or not for this base.
         OSError: an output that can't be written; nothing is left of it then.
     """
-    index = check_sdxl(base, revision)
-    folder, unet = base_folder(base, revision), Path(unet)
-    config = unet_config(str(folder))
-    info, facts = public_info(read_training_info(unet)), _base_facts(folder, config)
-    if (trained := info.get("prediction_type", facts["prediction_type"])) != facts["prediction_type"]:
-        raise InterchangeError(
-            f"the UNet {unet} was trained to predict {trained}, but the scheduler of {folder} says "
-            f"{facts['prediction_type']}; give the base that it was trained from"
-        )
-    state = fine_tuned_unet(unet, folder, config)
-    if format == "pipeline":
-        parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
-        return _write_pipeline(output, folder, parts, state, unet_folder(unet), info)
-    return _write_single_file(output, folder, state, config, {**facts, **info}, dtype, title)
+    index = check_sdxl(base, revision, prediction_type=prediction_type)
+    with _as_folder(base_folder(base, revision), output, index) as folder:
+        unet, config = Path(unet), unet_config(folder)
+        info, facts = public_info(read_training_info(unet)), _base_facts(folder, config, prediction_type)
+        if (trained := info.get("prediction_type", facts["prediction_type"])) != facts["prediction_type"]:
+            raise InterchangeError(
+                f"the UNet {unet} was trained to predict {trained}, but the scheduler of {base} says "
+                f"{facts['prediction_type']}; give the base that it was trained from, or --prediction_type"
+            )
+        state = fine_tuned_unet(unet, folder, config, prediction_type)
+        if format == "pipeline":
+            parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
+            scheduler = with_prediction(_scheduler(folder), prediction_type)
+            return _write_pipeline(output, folder, parts, state, unet_folder(unet), info, scheduler)
+        return _write_single_file(output, folder, state, config, {**facts, **info}, dtype, title)
 
 
-def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Tensor]:
+@contextmanager
+def _as_folder(base: Path, output: Path, index: dict) -> Iterator[Path]:
+    """The base as a pipeline's folder, but for its UNet's weights; one in a single file is unpacked beside ``output``."""
+    if base.is_dir():
+        yield base
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
+        folder = Path(temporary)
+        write_json(folder / "model_index.json", index)
+        write_json(folder / "unet" / CONFIG_FILE, unet_config(base))
+        load_vae(base, dtype=stored_dtype(base, VAE)).save_pretrained(folder / "vae")
+        for part, prefix in TEXT_ENCODERS.items():
+            load_text_encoder(base, part, dtype=stored_dtype(base, prefix)).save_pretrained(folder / part)
+        for part in ("tokenizer", "tokenizer_2"):
+            load_part(AutoTokenizer, base, part, subfolder=part).save_pretrained(folder / part)
+        load_part(EulerDiscreteScheduler, base, "scheduler", subfolder="scheduler").save_pretrained(folder / "scheduler")
+        yield folder
+
+
+def fine_tuned_unet(path: Path, base: Path, config: dict, prediction_type: str | None = None) -> dict[str, torch.Tensor]:
     """The UNet's tensors by diffusers' names, as many and of the shapes that the base's configuration says.
 
     Raises:
@@ -76,7 +106,10 @@ def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Ten
     """
     file = unet_file(path)
     folder = unet_folder(path)
-    state = part_state(folder) if file is None and folder else load_unet_file(file or path, base).state_dict()
+    if file is None and folder:
+        state = part_state(folder)
+    else:
+        state = load_unet_file(file or path, base, prediction_type=prediction_type).state_dict()
     wanted, shapes = unet_shapes(config), {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wanted != shapes:
         other = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
@@ -88,18 +121,18 @@ def fine_tuned_unet(path: Path, base: Path, config: dict) -> dict[str, torch.Ten
     return state
 
 
-def _base_facts(base: Path, config: dict) -> dict:
+def _base_facts(base: Path, config: dict, prediction_type: str | None) -> dict:
     """What the base says of every UNet that is trained from it, under the names in training.json."""
     side = config.get("sample_size")
     factor = 2 ** (_vae_levels(base) - 1)
     return {
-        "prediction_type": _scheduler(base).get("prediction_type", "epsilon"),
+        "prediction_type": prediction_type or _scheduler(base).get("prediction_type", "epsilon"),
         **({"resolution": side * factor} if isinstance(side, int) else {}),
     }
 
 
 def _scheduler(base: Path) -> dict:
-    return _configuration(base / "scheduler" / "scheduler_config.json")
+    return _configuration(base / _SCHEDULER)
 
 
 def _vae_levels(base: Path) -> int:
@@ -119,7 +152,13 @@ def _configuration(file: Path) -> dict:
 
 
 def _write_pipeline(
-    output: Path, base: Path, parts: Sequence[str], unet: dict[str, torch.Tensor], own: Path | None, info: dict
+    output: Path,
+    base: Path,
+    parts: Sequence[str],
+    unet: dict[str, torch.Tensor],
+    own: Path | None,
+    info: dict,
+    scheduler: dict,
 ) -> str:
     """A diffusers pipeline: the base's parts, of which the weights are linked, with the UNet in its place.
 
@@ -133,6 +172,7 @@ def _write_pipeline(
         shutil.copyfile(base / "model_index.json", folder / "model_index.json")
         for part in parts:
             _copy_part(base / part, folder / part, weights=part != "unet")
+        write_json(folder / _SCHEDULER, scheduler)
         if own:
             for file in part_files(own):
                 link(file, folder / "unet" / file.name)

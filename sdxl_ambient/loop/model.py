@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,6 +16,7 @@ from sdxl_ambient.formats.read import read_adapter
 from sdxl_ambient.formats.record import read_training_info
 from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.load import load_unet, load_unet_file
+from sdxl_ambient.models.parts import load_config
 
 
 def load_model(settings: LoopSettings, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -26,9 +27,8 @@ def load_model(settings: LoopSettings, dtype: torch.dtype) -> UNet2DConditionMod
     """
     base = settings.pretrained_model_name_or_path
     if settings.unet is not None:
-        unet = _load_unet(settings.unet, base, settings.revision, dtype)
-        # diffusers annotates what it returns with other arguments.
-        wanted = cast("dict[str, Any]", UNet2DConditionModel.load_config(base, subfolder="unet", revision=settings.revision))
+        unet = _load_unet(settings.unet, settings, dtype)
+        wanted = load_config(UNet2DConditionModel, base, subfolder="unet", revision=settings.revision)
         names = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
         if wrong := [n for n in names if unet.config.get(n) != wanted.get(n)]:
             raise ModelError(f"--unet: {settings.unet!r} is of another architecture than {base}: its {wrong[0]} differs")
@@ -42,12 +42,13 @@ def load_model(settings: LoopSettings, dtype: torch.dtype) -> UNet2DConditionMod
     return unet.eval().requires_grad_(False)
 
 
-def _load_unet(path: str, base: str, revision: str | None, dtype: torch.dtype) -> UNet2DConditionModel:
+def _load_unet(path: str, settings: LoopSettings, dtype: torch.dtype) -> UNet2DConditionModel:
     """A UNet's folder or file, which has no configuration of its own."""
     file = unet_file(path)
     if file is None:
         return load_unet(path, dtype=dtype)
-    return load_unet_file(file, base, dtype=dtype, revision=revision)
+    base, predicts = settings.pretrained_model_name_or_path, settings.prediction_type
+    return load_unet_file(file, base, dtype=dtype, revision=settings.revision, prediction_type=predicts)
 
 
 def read_lora(lora: str, config: dict) -> Adapter:

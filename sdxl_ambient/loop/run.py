@@ -17,6 +17,7 @@ from sdxl_ambient.loop.model import load_model, training_info
 from sdxl_ambient.loop.provenance import check_base, check_history, next_round, seen_besides
 from sdxl_ambient.loop.settings import LoopSettings
 from sdxl_ambient.models.base import check_sdxl, load_schedule
+from sdxl_ambient.models.prediction import check_prediction
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import differences, versions, write_sealed
 from sdxl_ambient.store.build import hashes_of
@@ -132,8 +133,9 @@ def restore_store(settings: LoopSettings, state: PartialState | None = None, log
     state = state or PartialState()
     log = log if state.is_main_process else (lambda message: None)
     output, store = Path(settings.output_dir), LatentStore(settings.latents_dir)
-    check_sdxl(settings.pretrained_model_name_or_path, settings.revision, log)
-    schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
+    base, predicts = settings.pretrained_model_name_or_path, settings.prediction_type
+    check_sdxl(base, settings.revision, log, predicts)
+    schedule = load_schedule(base, settings.revision, predicts)
     store.verify(quiet=not state.is_main_process)
     with locked_by_main(output, log, state):
         return _restore(settings, store, schedule, output, state, log)
@@ -146,6 +148,8 @@ def _restore(
     if todo := missing_shards(output, plan, state):
         device = state.device or torch.device("cpu")
         unet = Placement(device).use(load_model(settings, DTYPES[settings.dtype]))
+        source = repr(settings.unet or settings.pretrained_model_name_or_path)
+        check_prediction(unet, schedule, source, settings.prediction_type)
         write_samples(output, todo, RestoredLatentMaker(store, unet, schedule, settings), quiet=not state.is_main_process)
     state.wait_for_everyone()
     manifest = manifest_of(store, plan)

@@ -13,6 +13,7 @@ class LoopSettings:
     pretrained_vae_model_name_or_path: str | None
     revision: str | None
     variant: str | None
+    prediction_type: str | None
     lora: str | None
     unet: str | None  # excludes ``lora``
     latents_dir: str

@@ -13,7 +13,8 @@ from typing import Any
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from sdxl_ambient.errors import ModelError, one_line
-from sdxl_ambient.models.parts import LOADING_ERRORS, load_config, load_part
+from sdxl_ambient.models.libraries import LOADING_ERRORS
+from sdxl_ambient.models.parts import load_config, load_part
 from sdxl_ambient.noise import PREDICTION_TYPES, NoiseSchedule
 from sdxl_ambient.variants import only_variant
 
@@ -35,11 +36,16 @@ _BETAS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
 
 
 def check_sdxl(
-    name_or_path: str | Path, revision: str | None = None, log: Callable[[str], None] = lambda line: None
+    name_or_path: str | Path,
+    revision: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    prediction_type: str | None = None,
 ) -> dict[str, Any]:
     """Read the configurations only, and make sure that they are those of an SDXL base. Returns the ``model_index`` mapping.
 
-    ``log`` is told what is allowed and looks wrong.
+    Args:
+        log: is told what is allowed and looks wrong.
+        prediction_type: what the UNet predicts, where the scheduler is not to be asked.
 
     Raises:
         ModelError: no such model, another architecture (SD 1.5, the refiner, inpainting, SD3, …), or another kind of noise.
@@ -49,12 +55,14 @@ def check_sdxl(
         index = load_config(DiffusionPipeline, base, revision=revision)
         unet = load_config(UNet2DConditionModel, base, subfolder="unet", revision=revision)
         scheduler = load_config(DDPMScheduler, base, subfolder="scheduler", revision=revision)
+    except ModelError:
+        raise  # of a single file, which says what it is
     except LOADING_ERRORS as error:
         raise ModelError(f"{base!r} is not a diffusers pipeline that can be read: {one_line(error)}{_hint(base)}") from None
     try:
         _check_pipeline(base, index, unet)
         _check_unet(base, unet)
-        _check_scheduler(base, scheduler)
+        _check_scheduler(base, with_prediction(scheduler, prediction_type))
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         if isinstance(error, ModelError):
             raise
@@ -64,7 +72,8 @@ def check_sdxl(
             f"warning: the base {base!r} looks as if it were distilled for few steps ({why}). Fine-tuned on noise of all "
             "levels it loses that; fine-tune the model that it was made of, and use its distillation as a LoRA"
         )
-    parts = [name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if only_variant(Path(base) / name)]
+    networks = ("unet", "vae", "text_encoder", "text_encoder_2") if Path(base).is_dir() else ()
+    parts = [name for name in networks if only_variant(Path(base) / name)]
     if parts:
         log(f"note: the base {base!r} holds the variant {only_variant(Path(base) / parts[0])} alone of {', '.join(parts)}")
     return index
@@ -76,8 +85,15 @@ def unet_config(name_or_path: str | Path, revision: str | None = None) -> dict[s
     return load_config(UNet2DConditionModel, name_or_path, subfolder="unet", revision=revision)
 
 
-def load_schedule(name_or_path: str | Path, revision: str | None = None) -> NoiseSchedule:
-    """The noise schedule of the base model's own scheduler.
+def with_prediction(scheduler: Mapping[str, Any], prediction_type: str | None) -> dict[str, Any]:
+    """A scheduler's configuration, with what the UNet predicts where that is given."""
+    return {**scheduler, **({} if prediction_type is None else {"prediction_type": prediction_type})}
+
+
+def load_schedule(
+    name_or_path: str | Path, revision: str | None = None, prediction_type: str | None = None
+) -> NoiseSchedule:
+    """The noise schedule of the base model's own scheduler; ``prediction_type`` stands in for what that says.
 
     Raises:
         ModelError: it can't be read, is of another family than DDPM's, or contradicts itself.
@@ -85,12 +101,13 @@ def load_schedule(name_or_path: str | Path, revision: str | None = None) -> Nois
     base = str(name_or_path)
     try:
         config = load_config(DDPMScheduler, base, subfolder="scheduler", revision=revision)
-        _check_scheduler(base, config)
+        _check_scheduler(base, with_prediction(config, prediction_type))
     except LOADING_ERRORS as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"the scheduler of {base!r} can't be loaded: {one_line(error)}") from None
-    scheduler = load_part(DDPMScheduler, base, "scheduler", subfolder="scheduler", revision=revision)
+    own = {"subfolder": "scheduler", "revision": revision, "prediction_type": prediction_type}
+    scheduler = load_part(DDPMScheduler, base, "scheduler", **own)
     try:
         return NoiseSchedule.from_scheduler(scheduler)
     except (ValueError, TypeError) as error:
@@ -163,11 +180,6 @@ def _distilled(base: str, index: Mapping[str, Any], scheduler: Mapping[str, Any]
 def _hint(base: str) -> str:
     """What a folder that is no pipeline may be."""
     folder = Path(base)
-    if folder.is_file():
-        return (
-            ". It is a file: make a folder of it with diffusers' StableDiffusionXLPipeline.from_single_file(FILE)"
-            ".save_pretrained(FOLDER), and give that"
-        )
     if not folder.is_dir():
         return ""
     if (folder / "unet/config.json").is_file():

@@ -7,16 +7,13 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models.finite import check_finite
+from sdxl_ambient.models.libraries import LOADING_ERRORS
+from sdxl_ambient.models.single_file import source_of
 from sdxl_ambient.variants import only_variant
 
-# Of damaged files: a configuration of other types is a TypeError or an AttributeError somewhere in the libraries.
-LOADING_ERRORS = (
-    OSError, SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, OverflowError, MemoryError
-)  # fmt: skip
 # Of parts whose every tensor is used. Text encoders' files may hold more: positions, or another's projection.
 _NOTHING_MORE = (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
 
@@ -25,7 +22,8 @@ def load_part(kind: Any, name_or_path: str | Path, what: str, **keywords: Any) -
     """``kind.from_pretrained`` with every failure turned into a one-line ModelError.
 
     Of a network all weights must be there and finite; the libraries draw missing ones at random, with a warning at most.
-    Where a folder holds one variant of its weights alone (fp16), that is loaded.
+    Where a folder holds one variant of its weights alone (fp16), that is loaded. Of a single file only what has no weights
+    is loaded here: its scheduler and its tokenizers.
 
     Args:
         kind: a class of diffusers or transformers.
@@ -37,8 +35,9 @@ def load_part(kind: Any, name_or_path: str | Path, what: str, **keywords: Any) -
     folder = Path(name_or_path) / (keywords.get("subfolder") or "")
     if more and "variant" not in keywords and (variant := only_variant(folder)) is not None:
         keywords["variant"] = variant
+    origin, overrides = source_of(name_or_path, keywords.get("subfolder"))
     try:
-        loaded = kind.from_pretrained(str(name_or_path), **keywords, **more)
+        loaded = kind.from_pretrained(origin, **{**overrides, **keywords}, **more)
     except LOADING_ERRORS as error:
         raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
     if not more:
@@ -69,12 +68,10 @@ def check_report(report: dict[str, Any], source: str, *, nothing_more: bool = Fa
             raise ModelError(f"{source} can't be used: {names[0]}{more} {'are' if more else 'is'} {problem}")
 
 
-def in_precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The keyword for ``from_pretrained`` of diffusers, which took another name for it before 0.42."""
-    recent = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
-    return {"dtype" if recent else "torch_dtype": dtype}
-
-
 def load_config(kind: Any, name_or_path: str | Path, **keywords: str | None) -> dict[str, Any]:
-    """``kind.load_config`` of a class of diffusers: the configuration alone. Errors are those of ``LOADING_ERRORS``."""
-    return dict(kind.load_config(str(name_or_path), **keywords))
+    """``kind.load_config`` of a class of diffusers: the configuration alone, of a single file what it stands for.
+
+    Errors are those of ``LOADING_ERRORS``, of a single file ModelError.
+    """
+    source, overrides = source_of(name_or_path, keywords.get("subfolder"))
+    return dict(kind.load_config(source, **keywords)) | overrides

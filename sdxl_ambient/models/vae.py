@@ -8,24 +8,34 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from sdxl_ambient.errors import ModelError
+from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.images.geometry import Geometry
-from sdxl_ambient.models.parts import in_precision, load_part
+from sdxl_ambient.models.libraries import LOADING_ERRORS, in_precision
+from sdxl_ambient.models.parts import load_part
+from sdxl_ambient.models.single_file import VAE, check_complete, is_single_file, source_of, tensors
 
 
 def load_vae(
-    name_or_path: str | Path, vae: str | None = None, *, revision: str | None = None, variant: str | None = None
+    name_or_path: str | Path,
+    vae: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> AutoencoderKL:
-    """The base model's VAE, or ``vae``: a VAE's directory or one that holds it. Frozen, in evaluation mode.
+    """The base model's VAE, or ``vae``: a folder of a VAE or one that holds it, or a .safetensors file. Frozen, evaluating.
 
-    Always in float32: SDXL's own overflows in float16, and it runs once per picture.
+    A file has no configuration; that of the base model's VAE holds for it.
 
     Args:
+        dtype: float32 to encode: SDXL's own overflows in float16, and it runs once per picture.
         revision, variant: of the base model; they don't hold for ``vae``.
 
     Raises:
         ModelError: one that is missing or damaged.
     """
+    if is_single_file(vae or name_or_path):
+        return _from_file(vae or name_or_path, name_or_path, dtype).requires_grad_(False).eval()
     subfolder: str | None = "vae"
     if vae is not None:
         name_or_path, revision, variant = vae, None, None
@@ -38,9 +48,39 @@ def load_vae(
         revision=revision,
         variant=variant,
         use_safetensors=True,
-        **in_precision(torch.float32),
+        **in_precision(dtype),
     )
     return loaded.requires_grad_(False).eval()
+
+
+def _from_file(path: str | Path, base: str | Path, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a whole model's file, or a file of a VAE alone, in the original release's layout or in diffusers'.
+
+    Raises:
+        ModelError: no VAE in it, an incomplete or damaged one, or one of another architecture than the base's.
+    """
+    source = f"the VAE of {str(path)!r}"
+    try:
+        weights = tensors(path, VAE) or tensors(path, "")
+        if not any(name.removeprefix(VAE).startswith("decoder.") for name in weights):
+            raise ModelError(f"{source} can't be loaded: it holds none; give one with --pretrained_vae_model_name_or_path")
+        config, _ = source_of(base, "vae")
+        loaded = AutoencoderKL.from_single_file(
+            weights,  # pyright: ignore[reportArgumentType]  # diffusers documents a dictionary, and declares a string
+            config=config,
+            subfolder="vae",
+            local_files_only=Path(config).is_dir(),
+            **in_precision(dtype),
+        )
+    except ModelError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
+    check_complete(loaded, source)
+    wanted = len(loaded.state_dict())
+    if len(weights) < wanted:
+        raise ModelError(f"{source} can't be used: it holds {len(weights)} weights instead of {wanted}")
+    return loaded
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import Encoders, load_encoders, load_unet
+from sdxl_ambient.models.prediction import check_prediction
 from sdxl_ambient.models.vae import check_resolution
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.preview.figures import decibel, latent_moments, linear_error, linear_reconstruction, nearest
@@ -225,8 +226,8 @@ def make_preview(settings: PreviewSettings, log: Log = print) -> dict[str, Any]:
     refuse_other(stored, record)
     base, place, dtype = settings.pretrained_model_name_or_path, Placement(device), DTYPES[settings.dtype]
     revision, variant = settings.revision, settings.variant
-    zeros = check_sdxl(base, revision, log).get("force_zeros_for_empty_prompt", True)
-    schedule = load_schedule(base, revision)
+    zeros = check_sdxl(base, revision, log, settings.prediction_type).get("force_zeros_for_empty_prompt", True)
+    schedule = load_schedule(base, revision, settings.prediction_type)
     if max(settings.t_n) >= schedule.num_timesteps:
         raise ModelError(f"--t_n: {max(settings.t_n)} is beyond this model's last level, {schedule.num_timesteps - 1}")
     vae_path = settings.pretrained_vae_model_name_or_path
@@ -241,6 +242,7 @@ def make_preview(settings: PreviewSettings, log: Log = print) -> dict[str, Any]:
     vae = encoders.vae
     del encoders  # the text encoders are out of memory from here on
     unet = load_unet(base, dtype=dtype, revision=revision, variant=variant).eval().requires_grad_(False)
+    check_prediction(place.use(unet), schedule, repr(base), settings.prediction_type)
     record["unet"] = hash_tensors(unet.state_dict())[:16]
     refuse_other(stored, record)
     preview = Preview(settings, record, schedule, x_0, shown)

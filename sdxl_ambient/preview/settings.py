@@ -16,6 +16,7 @@ class PreviewSettings:
     pretrained_vae_model_name_or_path: str | None
     revision: str | None
     variant: str | None
+    prediction_type: str | None
     train_data_dir: str
     caption_column: str
     caption_encoding: str | None

@@ -17,6 +17,7 @@ from sdxl_ambient.images.sources import Log
 from sdxl_ambient.models.base import check_sdxl
 from sdxl_ambient.models.denoiser import Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
+from sdxl_ambient.models.prediction import check_prediction
 from sdxl_ambient.models.vae import check_resolution, load_vae
 from sdxl_ambient.noise import NoiseSchedule, levels
 from sdxl_ambient.privacy import accounting
@@ -189,10 +190,12 @@ def measure(settings: PrivacySettings, schedule: NoiseSchedule, log: Log) -> tup
     check_resolution(settings.resolution, vae)
     attacked = collect(settings, place.use(vae), log)
     if encoders is not None:
-        zeros = check_sdxl(base, revision).get("force_zeros_for_empty_prompt", True)
+        index = check_sdxl(base, revision, prediction_type=settings.prediction_type)
+        zeros = index.get("force_zeros_for_empty_prompt", True)
         add_conditioning(attacked.shown, encoders, settings.caption, zeros, place)
         encoders = None  # the text encoders are out of memory from here on
         unet = load_unet(base, dtype=dtype, revision=revision, variant=variant).eval().requires_grad_(False)
+        check_prediction(place.use(unet), schedule, repr(base), settings.prediction_type)
     rates = identify(settings, schedule, attacked)
     made = reconstruct(settings, schedule, attacked, None if unet is None else place.use(unet))
     fixed, ways = score(made, attacked, place.use(vae))

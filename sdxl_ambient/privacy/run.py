@@ -7,7 +7,7 @@ from typing import Any
 
 from sdxl_ambient.errors import ModelError
 from sdxl_ambient.images.sources import Log
-from sdxl_ambient.models.base import load_schedule
+from sdxl_ambient.models.base import check_sdxl, load_schedule
 from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.privacy import accounting
 from sdxl_ambient.privacy.attacks import coefficients, measure
@@ -77,7 +77,9 @@ def assess(settings: PrivacySettings, log: Log = print) -> dict[str, Any]:
     Raises:
         ImagesMissing, ImageError, ModelError, ProbeError, PrivacyError: with one line that says what is wrong.
     """
-    schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
+    base, predicts = settings.pretrained_model_name_or_path, settings.prediction_type
+    check_sdxl(base, settings.revision, log, predicts)
+    schedule = load_schedule(base, settings.revision, predicts)
     if max(settings.t_n) >= schedule.num_timesteps:
         raise ModelError(f"--t_n: {max(settings.t_n)} is beyond this model's last level, {schedule.num_timesteps - 1}")
     if coefficients(schedule, min(settings.t_n))[1] == 0:

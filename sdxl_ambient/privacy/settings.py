@@ -16,6 +16,7 @@ class PrivacySettings:
     pretrained_vae_model_name_or_path: str | None
     revision: str | None
     variant: str | None
+    prediction_type: str | None
     train_data_dir: str | None  # without it, closed forms alone
     reference_data_dir: str | None  # goes with it
     caption_column: str

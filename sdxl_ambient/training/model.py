@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -12,13 +13,17 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from sdxl_ambient.formats.attach import start_from
 from sdxl_ambient.formats.peft import save_lora, save_unet
+from sdxl_ambient.models.base import with_prediction
 from sdxl_ambient.models.conditioning import encode_tokens
 from sdxl_ambient.models.denoiser import Conditioning, Denoiser
 from sdxl_ambient.models.load import load_encoders, load_unet
 from sdxl_ambient.models.lora import add_lora, add_text_lora, trainable_to_float32
 from sdxl_ambient.models.parts import load_config
+from sdxl_ambient.models.prediction import check_prediction
+from sdxl_ambient.noise import NoiseSchedule
 from sdxl_ambient.provenance import write_json
 from sdxl_ambient.store.batches import Batch
+from sdxl_ambient.training.distributed import is_sharded
 from sdxl_ambient.training.record import lora_record
 from sdxl_ambient.training.weights import BaseModel, WeightSettings
 
@@ -92,8 +97,15 @@ class TrainableModel:
         return save_lora(self.unet, folder, info, self.text_encoders or None, state=state)
 
 
-def load_trainable(base: BaseModel, weights: WeightSettings, accelerator: Accelerator, zero_empty: bool) -> TrainableModel:
-    """Load the UNet, and the text encoders where they are trained, and make them trainable."""
+def load_trainable(
+    base: BaseModel, weights: WeightSettings, accelerator: Accelerator, schedule: NoiseSchedule, zero_empty: bool
+) -> TrainableModel:
+    """Load the UNet, and the text encoders where they are trained, and make them trainable.
+
+    Raises:
+        ModelError, InterchangeError: a part that can't be used, or a UNet that predicts another thing than ``schedule``
+            says.
+    """
     name, revision, variant = base.pretrained_model_name_or_path, base.revision, base.variant
     lora = weights.finetune == "lora"
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -102,8 +114,14 @@ def load_trainable(base: BaseModel, weights: WeightSettings, accelerator: Accele
     unet = load_unet(
         name, dtype=dtype, revision=revision, variant=variant, quantize=weights.quantize_base, device=accelerator.device
     )
+    # Where training runs, since half precision is slow on a CPU; it goes there anyway, but for the share of a spread one.
+    network = cast(torch.nn.Module, unet)  # diffusers wraps Module.to in a way that hides its arguments
+    check_prediction(network.to(accelerator.device), schedule, repr(name), base.prediction_type)
+    if is_sharded(accelerator):
+        network.to("cpu")
     record = {"finetune": weights.finetune, **lora_record(weights)}
-    scheduler = load_config(DDPMScheduler, name, subfolder="scheduler", revision=revision)
+    own = load_config(DDPMScheduler, name, subfolder="scheduler", revision=revision)
+    scheduler = with_prediction(own, base.prediction_type)
     trainable = TrainableModel(unet, dtype, record, zero_empty=zero_empty, scheduler=scheduler)
     if weights.train_text_encoder:
         encoders = load_encoders(name, text_dtype=dtype, revision=revision, variant=variant)

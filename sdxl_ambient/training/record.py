@@ -141,7 +141,7 @@ def training_info(settings: InfoSettings, store: LatentStore, schedule: NoiseSch
         "low_noise": settings.low_noise,
         "loss_space": settings.loss_space,
         "finetune": settings.finetune,
-        "base_model": Path(base).name if Path(base).is_dir() else base,
+        "base_model": Path(base).name if Path(base).exists() else base,
         "data": store.hash,
         **({"observed_t_n": observed_t_n(store), "restored": store.public_lineage} if store.public_lineage else {}),
         **({"started_from": _record_of(settings.lora)} if settings.lora is not None else {}),

@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from sdxl_ambient.models.load import load_unet
+from sdxl_ambient.models.load import assemble_pipeline, load_unet
 from sdxl_ambient.models.lora import changes_base
-from sdxl_ambient.models.parts import in_precision, load_part
 from sdxl_ambient.models.vae import decode_latents, load_vae
 from sdxl_ambient.pipeline import sample
 from sdxl_ambient.provenance import atomic
@@ -61,9 +60,9 @@ class ValidationSampler:
         parts: dict[str, torch.nn.Module] = dict(zip(names, trainable.modules, strict=False))
         if base.pretrained_vae_model_name_or_path is not None:
             parts["vae"] = load_vae(base.pretrained_model_name_or_path, base.pretrained_vae_model_name_or_path)
-        pipe = load_part(
-            StableDiffusionXLPipeline, base.pretrained_model_name_or_path, "pipeline", use_safetensors=True,
-            add_watermarker=False, revision=base.revision, variant=base.variant, **in_precision(self.dtype), **parts,
+        pipe: Any = assemble_pipeline(
+            base.pretrained_model_name_or_path, parts, dtype=self.dtype, revision=base.revision, variant=base.variant,
+            prediction_type=base.prediction_type,
         )  # fmt: skip
         # SDXL's own VAE overflows in float16.
         pipe.vae.to(torch.float32 if self.dtype == torch.float16 else self.dtype)

@@ -71,9 +71,10 @@ def open_data(options: TrainOptions, accelerator: Accelerator, interruption: Int
         ModelError, ImagesMissing, StoreError, NoiseKeyError: with one line that says what is wrong.
         Interrupted: told to stop while images are encoded.
     """
-    base = options.pretrained_model_name_or_path
-    zero_empty = check_sdxl(base, options.revision, accelerator.print).get("force_zeros_for_empty_prompt", True)
-    schedule = load_schedule(base, options.revision)
+    base, predicts = options.pretrained_model_name_or_path, options.prediction_type
+    index = check_sdxl(base, options.revision, accelerator.print, predicts)
+    zero_empty = index.get("force_zeros_for_empty_prompt", True)
+    schedule = load_schedule(base, options.revision, predicts)
     presentation = Presentation(options.seed, options.random_flip, options.proportion_empty_prompts, zero_empty)
     store, heldout = open_stores(stores_settings(options), accelerator, schedule, presentation, interruption.check)
     for line in check_stores(store, heldout, schedule, options.low_noise):
@@ -88,7 +89,7 @@ def build_model(options: TrainOptions, accelerator: Accelerator, data: Data) -> 
         ModelError, InterchangeError: with one line that says what of the base model or of ``--lora`` is wrong.
     """
     base, weights = settings_of(BaseModel, options), settings_of(WeightSettings, options)
-    return load_trainable(base, weights, accelerator, data.presentation.zero_empty)
+    return load_trainable(base, weights, accelerator, data.schedule, data.presentation.zero_empty)
 
 
 def build_optimizer(options: TrainOptions, accelerator: Accelerator, model: TrainableModel) -> torch.optim.Optimizer:

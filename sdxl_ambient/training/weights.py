@@ -14,6 +14,7 @@ class BaseModel:
     pretrained_vae_model_name_or_path: str | None = None
     revision: str | None = None
     variant: str | None = None
+    prediction_type: str | None = None
 
 
 class LoraArguments(TypedDict):
