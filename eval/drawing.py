@@ -327,15 +327,16 @@ def average_images(source: Path, folder: str | Path, draws: list[ImageRequest], 
 
 
 def _claim(folder: Path, settings: dict, about: dict) -> None:
-    """Make the folder ours, or make sure that it already is."""
-    path = folder / MANIFEST
-    if path.is_file():
+    """Make the folder ours, or make sure that it already is. One that was refused before its first image is free."""
+    path, changed = folder / MANIFEST, []
+    there = path.is_file()
+    if there:
         advice = "give another --output_dir, or delete that folder"
         changed = differences(read_object(path, ["settings"], advice)["settings"], settings)
-        if changed:
+        if changed and any((folder / "images").glob("*")):
             raise StageError(f"{folder} holds images of other settings ({'; '.join(changed)}); {advice}")
-    elif is_main():
-        if not is_empty(folder):
+    if is_main() and (changed or not there):
+        if not there and not is_empty(folder):
             raise StageError(f"{folder} is not empty and has no {MANIFEST}; give another --output_dir")
         write_sealed(path, {"settings": settings, "about": about, "environment": environment()})
         (folder / "images").mkdir(exist_ok=True)

@@ -16,15 +16,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.models import quantization
 from sdxl_ambient.models.base import load_schedule
+from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.models.libraries import LOADING_ERRORS, in_precision
 from sdxl_ambient.models.parts import load_config, load_part
-from sdxl_ambient.models.single_file import TEXT_ENCODERS, check_complete, clip_from_file, is_single_file, source_of
+from sdxl_ambient.models.single_file import TEXT_ENCODERS, clip_from_file, is_single_file, network_of
 from sdxl_ambient.models.vae import load_vae
 
 # Where the original layout's and diffusers' UNet files keep the UNet's weights.
@@ -118,49 +120,17 @@ def _unet_of_file(
         weights, predicts_v = _unet_weights(Path(path))
     except LOADING_ERRORS as error:
         raise ModelError(f"the UNet {str(path)!r} can't be loaded: {one_line(error)}") from None
-    _check_names(weights, str(path), base, revision)
+    source = f"the UNet {str(path)!r}"
+    original = any(name.startswith(_ORIGINAL_PREFIX) for name in weights)
     try:
-        unet = UNet2DConditionModel.from_single_file(
-            weights,  # pyright: ignore[reportArgumentType]  # diffusers documents a dictionary, and declares a string
-            config=source_of(base, "unet")[0],
-            subfolder="unet",
-            config_revision=revision,
-            **in_precision(dtype),
-        )
+        config = load_config(UNet2DConditionModel, base, subfolder="unet", revision=revision)
+        unet = network_of(UNet2DConditionModel, weights, config, convert_ldm_unet_checkpoint if original else None, dtype)
+    except ModelError:
+        raise
     except LOADING_ERRORS as error:
-        raise ModelError(f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: {one_line(error)}") from None
-    state = unet.state_dict()
-    # diffusers leaves out what it doesn't know, and leaves empty what isn't there.
-    missing = sorted(name for name, tensor in state.items() if tensor.is_meta)
-    if missing or len(weights) != len(state):
-        counts = f"it holds {len(weights)} weights instead of {len(state)}"
-        named = f", {missing[0]} is missing" if missing else ""
-        raise ModelError(f"the UNet {str(path)!r} {_ANOTHER} {str(base)!r}: {counts}{named}")
-    check_complete(unet, f"the UNet {str(path)!r}")
+        raise ModelError(f"{source} {_ANOTHER} {str(base)!r}: {one_line(error)}") from None
+    check_finite(unet.state_dict(), source)
     return unet, predicts_v
-
-
-def _check_names(weights: dict[str, torch.Tensor], path: str, base: str | Path, revision: str | None) -> None:
-    """A file in diffusers' layout holds just the weights of the base's UNet; diffusers takes any other for another layout.
-
-    Raises:
-        ModelError: it doesn't.
-    """
-    if any(name.startswith(_ORIGINAL_PREFIX) for name in weights):
-        return
-    try:
-        with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(
-                load_config(UNet2DConditionModel, base, subfolder="unet", revision=revision)
-            )
-    except LOADING_ERRORS as error:
-        raise ModelError(f"the UNet of {str(base)!r} can't be read: {one_line(error)}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    have = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if other := sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name)):
-        name = other[0]
-        problem = "missing" if name not in have else "unknown" if name not in wanted else "of another shape"
-        raise ModelError(f"the UNet {path!r} {_ANOTHER} {str(base)!r}: {len(other)} weights differ, {name} is {problem}")
 
 
 def _unet_weights(path: Path) -> tuple[dict[str, torch.Tensor], bool]:

@@ -71,7 +71,7 @@ def check_prediction(unet: Any, schedule: NoiseSchedule, source: str, option: st
     """
     errors = reading_errors(unet, schedule)
     declared, best = schedule.prediction_type, min(errors, key=errors.__getitem__)
-    if not errors[best] < UNDERSTOOD or not errors[declared] >= MARGIN * errors[best]:
+    if best == declared or not errors[best] < UNDERSTOOD or errors[declared] < MARGIN * errors[best]:
         return
     says = f"--prediction_type says {option}" if option else f"its scheduler says {declared}"
     remedy = "flow matching can't be trained or drawn here" if best == FLOW else f"give --prediction_type {best}"

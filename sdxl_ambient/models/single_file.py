@@ -7,7 +7,7 @@ this package, and so do both tokenizers; nothing is fetched. What it predicts, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,43 @@ def clip_from_file(kind: type, path: str | Path, part: str, what: str, dtype: to
         raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
     check_complete(network, source)
     return network
+
+
+def network_of(
+    kind: Any,
+    weights: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    convert: Callable[..., dict[str, torch.Tensor]] | None,
+    dtype: torch.dtype,
+) -> Any:
+    """A network of diffusers with just these weights, for evaluation.
+
+    Its own ``from_single_file`` drops what it doesn't know, and ends in the middle of its work where a weight is missing.
+
+    Args:
+        config: its configuration. convert: from the original release's names; None for weights under diffusers' own.
+
+    Raises:
+        ValueError, or another of ``LOADING_ERRORS``: too few weights, too many, or of other shapes; the first is named.
+    """
+    with torch.device("meta"):
+        network = kind.from_config(dict(config))
+    named = dict(weights)
+    if convert is not None:
+        try:
+            named = convert(dict(weights), config=dict(config))
+        except KeyError as error:
+            raise ValueError(f"it holds {len(weights)} weights, and {error.args[0]} is missing") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    have = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    if other := sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name)):
+        name = other[0]
+        problem = "missing" if name not in have else "unknown" if name not in wanted else "of another shape"
+        raise ValueError(f"{len(other)} weights differ, {name} is {problem}")
+    if len(weights) != len(wanted):
+        raise ValueError(f"it holds {len(weights)} weights instead of {len(wanted)}")
+    network.load_state_dict({name: tensor.to(dtype) for name, tensor in named.items()}, assign=True)
+    return network.eval()
 
 
 def check_complete(network: torch.nn.Module, source: str) -> None:

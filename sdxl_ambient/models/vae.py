@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.finite import check_finite
 from sdxl_ambient.models.libraries import LOADING_ERRORS, in_precision
-from sdxl_ambient.models.parts import load_part
-from sdxl_ambient.models.single_file import VAE, check_complete, is_single_file, source_of, tensors
+from sdxl_ambient.models.parts import load_config, load_part
+from sdxl_ambient.models.single_file import VAE, is_single_file, network_of, tensors
+
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # of a VAE
 
 
 def load_vae(
@@ -35,7 +39,7 @@ def load_vae(
         ModelError: one that is missing or damaged.
     """
     if is_single_file(vae or name_or_path):
-        return _from_file(vae or name_or_path, name_or_path, dtype).requires_grad_(False).eval()
+        return _from_file(vae or name_or_path, name_or_path, dtype, revision).requires_grad_(False).eval()
     subfolder: str | None = "vae"
     if vae is not None:
         name_or_path, revision, variant = vae, None, None
@@ -53,7 +57,7 @@ def load_vae(
     return loaded.requires_grad_(False).eval()
 
 
-def _from_file(path: str | Path, base: str | Path, dtype: torch.dtype) -> AutoencoderKL:
+def _from_file(path: str | Path, base: str | Path, dtype: torch.dtype, revision: str | None) -> AutoencoderKL:
     """The VAE of a whole model's file, or a file of a VAE alone, in the original release's layout or in diffusers'.
 
     Raises:
@@ -61,25 +65,20 @@ def _from_file(path: str | Path, base: str | Path, dtype: torch.dtype) -> Autoen
     """
     source = f"the VAE of {str(path)!r}"
     try:
-        weights = tensors(path, VAE) or tensors(path, "")
-        if not any(name.removeprefix(VAE).startswith("decoder.") for name in weights):
+        weights = {name.removeprefix(VAE): tensor for name, tensor in (tensors(path, VAE) or tensors(path, "")).items()}
+        # Of a VAE's own training there may be more in its file: averages, a discriminator.
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith(_PARTS)}
+        if not any(name.startswith("decoder.") for name in weights):
             raise ModelError(f"{source} can't be loaded: it holds none; give one with --pretrained_vae_model_name_or_path")
-        config, _ = source_of(base, "vae")
-        loaded = AutoencoderKL.from_single_file(
-            weights,  # pyright: ignore[reportArgumentType]  # diffusers documents a dictionary, and declares a string
-            config=config,
-            subfolder="vae",
-            local_files_only=Path(config).is_dir(),
-            **in_precision(dtype),
-        )
+        config = load_config(AutoencoderKL, base, subfolder="vae", revision=revision)
+        original = any(".mid.block_1." in name for name in weights)
+        loaded = network_of(AutoencoderKL, weights, config, convert_ldm_vae_checkpoint if original else None, dtype)
     except ModelError:
         raise
     except LOADING_ERRORS as error:
-        raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
-    check_complete(loaded, source)
-    wanted = len(loaded.state_dict())
-    if len(weights) < wanted:
-        raise ModelError(f"{source} can't be used: it holds {len(weights)} weights instead of {wanted}")
+        another = f"is incomplete, or of another architecture than that of {str(base)!r}"
+        raise ModelError(f"{source} {another}: {one_line(error)}") from None
+    check_finite(loaded.state_dict(), source)
     return loaded
 
 

@@ -42,6 +42,7 @@ class RunRecordSettings:
     optimizer: str
     optimizer_args: list[str]
     seed: int
+    prediction_type: str | None  # where it isn't the scheduler's
     gradient_accumulation_steps: int
     low_noise: str
     consistency_teacher: str
@@ -118,6 +119,7 @@ def run_record(settings: RunRecordSettings, store: LatentStore, samples_per_step
         **weights,
         "store": store.hash,
         **({"restored": store.public_lineage} if store.public_lineage else {}),
+        **({"prediction_type": settings.prediction_type} if settings.prediction_type else {}),
         "seed": settings.seed,
         "samples_per_step": samples_per_step,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,

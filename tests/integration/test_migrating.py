@@ -65,7 +65,7 @@ def test_the_flags_that_we_share_with_diffusers_are_marked_same():
         resolution center_crop random_flip output_dir seed rank lora_dropout use_dora train_text_encoder
         text_encoder_lr train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps
         gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power
-        optimizer use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm snr_gamma
+        prediction_type optimizer use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm snr_gamma
         use_ema mixed_precision allow_tf32 enable_xformers_memory_efficient_attention dataloader_num_workers
         checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompt
         num_validation_images logging_dir report_to push_to_hub hub_model_id

@@ -8,7 +8,8 @@ from support.source import SCRIPT, functions, imported, modules
 
 OPTION_MODULES = re.compile(r"(^|\.)((\w+_)?options|config\.\w+)\.\w+$")
 MOST_LINES, MOST_PARAMETERS = 60, 8
-MANY_PARAMETERS = {"sdxl_ambient.pipeline.sample"}  # the public call: every setting of sampling by its name
+# The public calls: every setting of a pipeline, and of sampling, by its name.
+MANY_PARAMETERS = {"sdxl_ambient.pipeline.load_pipeline", "sdxl_ambient.pipeline.sample"}
 RUNS_THE_SCRIPT = {"benchmarks.script"}  # trains in its own process, for the study and the tests
 # Imported where they are used: packages that need not be installed, and those that take long to import.
 OPTIONAL = {"atheris", "bitsandbytes", "faiss", "opacus", "pillow_heif", "prodigyopt", "schedulefree", "wandb"}
@@ -19,6 +20,7 @@ LATE = {
     "benchmarks.study.run.prepare",
     "benchmarks.study.run.work",
     "benchmarks.train_miniature.draw_grid",
+    "eval.checkpoints.resolve_base",
     "eval.options._warn",
 }
 

@@ -178,13 +178,6 @@ def test_a_full_runs_output_says_how_to_make_a_base_of_it(miniature, tmp_path):
         check_sdxl(str(run))
 
 
-def test_a_single_file_says_how_to_make_a_folder_of_it(miniature):
-    file = miniature / "unet/diffusion_pytorch_model.safetensors"
-    with pytest.raises(ModelError, match=r"It is a file: make a folder of it .*from_single_file") as error:
-        check_sdxl(str(file))
-    assert "\n" not in str(error.value)
-
-
 @pytest.fixture
 def half(base):
     """A folder that holds fp16 weights alone, under diffusers' names of a variant."""

@@ -12,6 +12,7 @@ from sdxl_ambient.config.settings import settings_of
 from sdxl_ambient.config.training import TrainOptions
 from sdxl_ambient.errors import OptionError
 from sdxl_ambient.images.geometry import Geometry
+from sdxl_ambient.models.base import load_schedule
 from sdxl_ambient.store.build import build_store
 from sdxl_ambient.store.reader import LatentStore
 from sdxl_ambient.store.settings import StoreSettings
@@ -51,7 +52,8 @@ def told(output, **changes):
 @pytest.fixture(scope="module")
 def trainable(accelerator, tmp_path_factory):
     options = told(tmp_path_factory.mktemp("trainee"))
-    return load_trainable(settings_of(BaseModel, options), settings_of(WeightSettings, options), accelerator, True)
+    base, weights = settings_of(BaseModel, options), settings_of(WeightSettings, options)
+    return load_trainable(base, weights, accelerator, load_schedule(options.pretrained_model_name_or_path), True)
 
 
 @pytest.fixture(scope="module")
