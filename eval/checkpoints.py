@@ -12,6 +12,7 @@ from safetensors import safe_open
 from sdxl_ambient.errors import CheckpointError, InterchangeError, OptionError, StageError, one_line
 from sdxl_ambient.formats.files import check_files
 from sdxl_ambient.formats.find import lora_file, unet_files
+from sdxl_ambient.formats.merged import is_merged_only
 from sdxl_ambient.formats.record import (
     DAMAGED_FILE,
     LORA_FILE,
@@ -84,7 +85,8 @@ def _problem(kind: str, path: Path) -> str | None:
 def _file_problem(kind: str, file: Path) -> str | None:
     try:
         with safe_open(str(file), "pt") as opened:
-            is_lora = any("lora" in name.lower() for name in opened.keys())
+            names = list(opened.keys())
+            is_lora = any("lora" in name.lower() for name in names) or is_merged_only(names)
         if kind == "lora" and is_lora:
             lora_metadata(file)
         if is_lora == (kind == "lora"):

@@ -21,6 +21,7 @@ from eval.samplers import Sampler
 from eval.stored import read_object
 from sdxl_ambient.devices import DTYPES, resolve_device
 from sdxl_ambient.errors import JsonError, StageError, TextError
+from sdxl_ambient.formats.load_lora import set_strength
 from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import list_images
 from sdxl_ambient.locks import is_empty
@@ -211,7 +212,7 @@ def open_checkpoint(settings: GenerationSettings, checkpoint: Checkpoint) -> Cal
 
     def draw(prompts: list[str], generators: list[torch.Generator], sampler: Sampler) -> list[Image.Image]:
         if checkpoint.lora:
-            pipe().set_adapters(["adapter"], [1.0 if sampler.lora_scale is None else sampler.lora_scale])
+            set_strength(pipe(), 1.0 if sampler.lora_scale is None else sampler.lora_scale)
         images = sample(
             pipe(),
             prompts,

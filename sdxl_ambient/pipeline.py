@@ -230,7 +230,8 @@ def _hybrid(pipe: Any, arguments: dict[str, Any], grid: list[int], t_n: int, bas
     _check_level(t_n, grid, pipe.scheduler.config.num_train_timesteps)
     replaced = pipe.unet if base_unet is not None else None
     adapted = [m for m in _models(pipe) if getattr(m, "peft_config", None) and m is not replaced]
-    if base_unet is None and not adapted:
+    merged = getattr(pipe, "merged_change", None)
+    if base_unet is None and not adapted and merged is None:
         raise ValueError("sampler 'hybrid' needs a LoRA to switch off, or the base model's UNet to hand over to")
     # t_n itself becomes a step, so that the fine-tuned weights act on (t_n, T) and nowhere else.
     timesteps = sorted({*grid, t_n}, reverse=True)
@@ -244,8 +245,10 @@ def _hybrid(pipe: Any, arguments: dict[str, Any], grid: list[int], t_n: int, bas
             pipe.unet = base_unet
         for model in adapted:
             model.disable_adapters()
+        if merged is not None:
+            merged.remove()
         # Below t_n the prompt, too, is the base model's.
-        reads = any(model is not pipe.unet for model in adapted)
+        reads = any(model is not pipe.unet for model in adapted) or (merged is not None and merged.parts != {"unet"})
         return {**tensors, **_encoded(pipe, arguments)} if reads else tensors
 
     try:
@@ -254,6 +257,8 @@ def _hybrid(pipe: Any, arguments: dict[str, Any], grid: list[int], t_n: int, bas
         pipe.unet = tuned
         for model in adapted:
             model.enable_adapters()
+        if merged is not None:
+            merged.apply(merged.scale)
 
 
 def _models(pipe: Any) -> list[Any]:

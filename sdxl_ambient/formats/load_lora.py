@@ -12,6 +12,8 @@ from peft.utils import get_peft_model_state_dict
 
 from sdxl_ambient.errors import ModelError, one_line
 from sdxl_ambient.formats.adapter import Adapter
+from sdxl_ambient.formats.find import lora_file
+from sdxl_ambient.formats.merged import MergedChange, needs_merging
 from sdxl_ambient.formats.peft import in_file, lora_config
 from sdxl_ambient.formats.read import read_adapter
 from sdxl_ambient.models.finite import check_finite
@@ -28,6 +30,9 @@ def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 
     What then draws is a weaker LoRA or the base model, in which nothing is found copied. So every weight is looked for in
     the pipeline afterwards, too.
 
+    What is no LoRA but of LyCORIS's other kinds is merged into the weights: see :mod:`sdxl_ambient.formats.merged`. It is
+    then the pipeline's ``merged_change``.
+
     Args:
         lora: a .safetensors file in peft's, diffusers' or kohya's format, or a directory with one; see
             :func:`sdxl_ambient.formats.read.read_adapter`.
@@ -37,6 +42,11 @@ def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 
         ModelError: no such file, a damaged one, or one that isn't loaded whole.
     """
     try:
+        file = lora_file(lora)
+        if needs_merging(file):
+            pipe.merged_change = MergedChange(pipe, file)
+            pipe.merged_change.apply(scale)
+            return
         adapter = read_adapter(lora, dict(pipe.unet.config))
         for part in adapter.parts:
             _load_part(getattr(pipe, part), part, adapter)
@@ -45,6 +55,14 @@ def load_lora(pipe: StableDiffusionXLPipeline, lora: str | Path, scale: float = 
     _check_whole(pipe, adapter, lora)
     _check_strength(pipe, adapter, lora)
     if scale != 1.0:
+        set_strength(pipe, scale)
+
+
+def set_strength(pipe: Any, scale: float) -> None:
+    """Multiply the effect of what :func:`load_lora` loaded by ``scale``, in place of what it was multiplied by."""
+    if (merged := getattr(pipe, "merged_change", None)) is not None:
+        merged.apply(scale)
+    else:
         pipe.set_adapters([ADAPTER], [scale])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -296,7 +296,8 @@ def from_kohya(file: str | Path, config: Mapping | None = None) -> Adapter:
     return read_adapter(path, config)
 
 
-def _names(path: Path) -> Iterable[str]:
+def _names(path: Path) -> list[str]:
+    """The names of the tensors in a .safetensors file. Raises InterchangeError for one that can't be read."""
     try:
         with safe_open(str(path), "pt") as file:
             return list(file.keys())
