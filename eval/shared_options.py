@@ -40,6 +40,7 @@ class GenerationOptions(DeviceOptions, SeedOptions, ModelOptions):
         if self.resolution is not None and self.resolution % 8:
             raise OptionError(f"--resolution: {self.resolution} is not a multiple of 8")
         check_model_path("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        self.check_single_file()
         self.validate_device()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -89,9 +90,29 @@ class TrainingError(UserError, RuntimeError):
     """Training that can't go on, since gradients aren't finite in step after step. Checkpoints stay."""
 
 
+# Of Python's and the libraries' own workings, of which a user can make nothing.
+_INTERNAL = (AssertionError, AttributeError, IndexError, NameError, OverflowError, RecursionError, ZeroDivisionError)
+_INTERNAL_WORDS = re.compile(
+    "infer state dict type|meta tensor|size of tensor|invalid for input of size|unsupported operand|has no attribute"
+    "|not subscriptable|out of range|object is not|object cannot be|must be a mapping|too many values|values to unpack"
+    "|must match the size|shapes cannot be multiplied|can't convert|not supported between|NoneType|size mismatch for"
+)
+_CONTENT = "its content is not what it should be"
+
+
 def one_line(error: BaseException, most: int | None = 300) -> str:
-    """An error's message on one line of at most ``most`` characters, or its class's name where it has none."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """An error's message on one line of at most ``most`` characters, or its class's name where it has none.
+
+    What a library says of its own workings (``list index out of range``) is put in words; the name of a key that is missing
+    is kept.
+    """
+    words = " ".join(str(error).split())[:most] or type(error).__name__
+    if isinstance(error, UserError):
+        return words
+    if type(error) is KeyError:
+        return f"{words} is missing"
+    internal = type(error) in _INTERNAL or not isinstance(error, OSError) and _INTERNAL_WORDS.search(words)
+    return _CONTENT if internal else words
 
 
 def print_error(prog: str, error: BaseException) -> None:

@@ -41,7 +41,15 @@ class ModelOptions:
 
     def validate(self) -> None:
         if not self.pretrained_model_name_or_path:
-            raise OptionError("--pretrained_model_name_or_path: a value is required, a directory or a Hub name")
+            raise OptionError("--pretrained_model_name_or_path: a value is required, a directory, a file or a Hub name")
+        self.check_single_file()
+
+    def check_single_file(self) -> None:
+        """A single file has no variants and no history; an OptionError where one is asked for."""
+        base = self.pretrained_model_name_or_path
+        for name in ("revision", "variant"):
+            if base and getattr(self, name) is not None and Path(base).is_file():
+                raise OptionError(f"--{name}: {getattr(self, name)!r} can not be had of the single file {base!r}")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sdxl_ambient.errors import InterchangeError
 from sdxl_ambient.formats.adapter import Adapter
 from sdxl_ambient.formats.files import new_folder, write_tensors
 from sdxl_ambient.formats.kohya import in_dtype, to_kohya
@@ -25,6 +26,7 @@ def export_lora(
     config: Mapping | None = None,
     dtype: torch.dtype | None = None,
     title: str | None = None,
+    allow_dora: bool = False,
 ) -> str:
     """Convert a LoRA. Returns the lines that say what was written.
 
@@ -36,16 +38,36 @@ def export_lora(
         config: the configuration of the UNet that it is for; by default SDXL's own.
         dtype: of the weights; by default as they are.
         title: what programs show as its name; by default one of what training recorded, else the output's.
+        allow_dora: in kohya's format, write DoRA's magnitudes, which nearly every program reads otherwise.
 
     Raises:
         InterchangeError: one that can't be converted whole.
         OSError: an output that can't be written; nothing is left of it then.
     """
     adapter = read_adapter(lora, config)
+    if format == "kohya" and adapter.uses_dora and not allow_dora:
+        raise InterchangeError(
+            f"{lora} is a DoRA, which this format's readers draw wrongly: {READERS_OF_DORA}. Give --bake for a plain LoRA, "
+            "--format peft for diffusers, or --allow_dora"
+        )
+    return write_adapter(adapter, output, format=format, layout=layout, config=config, dtype=dtype, title=title)
+
+
+def write_adapter(
+    adapter: Adapter,
+    output: Path,
+    *,
+    format: str,
+    layout: str = "sgm",
+    config: Mapping | None = None,
+    dtype: torch.dtype | None = None,
+    title: str | None = None,
+) -> str:
+    """Write an adapter as :func:`export_lora` does, with the same arguments."""
     if format == "kohya":
         title = title or (None if adapter.info else output.stem)
         write_tensors(output, *to_kohya(adapter, layout, config=config, dtype=dtype, title=title))
-        return "\n".join([summary(output, output, adapter), *notes(adapter)])
+        return "\n".join([summary(output, output, adapter), *notes(adapter, layout)])
     state, metadata = peft_file(adapter, title or (None if adapter.info else output.name))
     with new_folder(output) as folder:
         write_tensors(folder / LORA_FILE, {n: in_dtype(n, t, dtype) for n, t in state.items()}, metadata)
@@ -54,14 +76,22 @@ def export_lora(
     return summary(output, output / LORA_FILE, adapter)
 
 
-def notes(adapter: Adapter) -> list[str]:
+READERS_OF_DORA = (
+    "A1111 and InvokeAI divide by the lengths of inputs instead of outputs, ComfyUI divides by those of the base weights, "
+    "and diffusers and kohya's scripts leave the magnitudes out; LyCORIS alone reads them as they were trained"
+)
+# Whose name A1111 translates to a place that SDXL doesn't have.
+_LOST_BY_A1111 = "up_blocks.0.upsamplers.0.conv"
+
+
+def notes(adapter: Adapter, layout: str = "sgm") -> list[str]:
     """Where other programs read a file in kohya's format otherwise than it is meant."""
     lines = []
     if adapter.uses_dora:
-        lines.append(
-            "note: diffusers leaves DoRA's magnitudes out of this format, and ComfyUI divides by the base weights' lengths "
-            "instead of the changed ones'; diffusers reads --format peft as it was trained"
-        )
+        lines.append(f"note: of DoRA in this format, {READERS_OF_DORA}; diffusers reads --format peft as it was trained")
+    if layout == "diffusers" and _LOST_BY_A1111 in adapter.parts.get("unet", {}):
+        lost = f"lora_unet_{_LOST_BY_A1111.replace('.', '_')}"
+        lines.append(f"note: A1111 leaves out {lost} of this layout; --layout sgm is read whole")
     if any(len({w.alpha for w in modules.values()}) > 1 for modules in adapter.parts.values()):
         lines.append(
             "note: diffusers mistakes alphas that differ between modules in this format; it reads --format peft as it was "

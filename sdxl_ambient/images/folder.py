@@ -7,8 +7,9 @@ behind links may lie anywhere, and lead in circles. None of them is read, and al
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ MOST_NAMED = 3  # files that a message names for each reason
 MOST_LISTED = 1000  # entries that a manifest or report lists
 
 
+# Subfolders of these names are splits to the ``datasets`` library, whose imagefolder reads one of them.
+_SPLITS = frozenset(
+    ("train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev", "heldout")
+)
+
+
+def split_folders(folder: Path, pictures: Iterable[Path]) -> dict[str, int]:
+    """How many pictures lie in each subfolder that is called like a split; {} where fewer than two are."""
+    tops = Counter(path.relative_to(folder).parts[0] for path in pictures if path.parent != folder)
+    found = {name: count for name, count in sorted(tops.items(), reverse=True) if name.lower() in _SPLITS}
+    return found if len(found) > 1 else {}
+
+
 @dataclass(frozen=True)
 class Unread:
     """A file that isn't read, or a folder with ``files`` of them, by its path below the folder that was given."""
@@ -43,12 +57,15 @@ class Ledger:
     Args:
         pictures: files that are taken for pictures; some of them may turn out to be unusable later.
         texts: files that were read and are no pictures: metadata, captions, and the files of a data set.
+        splits: how many pictures lie in subfolders that are called like splits (train, test, …), where several are; all of
+            them are read.
     """
 
     files: int
     pictures: int
     texts: int = 0
     unread: tuple[Unread, ...] = ()
+    splits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def not_read(self) -> int:
@@ -68,6 +85,10 @@ class Ledger:
         for reason, some in self.reasons().items():
             named = ", ".join(one.name for one in some[:MOST_NAMED]) + (", …" if len(some) > MOST_NAMED else "")
             lines.append(f"  {sum(one.files for one in some)} not read: {reason} ({named})")
+        if self.splits:
+            named = ", ".join(f"{count} in {name}/" for name, count in self.splits.items())
+            one = str(Path(folder) / next(iter(self.splits)))
+            lines.append(f"warning: subfolders are called like splits ({named}), and all are read; give {one!r} to read one")
         return lines
 
     def record(self, used: int, left_out: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sdxl_ambient.errors import ImageError, ImagesMissing
 from sdxl_ambient.images.captions import CAPTION_ENDINGS, Columns, read_descriptions, read_metadata
 from sdxl_ambient.images.colour import to_srgb
-from sdxl_ambient.images.folder import Ledger, Unread, ending, refuse_unnamed, shown, walk
+from sdxl_ambient.images.folder import Ledger, Unread, ending, refuse_unnamed, shown, split_folders, walk
 
 # Formats of Pillow that need another program, or only know that a file is there: an EPS file is a program.
 _NO_FORMATS = frozenset({"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"})
@@ -193,7 +193,8 @@ def list_images(
     unread = [*unread, *(Unread(shown(p, folder), _why_unread(p, stems)) for p in files if p not in looked_at)]
     records = [Record(p.relative_to(folder).as_posix(), p, d.captions, d.t_n) for p, d in zip(paths, described, strict=True)]
     count = len(paths) + len(read) + sum(one.files for one in unread)
-    return Listing(records, Ledger(count, len(paths), len(read), tuple(sorted(unread, key=lambda one: one.name))))
+    sums = count, len(paths), len(read), tuple(sorted(unread, key=lambda one: one.name))
+    return Listing(records, Ledger(*sums, split_folders(folder, paths)))
 
 
 def _is_picture(path: Path) -> bool:

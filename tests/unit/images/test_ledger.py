@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -523,3 +524,19 @@ def test_training_and_evaluation_have_one_ledger(folder, build, tmp_path):
     assert trained["files"] == 8 == trained["used"] + trained["left_out"] + trained["texts"] + trained["not_read"]
     assert (trained["used"], trained["left_out"], trained["not_read"]) == (2, 1, 2)
     assert f"{folder}: 8 files: 3 images, 3 texts about them, 2 not read" in said
+
+
+def test_subfolders_that_are_called_like_splits_are_warned_of(tmp_path):
+    """The datasets library reads one of them; here all are read, and it is said."""
+    for name in ("train", "test"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16), (i * 50, 0, 90)).save(tmp_path / "set" / name / f"{i}.png")
+    lines = list_images(tmp_path / "set").ledger.lines("set")
+    assert lines[-1] == (
+        "warning: subfolders are called like splits (2 in train/, 2 in test/), and all are read; give 'set/train' to "
+        "read one"
+    )
+    assert not [line for line in list_images(tmp_path / "set/train").ledger.lines("set") if "splits" in line]
+    shutil.move(tmp_path / "set/test", tmp_path / "set/cats")
+    assert not [line for line in list_images(tmp_path / "set").ledger.lines("set") if "splits" in line]

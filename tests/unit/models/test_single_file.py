@@ -253,3 +253,14 @@ def test_only_the_header_is_read_to_tell_what_it_is(whole, monkeypatch):
     monkeypatch.setattr("sdxl_ambient.models.single_file.tensors", None)
     assert single_file(whole).folder == ARCHITECTURES / "miniature"
     check_sdxl(whole)
+
+
+@pytest.mark.parametrize("option", ["variant", "revision"])
+def test_a_file_has_no_variant_and_no_revision(whole, emoji, tmp_path, capsys, option):
+    words = ["--pretrained_model_name_or_path", str(whole), "--output_dir", str(tmp_path / "out"), f"--{option}", "fp16"]
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    prompts = ["--prompts_file", str(tmp_path / "prompts.txt")]
+    for command, more in ((encode, ["--train_data_dir", str(emoji)]), (generate, prompts)):
+        with pytest.raises(SystemExit):
+            command([*words, *more])
+        assert f"--{option}: 'fp16' can not be had of the single file" in capsys.readouterr().err
