@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -74,7 +75,7 @@ def bake_lora(
         for part, modules in adapter.parts.items():
             network = _network(base, part, revision)
             for name, weights in modules.items():
-                module = network.get_submodule(name)
+                module: Any = network.get_submodule(name)
                 yield part, name, change_of(weights, module.weight.detach().float())
 
     total = sum(map(len, adapter.parts.values()))

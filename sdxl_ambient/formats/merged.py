@@ -183,6 +183,8 @@ def _changed(algorithm: str, weight: torch.Tensor, tensors: Mapping[str, torch.T
         gamma = 1.0 if ranked is None else _alpha(tensors, len(ranked)) / len(ranked)
         change = functional.lokr.kron_weight(one, a, b, *rest, scale=gamma, backend="torch")
     else:
+        if weight.ndim == 2 and "lora_mid.weight" in tensors:
+            raise ValueError("Tucker's core (lora_mid) is there for convolutions alone")
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         gamma = _alpha(tensors, len(down)) / len(down)
         change = functional.locon.diff_weight(down, up, get("lora_mid.weight"), gamma=gamma, backend="torch")
