@@ -2,7 +2,11 @@
 
 ``copy``  the image itself                      ``jpeg``  JPEG at quality 75
 ``flip``  mirrored                              ``crop``  the middle nine tenths of each side
-``vae``   encoded and decoded by the model's own VAE: the ceiling for anything that the model draws
+``blur``  through half the resolution           ``vae``   encoded and decoded by the model's own VAE
+``turn``  upside down                           ``border``  reduced to nine tenths, on white
+``colour``  a third less saturated, a fifth brighter    ``quarter``  pasted into a quarter of a plain ground
+
+The first six are on the list of what a verdict that clears a model must have seen. The others say what it is blind to.
 
 A threshold that does not find these proves nothing by finding nothing.
 """
@@ -15,16 +19,18 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from eval.embedders.registry import Embedder
 from eval.embedding import Embedded, normalised
 from eval.neighbours import nearest
+from eval.views import Transform, centre_crop
 from sdxl_ambient.images.load import load_rgb
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+NearestInTrain = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 MOST = 256  # training images that the controls are made of, at most
 SOME = 64  # training images that are compared with their JPEG copies
 
@@ -36,20 +42,42 @@ def jpeg(image: Image.Image, quality: int = 75) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def centre_crop(image: Image.Image, share: float = 0.9) -> Image.Image:
-    """The middle ``share`` of each side."""
-    width, height = (max(1, round(side * share)) for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def blur(image: Image.Image) -> Image.Image:
+    """Through half the resolution and back."""
+    half = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.LANCZOS)
+    return half.resize(image.size, Image.Resampling.BICUBIC)
 
 
-Transform = Callable[[Image.Image], Image.Image]
+def border(image: Image.Image) -> Image.Image:
+    """Reduced to nine tenths, on white."""
+    small = image.resize((max(1, image.width * 9 // 10), max(1, image.height * 9 // 10)), Image.Resampling.LANCZOS)
+    framed = Image.new("RGB", image.size, "white")
+    framed.paste(small, ((image.width - small.width) // 2, (image.height - small.height) // 2))
+    return framed
+
+
+def colour(image: Image.Image) -> Image.Image:
+    """A third less saturated and a fifth brighter."""
+    return ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(2 / 3)).enhance(1.2)
+
+
+def quarter(image: Image.Image) -> Image.Image:
+    """At half its size in the upper left quarter of a ground that goes from black to white."""
+    ground = Image.linear_gradient("L").resize(image.size).convert("RGB")
+    ground.paste(image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.LANCZOS), (0, 0))
+    return ground
+
 
 TRANSFORMS: dict[str, Transform] = {
     "copy": lambda image: image,
     "jpeg": jpeg,
+    "blur": blur,
     "flip": ImageOps.mirror,
     "crop": centre_crop,
+    "turn": lambda image: image.transpose(Image.Transpose.ROTATE_180),
+    "border": border,
+    "colour": colour,
+    "quarter": quarter,
 }
 
 
@@ -76,24 +104,34 @@ def planted(
     transforms: dict[str, Transform],
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
+    nearest_in_train: NearestInTrain | None = None,
 ) -> dict[str, np.ndarray]:
     """For each transform, every changed training image's similarity to its nearest training image: (n,) float32.
 
     The images are taken evenly from the set, at most :data:`MOST` of them.
+
+    Args:
+        embedder: as samples are embedded. nearest_in_train: embeddings (m, d) → similarities (m,) and indices (m,); by
+            default to the training images as they are.
     """
+    search = nearest_in_train or (lambda queries: _nearest(queries, train.embeddings))
     count = min(len(train), MOST)
     chosen = np.arange(count) * len(train) // count
-    references = train.embeddings
     similarities: dict[str, list[np.ndarray]] = {name: [] for name in transforms}
     for start in range(0, count, batch_size):
         pictures = [load_rgb(train.images.records[i].path) for i in chosen[start : start + batch_size]]
         for name, change in transforms.items():
             batch = torch.stack([embedder.prepare(change(picture)) for picture in pictures])
             queries = normalised(embedder.encode(batch).numpy())
-            similarities[name].append(nearest(queries, references, 1)[0][:, 0])
+            similarities[name].append(search(queries)[0])
         if progress:
             progress(len(pictures))
     return {name: np.concatenate(parts) for name, parts in similarities.items()}
+
+
+def _nearest(queries: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    similarities, indices = nearest(queries, references, 1)
+    return similarities[:, 0], indices[:, 0]
 
 
 def recompressed(train: Embedded, embedder: Embedder, batch_size: int = 32) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from eval.choices import BASE, STAGES
 from eval.drawing import base_folder, captions_of, generate, read_prompts
 from eval.embedders.registry import Embedder
 from eval.embedding import Embedded
+from eval.found import KnownPictures
 from eval.images import ImageSet, read_folder
 from eval.processes import is_main
 from eval.reporting.controls import control_figures
@@ -21,8 +23,31 @@ from eval.reporting.folder import folder_figures
 from eval.reporting.references import References, ReferenceSets, make_references, threshold_figures
 from eval.reporting.verdict import judge, model_figures
 from eval.samplers import Sampler, SamplerSettings, samplers_of
-from eval.schema import SCHEMA_VERSION, ClipFigures, DataFigures, ModelFigures, ModelIdentity, Report, SamplerFigures
-from eval.sets import Embedding, SetSettings, embed_sets, plant, read_sets
+from eval.schema import (
+    SCHEMA_VERSION,
+    ClipFigures,
+    DataFigures,
+    FoundCopy,
+    ModelFigures,
+    ModelIdentity,
+    Report,
+    SamplerFigures,
+)
+from eval.sets import (
+    Embedding,
+    SetSettings,
+    embed_sets,
+    in_the_shape,
+    known_pictures,
+    plant,
+    read_sets,
+    sampled_embedder,
+    seen_otherwise,
+)
+from eval.statistics.calibrate import smallest_null
+from eval.views import aspect_of
+from sdxl_ambient.errors import StageError
+from sdxl_ambient.images.duplicates import Fingerprints
 from sdxl_ambient.pipeline import first_timestep
 from sdxl_ambient.provenance import environment
 
@@ -80,6 +105,7 @@ class EmbeddedFolder:
     images: Embedded
     pooled: Embedded
     clip: ClipFigures | None
+    found: dict[str, FoundCopy]
 
 
 def plan_models(settings: EvaluationSettings) -> list[tuple[Checkpoint, list[Sampler]]]:
@@ -131,34 +157,60 @@ def evaluate(settings: EvaluationSettings) -> Report | None:
     """Run every stage and return the report; None in processes that only helped, or where ``until`` ends it before."""
     models, image_sets = plan_models(settings), read_sets(settings.sets)
     last = STAGES.index(settings.until)
-    drawn = draw_all(settings, models)
     if last < STAGES.index("embed"):
+        draw_all(settings, models)
         return None
+    # Before anything is drawn, for hours perhaps: weights that can't be loaded, and sets from which nothing can follow.
     embedding = Embedding(settings.sets)
     train, heldout = embed_sets(settings.sets, *image_sets, embedding)
-    sets = ReferenceSets(
-        train, heldout, embedding.pooled(train.images), embedding.pooled(heldout.images) if heldout else None
-    )
+    if models:
+        check_sizes(settings, heldout)
+    drawn = draw_all(settings, models)
+    known = known_pictures(*image_sets, embedding)
     embedded = {
-        name: {s: embed_drawn(d, embedding, settings.sets) for s, d in m.folders.items()} for name, m in drawn.items()
+        name: {s: embed_drawn(d, embedding, settings.sets, known) for s, d in m.folders.items()} for name, m in drawn.items()
     }
+    aspect = aspect_of(folder.images.images for by_sampler in embedded.values() for folder in by_sampler.values())
+    sets = ReferenceSets(
+        train,
+        heldout,
+        embedding.pooled(train.images),
+        embedding.pooled(heldout.images) if heldout else None,
+        views=seen_otherwise(train.images, embedding, aspect),
+        as_sampled=in_the_shape(heldout, embedding, aspect),
+    )
     if last < STAGES.index("attack"):
         return None
     scores = attack_all(settings, train.images, heldout.images if heldout else None, embedding.embedder)
     if last < STAGES.index("measure") or not is_main():
         return None
     base = next(iter(embedded[BASE].values())) if BASE in embedded else None
-    planted = plant(settings.sets, settings.attack, train, embedding.embedder)
-    base_images = base.images if base else None
-    references = make_references(sets, settings.alpha, settings.confidence, settings.sets.embedder, planted, base_images)
+    as_drawn = sampled_embedder(embedding.embedder, aspect)
+    planted = plant(settings.sets, settings.attack, train, as_drawn, sets.nearest_in_train, list(sets.views))
+    base_images, name = base.images if base else None, settings.sets.embedder
+    references = make_references(sets, settings.alpha, settings.confidence, name, planted, base_images, known)
     return _report(settings, embedding, references, measure(settings, drawn, embedded, scores, references))
 
 
-def embed_drawn(drawn: Drawn, embedding: Embedding, settings: SetSettings) -> EmbeddedFolder:
+def check_sizes(settings: EvaluationSettings, heldout: Embedded | None) -> None:
+    """Raises StageError where the held-out images are too few for a verdict, before anything is drawn for one."""
+    needed = smallest_null(settings.alpha)
+    if heldout is not None and len(heldout) < needed:
+        alpha = 1 / (len(heldout) + 1)
+        raise StageError(
+            f"--heldout_data_dir: {len(heldout)} images, without repeated ones, are too few for a threshold that "
+            f"{settings.alpha:g} of unrelated images exceed (--alpha): at least {needed} are needed. Give more, or "
+            f"--alpha {math.ceil(alpha * 1000) / 1000:g} or more"
+        )
+
+
+def embed_drawn(drawn: Drawn, embedding: Embedding, settings: SetSettings, known: KnownPictures) -> EmbeddedFolder:
     """What is measured of a folder, from the cache where it is there."""
     images = read_folder(drawn.folder, settings.columns_of(given=drawn.sampler is None))
     clip = embedding.clip.figures(images, embedding.cache, embedding.batch_size) if embedding.clip else None
-    return EmbeddedFolder(embedding(images), embedding.pooled(images), clip)
+    prints = embedding(images, embedding.fingerprint)
+    found = known.find(prints.images, Fingerprints.of(prints.features))
+    return EmbeddedFolder(embedding(images), embedding.pooled(images), clip, found)
 
 
 def measure(
@@ -180,7 +232,7 @@ def measure(
                 "folder": _relative(folder.folder, settings.output),
                 "settings": folder.sampler.describe() if folder.sampler else None,
                 "t_n": folder.sampler.t_n if folder.sampler else None,
-                **folder_figures(images, measured.pooled, references, runs, measured.clip),
+                **folder_figures(images, measured.pooled, references, runs, measured.clip, measured.found),
                 "difference_to_base": None,
             }
         entries[name] = model_figures(samplers, model.identity)

@@ -7,8 +7,8 @@ python -m eval.memorization --generated_dir [NAME=]DIR … --train_data_dir DIR 
 
 OUT gets generated/MODEL/SAMPLER/, embeddings/, attacks/, controls.json, report.json and index.html. Under accelerate launch
 or torchrun, drawing, embedding and attacks are shared over the processes.
-Exit codes: 0 within the budget (or none given), 1 over the memorisation budget (--max_excess), 2 error, 3 too few control
-images to calibrate (the report then has descriptive figures only).
+Exit codes: 0 within the budget (--max_excess) for certain, or none given; 1 over it for certain; 2 error; 3 neither is
+shown, or too few control images to calibrate (the report then has descriptive figures only).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _evaluate(options: MemorizationOptions) -> int:
     from eval.evaluation import evaluate
     from eval.processes import is_main
     from eval.reporting.page import write_html
-    from eval.reporting.verdict import over_budget
+    from eval.reporting.verdict import decide
     from eval.settings import evaluation_settings
 
     is_main()  # gives each process its GPU, before anything is loaded
@@ -47,16 +47,14 @@ def _evaluate(options: MemorizationOptions) -> int:
         return 0
     write_sealed(Path(options.output_dir) / "report.json", report)
     page = write_html(report, options.output_dir)
+    codes = []
     for name, model in report["models"].items():
-        print(f"{name}: {model['verdict']['text']}")
+        code, budget = decide(model, options.max_excess)
+        print(f"{name}: {model['verdict']['text']}" + (f" It is {budget}." if budget and name != BASE else ""))
+        if name != BASE or len(report["models"]) == 1:  # the base model is a control
+            codes.append(code)
     print(page)
-    if report["threshold"]["value"] is None:
-        return 3
-    over = [n for n, m in report["models"].items() if options.max_excess is not None and over_budget(m, options.max_excess)]
-    over = [n for n in over if n != BASE]  # the base model is a control
-    if over:
-        print(f"Over the budget of {options.max_excess:.1%} copies: {', '.join(over)}")
-    return 1 if over else 0
+    return 1 if 1 in codes else max(codes)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,21 @@ from eval.images import ImageSet, read_folder
 from eval.reporting.folder import quick_figures
 from eval.reporting.references import References, ReferenceSets, make_references
 from eval.schema import Excluded
-from eval.sets import Embedding, SetSettings, check_set_folders, embed_sets, read_sets
+from eval.sets import (
+    Embedding,
+    SetSettings,
+    check_set_folders,
+    embed_sets,
+    in_the_shape,
+    read_sets,
+    seen_otherwise,
+)
 from eval.statistics.calibrate import smallest_null
 from sdxl_ambient.errors import ImageError, OptionError, StageError
 from sdxl_ambient.images.captions import Columns
 from sdxl_ambient.images.load import load_rgb
+
+ASPECT = 1.0  # of the images that are drawn during training
 
 
 class QuickLook:
@@ -100,9 +110,11 @@ class QuickLook:
     def _references(self) -> References:
         train_images, heldout_images = read_sets(self.settings)
         check_quick(len(heldout_images or ()), self.alpha)
-        train, heldout = embed_sets(self.settings, train_images, heldout_images, _InMemory(self.settings))
+        embedding = _InMemory(self.settings)
+        train, heldout = embed_sets(self.settings, train_images, heldout_images, embedding)
         check_quick(len(heldout or ()), self.alpha)  # near-duplicates are left out by now
-        sets = ReferenceSets(train, heldout, None, None)
+        views, as_sampled = seen_otherwise(train.images, embedding, ASPECT), in_the_shape(heldout, embedding, ASPECT)
+        sets = ReferenceSets(train, heldout, None, None, views=views, as_sampled=as_sampled)
         return make_references(sets, self.alpha, CONFIDENCE, self.settings.embedder, planted={})
 
 

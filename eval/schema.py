@@ -26,9 +26,13 @@ class EstimateFigures(TypedDict):
 
 
 class CopiedShare(EstimateFigures):
-    """The share of images that are copies, and the control whose recall it is corrected by."""
+    """The share of images that are copies, and the control whose recall it is corrected by.
+
+    Its upper end is that of ``least_recall``, the change on the must-see list that the threshold finds least of.
+    """
 
     recall_control: str
+    least_recall: str
 
 
 class Similarities(TypedDict):
@@ -39,12 +43,42 @@ class Similarities(TypedDict):
 
 
 class ShareFigures(TypedDict):
-    """Images above the threshold; all None where nothing is calibrated. ``interval`` is [low, high]."""
+    """Images above the threshold; all None where nothing is calibrated. ``interval`` is [low, high].
+
+    It is that of the prompts that were drawn, of which every image is a draw of its own; ``interval_other_prompts`` is that
+    of other prompts, of which each one drawn is one; None with fewer than two.
+    """
 
     share_above_threshold: float | None
     count_above_threshold: int | None
     effective_images: float | None
     interval: list[float] | None
+    interval_other_prompts: list[float] | None
+
+
+class FoundCopy(TypedDict):
+    """A generated image that is a copy without any threshold: of which training image, and by what."""
+
+    file: str
+    train: str
+    kind: str  # same file; same pixels; near-duplicate; near-duplicate, mirrored
+
+
+class Contained(TypedDict):
+    """The copies found in a folder without a threshold; ``certain`` are equal by bytes or pixels.
+
+    ``near_duplicates`` agree by fingerprint, as ``heldout_twins`` of ``n_heldout`` held-out images do with a training image;
+    the p-value is that of so many by chance.
+    """
+
+    same_file: int
+    same_pixels: int
+    near_duplicates: int
+    heldout_twins: int
+    n_heldout: int
+    near_duplicates_p_value: float | None
+    certain: int
+    copies: list[FoundCopy]
 
 
 class ExcessFigures(TypedDict):
@@ -152,12 +186,15 @@ class ImageRow(TypedDict):
     l2_ratio: float
     p_value: float | None
     score_normalized: float | None
+    found: str | None  # as what it is a copy without a threshold
 
 
 class FolderFigures(ShareFigures, ExcessFigures, QualityFigures):
     """Everything measured on one folder of generated images."""
 
     n_generated: int
+    distinct_images: int  # files of equal bytes count once in all that follows
+    contained: Contained | None
     search: SearchFigures
     similarity_to_train: Similarities
     similarity_to_heldout: Similarities | None
@@ -228,6 +265,7 @@ class WorstCaseRow(TypedDict):
     high: float
     control: float
     copied: CopiedShare | None
+    contained: Contained | None
     difference_to_base: EstimateFigures | None
     above: bool
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,21 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.clip import ClipScore
-from eval.controls import MOST, TRANSFORMS, planted, recompressed, vae_round_trip
+from eval.controls import MOST, TRANSFORMS, NearestInTrain, planted, recompressed, vae_round_trip
 from eval.drawing import GenerationSettings, open_vae
 from eval.duplicates import drop_near_duplicates, drop_near_embeddings, jpeg_limit
 from eval.embedders.registry import Embedder, load_embedder
 from eval.embedding import Embedded, embed
+from eval.found import KnownPictures
 from eval.images import ImageSet, drop_duplicates, read_folder
 from eval.processes import is_main
 from eval.quality import FRECHET_MOST
 from eval.stored import arrays, read_object
+from eval.views import VIEWS, Transform, differs, fit, through
 from sdxl_ambient.devices import resolve_device
 from sdxl_ambient.errors import OptionError, StageError
 from sdxl_ambient.images.captions import Columns
-from sdxl_ambient.images.duplicates import Fingerprints
+from sdxl_ambient.images.duplicates import Fingerprints, matching
 from sdxl_ambient.provenance import hash_tensors, write_sealed
 
 
@@ -150,15 +153,66 @@ def _without_near_embeddings(
     return train.only(drop_near_embeddings(train.images, train.embeddings, least)), heldout
 
 
+def known_pictures(train: ImageSet, heldout: ImageSet | None, embedding: Embedding) -> KnownPictures:
+    """The training pictures by bytes and fingerprint, near-duplicates too, and how many held-out ones show one."""
+    prints = embedding(train, embedding.fingerprint)
+    hashes = Fingerprints.of(prints.features)
+    if heldout is None:
+        return KnownPictures(train, prints.images, hashes)
+    own = Fingerprints.of(embedding(heldout, embedding.fingerprint).features)
+    return KnownPictures(train, prints.images, hashes, sum(1 for _ in matching(own, hashes)), len(own.hashes))
+
+
+def seen_otherwise(train: ImageSet, embedding: Embedding, aspect: float) -> dict[str, np.ndarray]:
+    """Embeddings of the training images seen in other ways, in their order; of another shape than the samples' cropped too.
+
+    Args:
+        aspect: width by height of the samples.
+    """
+    views: dict[str, tuple[Transform, ...]] = {name: (view,) for name, view in VIEWS.items()}
+    if differs(train, aspect):
+        crop = partial(fit, aspect=aspect)
+        views |= {"as sampled": (crop,), **{f"as sampled, {name}": (crop, view) for name, view in VIEWS.items()}}
+    return {
+        name: embedding(train, through(embedding.embedder, _named(name, aspect), *transforms)).embeddings
+        for name, transforms in views.items()
+    }
+
+
+def in_the_shape(images: Embedded | None, embedding: Embedding, aspect: float) -> Embedded | None:
+    """Held-out images as the sampler would crop them; None where they have its shape."""
+    if images is None or not differs(images.images, aspect):
+        return None
+    return embedding(images.images, sampled_embedder(embedding.embedder, aspect))
+
+
+def sampled_embedder(embedder: Embedder, aspect: float) -> Embedder:
+    """The embedder of pictures that are cropped to the samples' shape first."""
+    return through(embedder, _named("as sampled", aspect), partial(fit, aspect=aspect))
+
+
+def _named(view: str, aspect: float) -> str:
+    return f"{view} ({aspect:.3f})" if "as sampled" in view else view
+
+
 def plant(
-    settings: SetSettings, generation: GenerationSettings, train: Embedded, embedder: Embedder
+    settings: SetSettings,
+    generation: GenerationSettings,
+    train: Embedded,
+    embedder: Embedder,
+    nearest_in_train: NearestInTrain | None = None,
+    views: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """Similarities of known copies of training images; through the model's VAE too, where there is a model.
 
     Kept in ``controls.json`` for the next run of the same settings.
+
+    Args:
+        embedder: as samples are embedded. nearest_in_train: see :func:`eval.controls.planted`. views: its names.
     """
     transforms = dict(TRANSFORMS)
     recorded: dict[str, Any] = {"embedder": embedder.key, "train": train.images.hashes, "most": MOST, "vae": None}
+    recorded["views"] = list(views)
     if generation.pretrained_model_name_or_path is not None:
         vae, resolution = open_vae(generation)
         transforms["vae"] = vae_round_trip(vae, resolution)
@@ -167,7 +221,8 @@ def plant(
     if (stored := _stored_controls(path, recorded, transforms, min(len(train), MOST))) is not None:
         return stored
     with tqdm(total=min(len(train), MOST), unit="image", desc="plant copies", delay=2) as bar:
-        similarities = planted(train, embedder, transforms, settings.embedding_batch_size, bar.update)
+        batch = settings.embedding_batch_size
+        similarities = planted(train, embedder, transforms, batch, bar.update, nearest_in_train)
     write_sealed(path, {"settings": recorded, "planted": {name: values.tolist() for name, values in similarities.items()}})
     return similarities
 

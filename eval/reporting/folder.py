@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from eval import metrics
 from eval.embedding import Embedded
-from eval.neighbours import nearest
+from eval.found import contained
 from eval.reporting.images import image_rows, most_copied
 from eval.reporting.neighbours import (
     Neighbours,
@@ -28,7 +30,7 @@ from eval.reporting.shares import (
     share_above,
     share_figures,
 )
-from eval.schema import ClipFigures, FolderFigures, QuickFigures
+from eval.schema import ClipFigures, Contained, FolderFigures, FoundCopy, QuickFigures
 
 
 def folder_figures(
@@ -37,6 +39,7 @@ def folder_figures(
     references: References,
     runs: list[int] | None = None,
     clip: ClipFigures | None = None,
+    found: dict[str, FoundCopy] | None = None,
 ) -> FolderFigures:
     """Everything measured on one folder of generated images; docs/EVALUATION.md explains each key.
 
@@ -44,14 +47,21 @@ def folder_figures(
         generated: in the report's embedder. pooled: pooled pixels.
         runs: for each image the seed that its run was given.
         clip: the CLIP score's figures.
+        found: what is a copy without a threshold, by the image's name; None where that wasn't looked for.
     """
+    everything, rows = len(generated), distinct(generated)
+    generated, runs = generated.subset(rows), None if runs is None else [runs[i] for i in rows]
+    copies = [found.get(generated.images.name(i)) if found else None for i in range(len(generated))]
     train, heldout, clusters = references.train, references.heldout, prompts_of(generated)
     neighbours = Neighbours.of(generated, references)
     to_train, to_heldout = neighbours.to_train, neighbours.to_nearest_heldout
-    share, p = share_figures(to_train, references, clusters), p_values(to_train, references)
+    share = share_figures(to_train, references, clusters, np.array([copy is not None for copy in copies]))
+    p = p_values(to_train, references)
     effective, legacy = share["effective_images"], metrics.LEGACY_THRESHOLDS.get(references.embedder, (0.9, 0.95))
     return {
-        "n_generated": len(generated),
+        "n_generated": everything,
+        "distinct_images": len(generated),
+        "contained": _contained(copies, found, references),
         "search": search_figures(neighbours),
         "similarity_to_train": similarity_figures(to_train),
         "similarity_to_heldout": None if to_heldout is None else similarity_figures(to_heldout),
@@ -75,15 +85,32 @@ def folder_figures(
         "most_copied": most_copied(generated, neighbours, references),
         "excluded": generated.images.excluded,
         "ledger": generated.images.record(),
-        "images": image_rows(generated, neighbours, p, train),
+        "images": image_rows(generated, neighbours, p, train, copies),
     }
+
+
+def distinct(images: Embedded) -> list[int]:
+    """The rows of the first of files that are equal, byte for byte."""
+    first: dict[str, int] = {}
+    for i, digest in enumerate(images.images.hashes):
+        first.setdefault(digest, i)
+    return sorted(first.values())
+
+
+def _contained(
+    copies: list[FoundCopy | None], found: dict[str, FoundCopy] | None, references: References
+) -> Contained | None:
+    if found is None or references.known is None:
+        return None
+    return contained([copy for copy in copies if copy is not None], len(copies), references.known)
 
 
 def quick_figures(generated: Embedded, references: References) -> QuickFigures:
     """Of :func:`folder_figures` the copied share and its excess alone, with the similarities to the training set."""
-    clusters, to_train = prompts_of(generated), nearest(generated.embeddings, references.train.embeddings, 1)[0][:, 0]
+    everything, generated = len(generated), generated.subset(distinct(generated))
+    clusters, to_train = prompts_of(generated), references.nearest_in_train(generated.embeddings)[0]
     return {
-        "n_generated": len(generated),
+        "n_generated": everything,
         "similarity_to_train": similarity_figures(to_train),
         **share_figures(to_train, references, clusters),
         **excess_figures(generated, clusters, references),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from eval.embedding import Embedded
 from eval.reporting.neighbours import Neighbours
 from eval.reporting.references import References
-from eval.schema import CopiedImage, ImageRow
+from eval.schema import CopiedImage, FoundCopy, ImageRow
 
 COPIED_MOST = 24  # training images that a report names as copied most
 
@@ -40,8 +42,14 @@ def most_copied(generated: Embedded, neighbours: Neighbours, references: Referen
     return copied[:COPIED_MOST]
 
 
-def image_rows(generated: Embedded, neighbours: Neighbours, p: np.ndarray | None, train: Embedded) -> list[ImageRow]:
-    """One entry per image, in the order of the files; ``p`` are the p-values (n,)."""
+def image_rows(
+    generated: Embedded,
+    neighbours: Neighbours,
+    p: np.ndarray | None,
+    train: Embedded,
+    copies: Sequence[FoundCopy | None],
+) -> list[ImageRow]:
+    """One entry per image, in the order of the files; ``p`` are the p-values (n,), ``copies`` what was found of each."""
 
     def at(values: np.ndarray | None, i: int) -> float | None:
         return None if values is None else rounded(values[i])
@@ -60,6 +68,11 @@ def image_rows(generated: Embedded, neighbours: Neighbours, p: np.ndarray | None
                 "l2_ratio": rounded(neighbours.l2_ratios[i]),
                 "p_value": at(p, i),
                 "score_normalized": at(neighbours.normalized, i),
+                "found": _found(copies[i]),
             }
         )
     return rows
+
+
+def _found(copy: FoundCopy | None) -> str | None:
+    return None if copy is None else f"{copy['kind']}: {copy['train']}"

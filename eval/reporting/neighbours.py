@@ -21,7 +21,8 @@ class Neighbours:
     """The nearest real images of n generated ones.
 
     Attributes:
-        search: similarities to the nearest training images, (n, ≤ NEIGHBOURS), and their indices.
+        search: similarities to the nearest training images as they are, (n, ≤ NEIGHBOURS), and their indices.
+        to_train, indices: similarity (n,) to the nearest training image, seen in any way, and its index (n,).
         to_heldout: similarities to the nearest held-out images, (n, ≤ BACKGROUND); None without those.
         distances: to the nearest training images, Euclidean, of the shape of ``search.similarities``.
         l2_ratios: (n,).
@@ -30,6 +31,8 @@ class Neighbours:
     """
 
     search: Search[np.ndarray]
+    to_train: np.ndarray
+    indices: np.ndarray
     to_heldout: np.ndarray | None
     distances: np.ndarray
     l2_ratios: np.ndarray
@@ -43,17 +46,9 @@ class Neighbours:
         distances, normalized = metrics.distance_of(in_train.similarities), None
         if to_heldout is not None and to_heldout.shape[1] >= BACKGROUND:
             normalized = metrics.score_normalization(in_train.similarities[:, 0], to_heldout, BACKGROUND)
-        return cls(in_train, to_heldout, distances, metrics.l2_ratio(distances), normalized)
-
-    @property
-    def to_train(self) -> np.ndarray:
-        """Similarity to the nearest training image, (n,)."""
-        return self.search.similarities[:, 0]
-
-    @property
-    def indices(self) -> np.ndarray:
-        """Index of the nearest training image, (n,)."""
-        return self.search.indices[:, 0]
+        plain = in_train.similarities[:, 0], in_train.indices[:, 0]
+        nearest_ones = references.with_views(generated.embeddings, *plain)
+        return cls(in_train, *nearest_ones, to_heldout, distances, metrics.l2_ratio(distances), normalized)
 
     @property
     def to_nearest_heldout(self) -> np.ndarray | None:
@@ -103,10 +98,11 @@ def authpct(neighbours: Neighbours, train: Embedded) -> float | None:
     """AuthPct between normalised embeddings, from the neighbours that are known already; None with one training image."""
     if len(train) < 2:
         return None
-    wanted, which = np.unique(neighbours.indices, return_inverse=True)
+    wanted, which = np.unique(neighbours.search.indices[:, 0], return_inverse=True)
     # Of the two training images nearest to t*, one is t* itself or, just as near, a duplicate.
     other = nearest(train.embeddings[wanted], train.embeddings, 2)[0].min(axis=1)
-    return metrics.authpct_of_distances(metrics.distance_of(neighbours.to_train), metrics.distance_of(other)[which])
+    plain = neighbours.search.similarities[:, 0]
+    return metrics.authpct_of_distances(metrics.distance_of(plain), metrics.distance_of(other)[which])
 
 
 def c_t_figures(generated: Embedded, neighbours: Neighbours, references: References) -> CTFigures | None:

@@ -14,6 +14,7 @@ import jinja2
 
 from eval.images import data_uri
 from eval.reporting.plots import RunPoint, model_curves, overview_curves, rate_curves, trade_off, training_curve
+from eval.reporting.references import LEAST_RECALL, MUST_SEE
 from eval.schema import AttackFigures, EstimateFigures, ImageRow, ModelFigures, Report, SamplerFigures
 from sdxl_ambient.images.folder import ledger_line
 from sdxl_ambient.provenance import atomic
@@ -25,7 +26,10 @@ MOST_COPIED = 12
 MOST_EXCLUDED = 200
 # Keys that reports of schema 2 lack: a page can still be made from them.
 _MODEL_ADDITIONS = ("run", "step", "worst_case")
-_SAMPLER_ADDITIONS = ("seeds", "difference_to_base", "excess_interval", "most_copied", "clip_score", "score_normalized")
+_SAMPLER_ADDITIONS = (
+    *("contained", "interval_other_prompts", "seeds", "difference_to_base", "excess_interval", "most_copied"),
+    *("clip_score", "score_normalized"),
+)
 _ATTACK_ADDITIONS = ("auc_interval", "difference_to_base", "gap", "gap_standard_error")
 # Columns that are left out where no sampler has them.
 _SOMETIMES = (*_SAMPLER_ADDITIONS, "excess_over_heldout", "similarity_to_heldout", "fd_pixels")
@@ -71,6 +75,8 @@ def render(report: Report, root: str | Path) -> str:
         trade=trade_off(report),
         runs=runs(report),
         excluded=excluded(report),
+        must_see=MUST_SEE,
+        least_recall=LEAST_RECALL,
         attacks=(attacks := attack_rows(report)),
         strongest=strongest(attacks),
         has_several=any(len(model["samplers"]) > 1 for model in report["models"].values()),
@@ -91,7 +97,7 @@ def with_additions(report: Report) -> Report:
         for sampler in model["samplers"].values():
             _fill(sampler, _SAMPLER_ADDITIONS)
             for row in sampler["images"]:
-                _fill(row, ("p_value", "score_normalized"))
+                _fill(row, ("p_value", "score_normalized", "found"))
         for attack in (model["attacks"] or {}).values():
             _fill(attack, _ATTACK_ADDITIONS)
     return cast(Report, whole)
@@ -119,7 +125,27 @@ def _model(name: str, model: ModelFigures, report: Report, pictures: Pictures) -
         }
         for sampler in shown
     ]
-    return {"name": name, "model": model, "own": samplers[0], "worst": samplers[-1], "samplers": samplers}
+    found = found_pairs(model, report, pictures)
+    return {"name": name, "model": model, "own": samplers[0], "worst": samplers[-1], "samplers": samplers, "found": found}
+
+
+def found_pairs(model: ModelFigures, report: Report, pictures: Pictures) -> list[dict[str, Any]]:
+    """The copies that were found without a threshold, each beside its training image; each pair of one sampler."""
+    pairs: list[dict[str, Any]] = []
+    for name, figures in model["samplers"].items():
+        for copy_found in (figures["contained"] or {"copies": []})["copies"][:MOST_COPIED]:
+            file, train = copy_found["file"], copy_found["train"]
+            pairs.append(
+                {
+                    "sampler": name,
+                    "kind": copy_found["kind"],
+                    "generated": file,
+                    "file": train,
+                    "generated_picture": pictures(figures["folder"], file),
+                    "train_picture": pictures(report["data"]["train"]["folder"], train),
+                }
+            )
+    return pairs
 
 
 class _Pictures:
@@ -192,6 +218,7 @@ _IMAGE_COLUMNS = (
     ("similarity_to_train", "Similarity to T", 3, False),
     ("above", "Above threshold", None, False),
     ("nearest_train", "Nearest training image", None, True),
+    ("found", "A copy without a threshold", None, True),
     ("similarity_to_heldout", "Similarity to H", 3, False),
     ("l2_ratio", "ℓ2 ratio", 2, True),
     ("p_value", "p-value", 4, True),

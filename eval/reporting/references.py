@@ -8,11 +8,15 @@ import numpy as np
 
 from eval import metrics
 from eval.embedding import Embedded
+from eval.found import KnownPictures
 from eval.neighbours import nearest
 from eval.schema import ThresholdFigures
 from eval.statistics.calibrate import InsufficientData, smallest_null, threshold
 
 BACKGROUND = 2  # k of the score normalisation
+# What a verdict that clears a model must have been able to see, and how much of it.
+MUST_SEE = ("copy", "jpeg", "blur", "flip", "crop", "fit", "vae")
+LEAST_RECALL = 0.8
 
 
 @dataclass
@@ -22,12 +26,31 @@ class ReferenceSets:
     Attributes:
         train, heldout: in the report's embedder. No held-out set: None.
         train_pooled, heldout_pooled: pooled pixels; None where no Fréchet distance of them is wanted.
+        views: embeddings (n, d) of the training images seen otherwise, in the order of ``train``; see :mod:`eval.views`.
+        as_sampled: the held-out images in the shape of the samples; None where that is theirs.
     """
 
     train: Embedded
     heldout: Embedded | None
     train_pooled: Embedded | None
     heldout_pooled: Embedded | None
+    views: dict[str, np.ndarray] = field(default_factory=dict, kw_only=True)
+    as_sampled: Embedded | None = field(default=None, kw_only=True)
+
+    def nearest_in_train(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The similarity (m,) of each query (m, d) to the nearest training image, seen in any way, and its index (m,)."""
+        similarities, indices = (column[:, 0] for column in nearest(queries, self.train.embeddings, 1))
+        return self.with_views(queries, similarities, indices)
+
+    def with_views(
+        self, queries: np.ndarray, similarities: np.ndarray, indices: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the nearest training images as they are give, (m,), bettered by the other views."""
+        for embeddings in self.views.values():
+            others, places = (column[:, 0] for column in nearest(queries, embeddings, 1))
+            indices = np.where(others > similarities, places, indices)
+            similarities = np.maximum(similarities, others)
+        return similarities, indices
 
 
 @dataclass
@@ -44,6 +67,7 @@ class References(ReferenceSets):
         planted: similarities of known copies by what was done to them; ``recall_control`` names those whose recall the
             copied share is corrected by.
         normalized_threshold: τ_α of the score-normalised similarities, where they exist.
+        known: the training pictures by bytes, pixels and fingerprint; None where copies aren't looked for in that way.
     """
 
     alpha: float
@@ -55,6 +79,25 @@ class References(ReferenceSets):
     embedder: str = "pixel"
     planted: dict[str, np.ndarray] = field(default_factory=dict)
     normalized_threshold: float | None = None
+    known: KnownPictures | None = None
+
+    @property
+    def must_see(self) -> list[str]:
+        """The planted changes that the threshold must find if finding nothing is to mean anything."""
+        return [name for name in self.planted if name in MUST_SEE]
+
+    def recall(self, name: str) -> float:
+        """The share of a planted change that lies above the threshold, which there must be."""
+        assert self.threshold is not None
+        return float((self.planted[name] > self.threshold).mean())
+
+    @property
+    def blind_to(self) -> list[str]:
+        """The changes on the must-see list of which too few are found, the least found first; [] without a threshold."""
+        if self.threshold is None:
+            return []
+        recalls = {name: self.recall(name) for name in self.must_see}
+        return sorted((name for name, value in recalls.items() if value < LEAST_RECALL), key=recalls.__getitem__)
 
     @property
     def recall_control(self) -> str | None:
@@ -69,11 +112,13 @@ def make_references(
     embedder: str,
     planted: dict[str, np.ndarray],
     base: Embedded | None = None,
+    known: KnownPictures | None = None,
 ) -> References:
     """Calibrate on the held-out images, or without them on the base model's (``base``), or note why that is refused."""
     train, heldout = sets.train, sets.heldout
     null_from, images = ("heldout", heldout) if heldout else ("base", base) if base else (None, None)
-    null = nearest(images.embeddings, train.embeddings, 1)[0][:, 0] if images else None
+    queries = sets.as_sampled if null_from == "heldout" and sets.as_sampled else images
+    null = sets.nearest_in_train(queries.embeddings)[0] if queries else None
     value, refusal = None, "neither held-out images nor the base model's are there to compare with"
     if null is not None:
         value, refusal = _calibrated(null, alpha)
@@ -92,10 +137,14 @@ def make_references(
         refusal=refusal,
         embedder=embedder,
         planted=planted,
+        known=known,
+        views=sets.views,
+        as_sampled=sets.as_sampled,
     )
     if heldout and null is not None and len(heldout) > BACKGROUND:
         background = nearest(heldout.embeddings, heldout.embeddings, BACKGROUND, leave_one_out=True)[0]
-        normalized = metrics.score_normalization(null, background, BACKGROUND)
+        plain = nearest(heldout.embeddings, train.embeddings, 1)[0][:, 0]
+        normalized = metrics.score_normalization(plain, background, BACKGROUND)
         references.normalized_threshold, _ = _calibrated(normalized, alpha)
     return references
 

@@ -26,10 +26,16 @@ def prompts_of(images: Embedded) -> np.ndarray:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
-def share_figures(values: np.ndarray, references: References, clusters: np.ndarray | None = None) -> ShareFigures:
+def share_figures(
+    values: np.ndarray, references: References, clusters: np.ndarray | None = None, found: np.ndarray | None = None
+) -> ShareFigures:
     """Share of similarities (n,) above τ with its interval; None where nothing is calibrated.
 
-    Images of one cluster (a prompt) count for as many as they are worth.
+    Of the prompts that were drawn every image is a draw of its own, by its own noise. Of other prompts, the images of one
+    prompt count for as many as they are worth.
+
+    Args:
+        clusters: (n,) prompts, as numbers. found: (n,) bool, images that are copies whatever the threshold says.
     """
     if references.threshold is None:
         return {
@@ -37,14 +43,21 @@ def share_figures(values: np.ndarray, references: References, clusters: np.ndarr
             "count_above_threshold": None,
             "effective_images": None,
             "interval": None,
+            "interval_other_prompts": None,
         }
     flags = values > references.threshold
-    count = effective_count(flags, clusters) if clusters is not None else float(len(flags))
+    if found is not None:
+        flags = flags | found
+    share, count, others = float(flags.mean()), float(len(flags)), None
+    if clusters is not None and len(np.unique(clusters)) > 1:
+        worth = effective_count(flags, clusters)
+        others = list(clopper_pearson(share * worth, worth, references.confidence))
     return {
-        "share_above_threshold": float(flags.mean()),
+        "share_above_threshold": share,
         "count_above_threshold": int(flags.sum()),
         "effective_images": count,
-        "interval": list(clopper_pearson(float(flags.mean()) * count, count, references.confidence)),
+        "interval": list(clopper_pearson(share * count, count, references.confidence)),
+        "interval_other_prompts": others,
     }
 
 
@@ -65,10 +78,22 @@ def copied_figures(
     control = references.recall_control
     if share is None or count is None or control is None or references.null is None or references.threshold is None:
         return None
-    recalled = references.planted[control] > references.threshold
-    counts = int(recalled.sum()), len(recalled), len(references.null)
-    estimate = copied_share(share * count, count, *counts, references.alpha, confidence)
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "recall_control": control}
+    least = min(references.must_see, key=references.recall) if references.must_see else control
+    estimates = []
+    for name in (control, least):
+        recalled = references.planted[name] > references.threshold
+        counts = int(recalled.sum()), len(recalled), len(references.null)
+        estimates.append(copied_share(share * count, count, *counts, references.alpha, confidence))
+    own = estimates[0]
+    # Of images that are less like real ones than held-out images are, fewer exceed the threshold by chance: none, at worst.
+    most = clopper_pearson(share * count, count, confidence)[1] / max(references.recall(least), 1e-9)
+    return {
+        "value": own.value,
+        "low": own.low,
+        "high": min(1.0, max(most, *(estimate.high for estimate in estimates))),
+        "recall_control": control,
+        "least_recall": least,
+    }
 
 
 def p_values(values: np.ndarray, references: References) -> np.ndarray | None:

@@ -8,7 +8,8 @@ for the worst of m finds something by chance; the intervals that the verdict res
 from __future__ import annotations
 
 from eval.attacks.membership import Scores, attack_figures
-from eval.reporting.references import References
+from eval.choices import CONFIDENCE
+from eval.reporting.references import LEAST_RECALL, MUST_SEE, References
 from eval.reporting.shares import copied_figures
 from eval.schema import (
     AttackFigures,
@@ -23,10 +24,25 @@ from eval.schema import (
 from eval.statistics.calibrate import clopper_pearson, share_difference
 
 CONCLUSIONS = {
-    "above": "This is more than its controls reach: it reproduces training images.",
-    "unclear": "This is more than its controls reach, but the intervals do not rule them out.",
-    "within": "This is no more than its controls reach.",
+    "above": "It reproduces training images.",
+    "unclear": "Whether it reproduces training images can not be told from this.",
+    "within": "No copies are found at this power.",
 }
+CHANGES = {
+    "copy": "unchanged copies",
+    "jpeg": "copies through JPEG",
+    "blur": "blurred copies",
+    "flip": "mirrored copies",
+    "crop": "cropped copies",
+    "vae": "copies through the VAE",
+    "fit": "copies in the samples' shape",
+    "turn": "upside down",
+    "border": "with a border",
+    "colour": "in other colours",
+    "quarter": "pasted into a quarter",
+}
+NEAR_LEVEL = 0.01  # chance of so many near-duplicates from which they count as copies
+MOST_IMAGES = 1_000_000  # of which it is said how many would decide
 
 
 def model_figures(samplers: dict[str, SamplerFigures], identity: ModelIdentity) -> ModelFigures:
@@ -74,7 +90,7 @@ def judge(models: dict[str, ModelFigures], scores: dict[str, dict[str, Scores]],
             figures["difference_to_base"] = _difference(figures, control, sampler, references.confidence)
         model["worst_case"] = None
         if references.threshold is not None:
-            rows = [_sampler_row(s, f, control, references, each) for s, f in model["samplers"].items()]
+            rows = [sampler_row(s, f, control, references, each) for s, f in model["samplers"].items()]
             rows += [_attack_row(a, f) for a, f in (_attacks(model_scores, base_scores, each) or {}).items()]
             model["worst_case"] = {
                 "confidence": references.confidence,
@@ -116,11 +132,12 @@ def _counterpart(base: ModelFigures, sampler: str) -> SamplerFigures:
     return base["samplers"].get(sampler, base["samplers"][base["own_sampler"]])
 
 
-def _sampler_row(
+def sampler_row(
     name: str, figures: SamplerFigures, base: ModelFigures | None, references: References, confidence: float
 ) -> WorstCaseRow:
-    """A sampler copies where its share is above what controls reach, whatever the threshold really lets through (which the
-    copied share's interval carries), and above the base model's for certain."""
+    """A sampler copies where some of its images are training images by their bytes or pixels. Else where its share is above
+    what unrelated images reach, whatever the threshold really lets through (which the copied share's interval carries), and
+    above the base model's for certain."""
     share, count = _share_of(figures)
     low, high = clopper_pearson(share * count, count, confidence)
     copied, difference = copied_figures(share, count, references, confidence), _difference(figures, base, name, confidence)
@@ -129,6 +146,7 @@ def _sampler_row(
         figures["share_above_threshold_as_many_heldout"] or 0.0,
         _share_of(_counterpart(base, name))[0] if base else 0.0,
     )
+    statistical = low > control and all(e is None or e["low"] > 0 for e in (copied, difference))
     return {
         "name": name,
         "kind": "sampler",
@@ -137,9 +155,19 @@ def _sampler_row(
         "high": high,
         "control": control,
         "copied": copied,
+        "contained": figures.get("contained"),
         "difference_to_base": difference,
-        "above": low > control and all(e is None or e["low"] > 0 for e in (copied, difference)),
+        "above": statistical or contains_copies(figures),
     }
+
+
+def contains_copies(figures: SamplerFigures) -> bool:
+    """Whether a folder holds training images by bytes or pixels, or more near-duplicates than held-out images explain."""
+    contained = figures.get("contained")
+    if contained is None:
+        return False
+    p = contained["near_duplicates_p_value"]
+    return bool(contained["certain"] or (contained["near_duplicates"] and p is not None and p < NEAR_LEVEL))
 
 
 def _attack_row(name: str, figures: AttackFigures) -> WorstCaseRow:
@@ -153,6 +181,7 @@ def _attack_row(name: str, figures: AttackFigures) -> WorstCaseRow:
         "high": high,
         "control": 0.5,
         "copied": None,
+        "contained": None,
         "difference_to_base": difference,
         "above": low > 0.5 and (difference is None or difference["low"] > 0),
     }
@@ -160,8 +189,60 @@ def _attack_row(name: str, figures: AttackFigures) -> WorstCaseRow:
 
 def over_budget(model: ModelFigures, max_excess: float) -> bool:
     """Whether some sampler's copied share lies above ``max_excess`` with its whole interval, all intervals at once."""
+    return decide(model, max_excess)[0] == 1
+
+
+def decide(model: ModelFigures, max_excess: float | None) -> tuple[int, str]:
+    """The exit code for a model, and why, from the same figures as its verdict.
+
+    Without a budget 0, or 3 where there is no threshold. With one: 1 where some sampler's copied share is above it for
+    certain, 0 where that of every sampler is at most it for certain, and 3 where neither is shown.
+    """
+    if max_excess is None:
+        return (0 if model["worst_case"] else 3), ""
+    bounds = {name: copied_bounds(model, name) for name in model["samplers"]}
+    worst = max(bounds, key=lambda name: bounds[name][0])
+    if model["verdict"]["level"] == "above" and bounds[worst][0] > max_excess:
+        return 1, f"over the budget of {max_excess:.1%} copies: at least {bounds[worst][0]:.1%} ({worst!r})"
+    highest = max(bounds, key=lambda name: bounds[name][1])
+    if bounds[highest][1] <= max_excess:
+        return 0, f"within the budget of {max_excess:.1%} copies: at most {bounds[highest][1]:.1%} ({highest!r})"
+    text = f"not shown to be within the budget of {max_excess:.1%} copies: up to {bounds[highest][1]:.1%} ({highest!r})"
+    needed = images_needed(model, highest, max_excess)
+    return 3, text + (f"; about {needed:,} images would decide it" if needed else "")
+
+
+def copied_bounds(model: ModelFigures, sampler: str) -> tuple[float, float]:
+    """Between which shares of a sampler's images are copies, all tests at once; 0 to 1 where nothing tells."""
+    figures, contained = model["samplers"][sampler], model["samplers"][sampler].get("contained")
     rows = model["worst_case"]["rows"] if model["worst_case"] else []
-    return any(row["copied"] is not None and row["copied"]["low"] > max_excess for row in rows)
+    row = next((row for row in rows if row["name"] == sampler), None)
+    copied = row["copied"] if row else None
+    low, high = (copied["low"], copied["high"]) if copied else (0.0, 1.0)
+    if contained and contained["certain"]:
+        each = model["worst_case"]["confidence_each"] if model["worst_case"] else CONFIDENCE
+        low = max(low, clopper_pearson(contained["certain"], figures["distinct_images"], each)[0])
+    return low, high
+
+
+def images_needed(model: ModelFigures, sampler: str, max_excess: float) -> int | None:
+    """So many images of a sampler, of which as large a share as now lies above the threshold, would show the budget kept.
+
+    None where no number would: the share itself is above it, or a change is found too seldom.
+    """
+    rows = model["worst_case"]["rows"] if model["worst_case"] else []
+    row = next((row for row in rows if row["name"] == sampler), None)
+    copied = row["copied"] if row else None
+    if row is None or copied is None or copied["value"] >= max_excess or copied["high"] >= 1 or not max_excess:
+        return None
+    assert model["worst_case"] is not None
+    count, each = float(model["samplers"][sampler]["distinct_images"]), model["worst_case"]["confidence_each"]
+    room = max_excess * (row["high"] or 1) / copied["high"]  # of the share above the threshold, as recall scales it
+    while count < MOST_IMAGES:
+        if clopper_pearson(row["value"] * count, count, each)[1] <= room:
+            return round(count)
+        count *= 1.2
+    return None
 
 
 # -- in words ------------------------------------------------------------------------
@@ -173,15 +254,21 @@ def verdict(model: ModelFigures, base: ModelFigures | None, references: Referenc
     worst_case = model["worst_case"]
     if references.threshold is None or worst_case is None:
         median = figures["similarity_to_train"]["quantiles"]["0.5"]
-        text = f"No verdict: {references.refusal}. The median similarity to the nearest training image is {median:.3f}."
-        return {"level": "unknown", "text": text}
+        text = f"No threshold: {references.refusal}. The median similarity to the nearest training image is {median:.3f}."
+        copies = " ".join(filter(None, map(_contained_words, model["samplers"].items())))
+        if any(map(contains_copies, model["samplers"].values())):
+            return {"level": "above", "text": f"{copies} {CONCLUSIONS['above']} {text}"}
+        return {"level": "unknown", "text": f"{copies} {text}".strip()}
     rows = worst_case["rows"]
-    level = _level(model, rows, base, references.alpha)
+    level = _level(model, rows, references)
     parts = [
+        *map(_contained_words, model["samplers"].items()),
         _worst_sampler(model, worst_case, base, references),
         _own_sampler(model),
         _attack_words(rows),
         CONCLUSIONS[level],
+        _blindness(references),
+        _heldout_too(model),
     ]
     if references.null_from == "base":
         parts.append(
@@ -191,21 +278,67 @@ def verdict(model: ModelFigures, base: ModelFigures | None, references: Referenc
     return {"level": level, "text": " ".join(part for part in parts if part)}
 
 
-def _level(model: ModelFigures, rows: list[WorstCaseRow], base: ModelFigures | None, alpha: float) -> str:
-    """Above: some test's simultaneous interval lies above its control. Unclear: the worst sampler reaches more than the
-    controls' worst, or an attack succeeds when it is taken alone, or works better than on the base model."""
+def _level(model: ModelFigures, rows: list[WorstCaseRow], references: References) -> str:
+    """Above: copies are contained, or some test's simultaneous interval lies above its control. Unclear: a sampler's share
+    is above chance, or an attack succeeds, when it is taken alone, or an attack works better than on the base model, or
+    copies that a verdict must have been able to see would not have been seen."""
     if any(row["above"] for row in rows):
         return "above"
-    own = list(model["samplers"].values())
-    controls = [alpha, *(f["share_above_threshold_as_many_heldout"] or 0.0 for f in own)]
-    controls += [_share_of(f)[0] for f in base["samplers"].values()] if base else []
-    if max(_share_of(f)[0] for f in own) > max(controls):
+    if references.blind_to or any(_above_alone(figures, references) for figures in model["samplers"].values()):
         return "unclear"
     alone = [_attack_row(name, figures) for name, figures in (model["attacks"] or {}).items()]
     differs = [row["difference_to_base"] for row in rows if row["kind"] == "attack"]
     if any(row["above"] for row in alone) or any(d is not None and d["low"] > 0 for d in differs):
         return "unclear"
     return "within"
+
+
+def _above_alone(figures: SamplerFigures, references: References) -> bool:
+    """Whether a sampler's share would be above chance if it were the only test."""
+    share, count = _share_of(figures)
+    copied = copied_figures(share, count, references, references.confidence)
+    low = clopper_pearson(share * count, count, references.confidence)[0]
+    return low > references.alpha and (copied is None or copied["low"] > 0)
+
+
+def _contained_words(sampler: tuple[str, SamplerFigures]) -> str:
+    name, figures = sampler
+    contained = figures.get("contained")
+    if contained is None or not (contained["certain"] or contained["near_duplicates"]):
+        return ""
+    first = contained["copies"][0]
+    example = f"{first['file']} is {first['train']}" + ("" if first["kind"].startswith("same") else f", {first['kind']}")
+    kinds = {"same_file": "training files byte for byte", "same_pixels": "training images pixel for pixel"}
+    said = [f"{contained[key]} are {words}" for key, words in kinds.items() if contained[key]]
+    if near := contained["near_duplicates"]:
+        p = contained["near_duplicates_p_value"]
+        twins = f"{contained['heldout_twins']} of {contained['n_heldout']} held-out ones"
+        chance = "" if p is None else f" (as {twins} are; by chance {p:.2g})"
+        said.append(f"{near} are near-duplicates of training images{chance}")
+    return f"Of {figures['distinct_images']} images sampled {name!r}, {', '.join(said)}: {example}."
+
+
+def _blindness(references: References) -> str:
+    """What copies this audit would not have seen: of those that it must see, and of the others that were tried."""
+
+    def named(names: list[str]) -> str:
+        return ", ".join(f"{CHANGES.get(name, name)} ({references.recall(name):.0%} found)" for name in names)
+
+    others = [n for n in references.planted if n not in MUST_SEE and references.recall(n) < LEAST_RECALL]
+    said = []
+    if references.blind_to:
+        said.append(f"It is blind to {named(references.blind_to)}: another embedder may see them.")
+    if others:
+        said.append(f"Copies of other kinds would be missed: {named(others)}.")
+    return " ".join(said)
+
+
+def _heldout_too(model: ModelFigures) -> str:
+    figures = model["samplers"][model["worst_sampler"]]
+    share, unseen = figures["share_above_threshold"], figures["share_above_threshold_as_many_heldout"]
+    if not share or not unseen or unseen < share / 2 or unseen * figures["n_generated"] < 5:
+        return ""
+    return f"{unseen:.1%} of them are as near to held-out images: were those trained on, or do both sets share pictures?"
 
 
 def _worst_sampler(model: ModelFigures, worst_case: WorstCase, base: ModelFigures | None, references: References) -> str:
@@ -219,8 +352,10 @@ def _worst_sampler(model: ModelFigures, worst_case: WorstCase, base: ModelFigure
     beside = "" if unseen is None else f"; {unseen:.1%} are as near to {figures['excess_set_size']} held-out images"
     several, tests = len(model["samplers"]) > 1, worst_case["tests"]
     at_once = f" for all {tests} tests at once" if tests > 1 else ""
+    everything, n = figures["n_generated"], figures.get("distinct_images", figures["n_generated"])
+    same = f"{everything} images are {n} different ones: the model repeats itself. " if n < everything else ""
     text = (
-        f"{figures['count_above_threshold']} of {figures['n_generated']} images ({share:.1%}, {references.confidence:.0%} "
+        f"{same}{figures['count_above_threshold']} of {n} images ({share:.1%}, {references.confidence:.0%} "
         f"interval{at_once} {row['low']:.1%} to {row['high']:.1%}) "
         f"sampled {name!r}{', the worst sampler,' if several else ''} "
         f"are closer to a training image than the threshold, which {against} exceed{beside}."

@@ -72,7 +72,8 @@ def test_models_end_to_end_and_a_second_run_redoes_nothing(miniature, tuned, tmp
     assert list(noisy_attacks) == ["error/500", "one_step/500", "posterior/500", "mask", "magnitude"]
     assert noisy_attacks["error/500"]["n_train"] == 3 and noisy_attacks["mask"]["difference_to_base"] is not None
     assert report["models"]["base"]["attacks"]["mask"]["difference_to_base"] is None
-    assert list(report["controls"]["planted"]) == ["copy", "jpeg", "flip", "crop", "vae"]
+    planted = ["copy", "jpeg", "blur", "flip", "crop", "turn", "border", "colour", "quarter", "vae"]
+    assert list(report["controls"]["planted"]) == planted
     noisy = report["models"]["noisy"]
     assert noisy["samplers"]["full"]["copied_share"]["recall_control"] == "vae"
     names = ["full", "hybrid", "early_stop", "scale_0.5", "scale_1.5", "guidance_1", "mean_4"]
@@ -128,9 +129,11 @@ def test_planted_copies_are_found_and_unrelated_images_are_not(tmp_path):
     assert 0.4 <= figures["legacy_shares"]["0.9"] <= 0.6 and figures["kid"] is not None and figures["vendi"] > 5
     assert figures["prdc"].keys() == {"precision", "recall", "density", "coverage"}
     planted = read_json(tmp_path / "out" / "report.json")["controls"]["planted"]
-    assert planted["copy"]["share_above_threshold"] == 1 and planted["flip"]["share_above_threshold"] < 0.9
+    assert planted["copy"]["share_above_threshold"] == 1 and planted["flip"]["share_above_threshold"] > 0.9
+    assert planted["turn"]["share_above_threshold"] < 0.5  # what it is blind to is said
     assert main(given(tmp_path, folder, "--max_excess", "0.2")) == 1
-    assert main(given(tmp_path, folder, "--max_excess", "0.6")) == 0
+    assert main(given(tmp_path, folder, "--max_excess", "0.6")) == 3  # 40 images show neither
+    assert main(given(tmp_path, folder, "--max_excess", "0.9")) == 0
     assert figures["excess_interval"][0] < figures["excess_over_heldout"] < figures["excess_interval"][1]
     assert figures["excess_over_heldout"] > 0.4 > 0.1 > figures["share_above_threshold_heldout"]
     for row in figures["images"]:
@@ -331,3 +334,44 @@ def test_every_checkpoint_of_a_run_is_evaluated_in_one_call(miniature, tuned, tm
     assert [(n, m["run"], m["step"], m["trained_t_n"]) for n, m in models.items()] == [
         ("base", None, None, None), ("mine-5", "mine", 5, 500), ("mine-10", "mine", 10, 500)
     ]  # fmt: skip
+
+
+def test_what_can_not_end_well_is_refused_before_anything_is_drawn(miniature, tmp_path, capsys):
+    heldout = copy_emoji(tmp_path / "heldout", 12, "heldout")
+    model = ["--pretrained_model_name_or_path", str(miniature), "--num_images", "2", "--num_inference_steps", "1", *SETS[:2]]
+    out = tmp_path / "out"
+    assert main([*model, "--heldout_data_dir", str(heldout), "--output_dir", str(out)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--heldout_data_dir: 12 images" in line and "at least 49 are needed" in line and "--alpha 0.077 or more" in line
+    assert not (out / "generated").exists()
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    flags = [*model, *SETS[2:], "--embedder", "dinov2", "--embedder_weights", str(weights), "--output_dir", str(out)]
+    assert main(flags) == 2
+    assert not (out / "generated").exists()
+
+
+def test_one_training_file_among_many_fails_the_build(tmp_path):
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    for path in sorted((DATA / "pretrain").glob("*.png"))[::25]:
+        shutil.copy(path, folder / path.name)
+    assert main(given(tmp_path, folder, "--max_excess", "0")) == 3
+    shutil.copy(next((DATA / "finetune").glob("*.png")), folder / "copied.png")
+    assert main(given(tmp_path, folder, "--max_excess", "0")) == 1
+    model = read_json(tmp_path / "out/report.json")["models"]["model"]
+    assert model["verdict"]["level"] == "above" and model["samplers"]["given"]["contained"]["same_file"] == 1
+    assert "Copies found without a threshold" in (tmp_path / "out/index.html").read_text()
+
+
+def test_one_image_many_times_is_one_image(tmp_path):
+    folder = copy_emoji(tmp_path / "generated", 1, "pretrain")
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    (picture,) = folder.glob("*.png")
+    for i in range(200):
+        shutil.copy(picture, folder / f"again-{i}.png")
+    assert main(given(tmp_path, folder, "--max_excess", "0.05")) == 3
+    model = read_json(tmp_path / "out/report.json")["models"]["model"]
+    figures = model["samplers"]["given"]
+    assert (figures["n_generated"], figures["distinct_images"], len(figures["images"])) == (201, 1, 1)
+    assert model["verdict"]["level"] != "above" and "201 images are 1 different ones" in model["verdict"]["text"]

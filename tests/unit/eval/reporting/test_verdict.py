@@ -1,9 +1,11 @@
 """A model is judged by its worst sampler and attack, against its controls and allowing for having looked at many."""
 
+import re
+
 import numpy as np
 
 from eval.reporting.references import References
-from eval.reporting.verdict import judge, model_figures, over_budget
+from eval.reporting.verdict import copied_bounds, decide, judge, model_figures, over_budget
 from eval.statistics.calibrate import clopper_pearson
 
 
@@ -31,10 +33,10 @@ def test_a_model_is_judged_by_its_worst_sampler_against_the_larger_control():
         "above": {"full": entry(20), "hybrid": entry(3)},
         "unclear": {"full": entry(3), "hybrid": entry(8)},
         "within": {"full": entry(4)},
-        # No nearer to the training set than to as many images that the model never saw.
-        "within ": {"full": entry(20, unseen=0.2)},
+        # No nearer to the training set than to as many images that the model never saw, and far beyond chance.
+        "unclear ": {"full": entry(20, unseen=0.2)},
     }
-    worst = {"above": "full", "unclear": "hybrid", "within": "full", "within ": "full"}
+    worst = {"above": "full", "unclear": "hybrid", "within": "full", "unclear ": "full"}
     for level, samplers in cases.items():
         models = {"base": model_figures({"full": entry(4)}, {}), "x": model_figures(samplers, {})}
         judge(models, {}, references(), "base")
@@ -69,7 +71,7 @@ def test_a_sure_excess_must_outlast_the_thresholds_own_uncertainty_and_the_base_
         row = models["x"]["worst_case"]["rows"][0]
         return row["low"] > 0.02, models["x"]["verdict"]["level"]
 
-    assert level(60, 49) == (True, "unclear")
+    assert level(60, 49) == (True, "within")
     assert level(60, 5000) == (True, "above")
     assert level(60, 5000, base=1) == (True, "unclear")
     assert level(300, 5000, base=1) == (True, "above")
@@ -102,3 +104,73 @@ def test_a_budget_is_exceeded_only_by_what_is_sure_of_all_samplers_at_once():
     (row,) = models["x"]["worst_case"]["rows"]
     assert row["copied"]["low"] < 0.184 < row["copied"]["high"]  # (.2 - .02) / (1 - .02)
     assert over_budget(models["x"], 0.05) and not over_budget(models["x"], 0.18)
+
+
+def contained(certain=0, near=0, p=None):
+    found = [{"file": "g.png", "train": "t.png", "kind": "same file" if certain else "near-duplicate"}]
+    section = {"same_file": certain, "same_pixels": 0, "near_duplicates": near, "heldout_twins": 0, "n_heldout": 50}
+    return {**section, "near_duplicates_p_value": p, "certain": certain, "copies": found}
+
+
+def judged(figures, made=None):
+    models = {"x": model_figures({"full": {"distinct_images": 100, **figures}}, {})}
+    judge(models, {}, made or references({"jpeg": np.ones(100)}), "base")
+    return models["x"]
+
+
+def test_one_training_file_among_the_images_is_a_copy_whatever_the_share():
+    model = judged({**entry(1), "contained": contained(certain=1)})
+    assert model["verdict"]["level"] == "above"
+    assert "1 are training files byte for byte: g.png is t.png" in model["verdict"]["text"]
+    assert decide(model, 0.0)[0] == 1  # at least one copy is more than none
+    assert decide(model, 0.05)[0] == 3  # which 100 images can't show to be no more than five per cent
+
+
+def test_near_duplicates_are_copies_beyond_what_held_out_images_reach():
+    assert judged({**entry(0), "contained": contained(near=2, p=0.3)})["verdict"]["level"] == "within"
+    assert judged({**entry(0), "contained": contained(near=9, p=1e-4)})["verdict"]["level"] == "above"
+    assert judged({**entry(0), "contained": contained(near=9, p=None)})["verdict"]["level"] == "within"
+
+
+def test_without_a_threshold_files_still_tell():
+    made = references()
+    made.threshold, made.refusal = None, "12 held-out images are too few"
+    model = judged({**entry(0), "contained": contained(certain=3)}, made)
+    assert model["verdict"]["level"] == "above" and "12 held-out images are too few" in model["verdict"]["text"]
+    assert decide(model, 0.0)[0] == 1 and decide(model, None)[0] == 3
+    assert judged(entry(0), made)["verdict"]["level"] == "unknown"
+
+
+def test_a_model_is_not_cleared_by_an_audit_that_is_blind():
+    """Mirrored copies are on the list of what must be seen; of them this threshold finds half."""
+    blind = references({"jpeg": np.ones(100), "flip": np.linspace(0.8, 1.0, 100)})
+    model = judged(entry(0), blind)
+    assert model["verdict"]["level"] == "unclear" and "blind to mirrored copies (50% found)" in model["verdict"]["text"]
+    seeing = judged(entry(0))
+    assert seeing["verdict"]["level"] == "within"
+    # The share may be twice as high where half of the copies go unseen.
+    blind_high, high = (m["worst_case"]["rows"][0]["copied"]["high"] for m in (model, seeing))
+    assert blind_high > 1.7 * high
+
+
+def test_a_budget_is_shown_to_be_kept_or_not_and_says_what_would_show_it():
+    few, many = judged(entry(0)), judged({**entry(0), "distinct_images": 5000, "effective_images": 5000.0})
+    code, text = decide(few, 0.02)
+    needed = int(re.search(r"about ([\d,]+) images would decide it", text)[1].replace(",", ""))
+    assert code == 3 and 150 < needed < 400  # 0 of n is at most .02 from 183 images on
+    assert decide(many, 0.02)[0] == 0 and decide(many, None) == (0, "")
+    assert decide(judged(entry(60)), 0.02)[0] == 1
+
+
+def test_verdict_and_exit_code_never_contradict_each_other():
+    made = [references({"jpeg": np.ones(100)}), references({"jpeg": np.ones(100), "flip": np.zeros(100)})]
+    for flags in range(0, 101, 5):
+        for section in (None, contained(certain=1), contained(near=5, p=1e-5), contained(near=5, p=0.5)):
+            for budget in (0.0, 0.05, 0.5):
+                for one in made:
+                    model = judged({**entry(flags), "contained": section}, one)
+                    code, _ = decide(model, budget)
+                    assert code != 1 or model["verdict"]["level"] == "above"
+                    low, high = copied_bounds(model, "full")
+                    assert code != 0 or high <= budget
+                    assert code != 1 or low > budget
