@@ -56,16 +56,27 @@ def _locked(options: GenerateOptions) -> None:
 def _generate(options: GenerateOptions) -> None:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from eval.checkpoints import tuned
-    from eval.drawing import GenerationSettings, captions_of, describe, generate_images, open_checkpoint, plan, read_prompts
+    from eval.drawing import (
+        GenerationSettings,
+        base_folder,
+        captions_of,
+        describe,
+        generate_images,
+        open_checkpoint,
+        plan,
+        read_prompts,
+    )
     from eval.processes import collect, is_main
-    from eval.samplers import SamplerSettings, own_samplers
+    from eval.samplers import SamplerSettings, samplers_of
     from sdxl_ambient.images.captions import Columns
+    from sdxl_ambient.pipeline import first_timestep
 
     is_main()  # gives each process its GPU, before anything is loaded
     checkpoint = tuned(options.lora, options.unet, options.output_dir)
     own = settings_of(SamplerSettings, options, samplers=[options.sampler], worst_case="none", worst_case_images=None)
-    (sampler,) = own_samplers(checkpoint, own)
     generation = settings_of(GenerationSettings, options)
+    first = first_timestep(base_folder(generation), options.num_inference_steps)
+    (sampler,) = samplers_of(checkpoint, own, first)
     if options.train_data_dir is not None:
         columns = Columns(options.caption_column, encoding=options.caption_encoding)
         prompts = captions_of(options.train_data_dir, columns)

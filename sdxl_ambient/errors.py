@@ -95,7 +95,8 @@ _INTERNAL = (AssertionError, AttributeError, IndexError, NameError, OverflowErro
 _INTERNAL_WORDS = re.compile(
     "infer state dict type|meta tensor|size of tensor|invalid for input of size|unsupported operand|has no attribute"
     "|not subscriptable|out of range|object is not|object cannot be|must be a mapping|too many values|values to unpack"
-    "|must match the size|shapes cannot be multiplied|can't convert|not supported between|NoneType|size mismatch for"
+    "|must match the size|0-d tensor|only one element tensor|Size of label|low_cpu_mem_usage"
+    "|shapes cannot be multiplied|can't convert|not supported between|NoneType|size mismatch for"
 )
 _CONTENT = "its content is not what it should be"
 

@@ -140,13 +140,14 @@ def _bake(options: ExportOptions, output: Path, dtype: torch.dtype | None) -> st
     from sdxl_ambient.formats.read import read_adapter
     from sdxl_ambient.formats.record import public_info, read_training_info
     from sdxl_ambient.formats.unet_export import fine_tuned_unet
-    from sdxl_ambient.models.base import unet_config
+    from sdxl_ambient.models.base import load_schedule, unet_config
 
     base, revision = options.pretrained_model_name_or_path, options.revision
     assert base is not None  # validate() has seen to it
     config = unet_config(base, revision)
     if options.lora is not None:
         adapter = read_adapter(options.lora, config)
+        _check_trained_on(adapter.info, load_schedule(base, revision, options.prediction_type).prediction_type, base)
         rank = options.bake_rank or default_rank(adapter)
         baked = bake_lora(adapter, base, rank, revision, dtype)
     else:
@@ -158,6 +159,16 @@ def _bake(options: ExportOptions, output: Path, dtype: torch.dtype | None) -> st
         baked.adapter, output, format=options.format, layout=layout, config=config, dtype=dtype, title=title
     )
     return "\n".join([text, *baked.lines(rank)])
+
+
+def _check_trained_on(info: dict, prediction_type: str, base: str) -> None:
+    """A LoRA that was trained to predict another quantity than the base does changes another base's weights."""
+    trained = info.get("prediction_type", prediction_type)
+    if trained != prediction_type:
+        raise OptionError(
+            f"--pretrained_model_name_or_path: {base!r} predicts {prediction_type}, and the LoRA was trained to predict "
+            f"{trained}; give the base that it was trained on"
+        )
 
 
 if __name__ == "__main__":

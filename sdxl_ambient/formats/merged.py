@@ -98,6 +98,9 @@ class MergedChange:
         groups: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in read_tensors(file, besides=".alpha").items():
             module, kind = _split(name)
+            if not tensor.is_floating_point() and kind != "alpha":
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise InterchangeError(f"{file}: {name} is of {dtype}, which is no weight's")
             if not kind or module not in modules:
                 raise InterchangeError(f"{file}: {name} has no place in this model, or is of an unknown kind")
             groups.setdefault(module, {})[kind] = tensor
@@ -158,10 +161,21 @@ class MergedChange:
             if has & ({*needed, *besides} - {"alpha", "dora_scale"}):
                 if missing := [kind for kind in needed if kind not in has]:
                     raise InterchangeError(f"{self.file}: {change.name} ({name}) is incomplete: {missing[0]} is missing")
+                if name == "LoKr" and (half := _missing_half(has)):
+                    raise InterchangeError(f"{self.file}: {change.name} (LoKr) is incomplete: {half} is missing")
                 if unused := sorted(has - {*needed, *besides}):
                     raise InterchangeError(f"{self.file}: {change.name} has {unused[0]}, which {name} doesn't have")
                 return name
         raise InterchangeError(f"{self.file}: {change.name} is incomplete: it has {', '.join(sorted(has))} alone")
+
+
+def _missing_half(has: set[str]) -> str | None:
+    """Of LoKr's two matrices, each whole or in two factors, what isn't there."""
+    for half in ("lokr_w1", "lokr_w2"):
+        factors = [f"{half}_a", f"{half}_b"]
+        if half not in has and not has.issuperset(factors):
+            return next((f for f in factors if f not in has), half) if has & set(factors) else half
+    return None
 
 
 def _changed(algorithm: str, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor], functional: Any) -> torch.Tensor:

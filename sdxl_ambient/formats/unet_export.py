@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import AutoTokenizer
 
 from sdxl_ambient.errors import InterchangeError, ModelError
@@ -25,10 +25,11 @@ from sdxl_ambient.formats.record import (
     public_info,
     read_training_info,
 )
-from sdxl_ambient.models.base import check_sdxl, unet_config, with_prediction
+from sdxl_ambient.models.base import check_sdxl, load_schedule, unet_config, with_prediction
 from sdxl_ambient.models.load import base_folder, load_text_encoder, load_unet_file
 from sdxl_ambient.models.parts import load_part
-from sdxl_ambient.models.single_file import TEXT_ENCODERS, VAE, stored_dtype
+from sdxl_ambient.models.prediction import check_prediction
+from sdxl_ambient.models.single_file import TEXT_ENCODERS, VAE, network_of, stored_dtype
 from sdxl_ambient.models.vae import load_vae
 from sdxl_ambient.provenance import read_json, write_json
 
@@ -71,11 +72,21 @@ def export_unet(
                 f"{facts['prediction_type']}; give the base that it was trained from, or --prediction_type"
             )
         state = fine_tuned_unet(unet, folder, config, prediction_type)
+        if "prediction_type" not in info:
+            _check_prediction(state, folder, config, prediction_type, str(unet))
         if format == "pipeline":
             parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
             scheduler = with_prediction(_scheduler(folder), prediction_type)
             return _write_pipeline(output, folder, parts, state, unet_folder(unet), info, scheduler)
         return _write_single_file(output, folder, state, config, {**facts, **info}, dtype, title)
+
+
+def _check_prediction(
+    state: dict[str, torch.Tensor], base: Path, config: dict, prediction_type: str | None, source: str
+) -> None:
+    """A UNet that doesn't say what it was trained to predict is asked. Raises ModelError where the scheduler is wrong."""
+    unet = network_of(UNet2DConditionModel, state, config, None, torch.float32)
+    check_prediction(unet, load_schedule(base, prediction_type=prediction_type), repr(source), prediction_type)
 
 
 @contextmanager

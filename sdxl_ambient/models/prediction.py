@@ -7,6 +7,7 @@ noise. So no picture is needed, and a base can be checked wherever it is loaded.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -71,10 +72,14 @@ def check_prediction(unet: Any, schedule: NoiseSchedule, source: str, option: st
     """
     errors = reading_errors(unet, schedule)
     declared, best = schedule.prediction_type, min(errors, key=errors.__getitem__)
+    if not math.isfinite(errors[declared]):
+        raise ModelError(f"the UNet of {source} gives values that are not finite; nothing can be drawn or trained with it")
     if best == declared or not errors[best] < UNDERSTOOD or errors[declared] < MARGIN * errors[best]:
         return
     says = f"--prediction_type says {option}" if option else f"its scheduler says {declared}"
     remedy = "flow matching can't be trained or drawn here" if best == FLOW else f"give --prediction_type {best}"
+    if best == "epsilon" and schedule.ends_without_signal:
+        remedy = "such a network needs a schedule whose last level has a signal left (no rescale_betas_zero_snr, no ztsnr)"
     raise ModelError(
         f"the UNet of {source} predicts {best}, though {says}: what it denoises is wrong by {errors[best]:.2f} of the mean "
         f"square read as {best}, by {errors[declared]:.2f} as {declared}; {remedy}"

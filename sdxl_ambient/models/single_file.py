@@ -26,6 +26,7 @@ TEXT_ENCODERS = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "
 # By the width of the first block and of what attention reads of a caption; and how many weights the UNet has.
 _KNOWN = {(320, 2048): ("sdxl", 1680), (32, 80): ("miniature", 330)}
 _COND_PROJ = f"{UNET}time_embed.cond_proj.weight"  # which an LCM's UNet has besides
+_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")  # of files; a folder or a name on the Hub has none of them
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 # What else a file may be, by the beginning of a name in it. The first that is there counts.
 _OTHERS = {
@@ -71,6 +72,8 @@ def source_of(name_or_path: str | Path, subfolder: str | None = None) -> tuple[s
         ModelError: a file that isn't a whole SDXL model.
     """
     if not is_single_file(name_or_path):
+        if Path(name_or_path).suffix in _ENDINGS or Path(name_or_path).is_symlink() and not Path(name_or_path).exists():
+            raise ModelError(f"the file {str(name_or_path)!r} can't be read: it does not exist")
         return str(name_or_path), {}
     file = single_file(name_or_path)
     folder = ARCHITECTURES if subfolder in _TOKENIZERS else file.folder
@@ -194,6 +197,9 @@ def clip_from_file(kind: type, path: str | Path, part: str, what: str, dtype: to
     try:
         weights = tensors(path, TEXT_ENCODERS[part])
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+        if not weights:
+            raise ValueError("the file holds none")
+        check_floating(weights)
         network = create_diffusers_clip_model_from_ldm(
             kind, weights, subfolder=part, config=str(file.folder), torch_dtype=dtype, local_files_only=True
         )
@@ -201,6 +207,13 @@ def clip_from_file(kind: type, path: str | Path, part: str, what: str, dtype: to
         raise ModelError(f"{source} can't be loaded: {one_line(error)}") from None
     check_complete(network, source)
     return network
+
+
+def check_floating(weights: Mapping[str, torch.Tensor]) -> None:
+    """Weights are real numbers with a fraction; a ValueError names one that isn't."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}, which is no weight's")
 
 
 def network_of(
@@ -220,6 +233,7 @@ def network_of(
     Raises:
         ValueError, or another of ``LOADING_ERRORS``: too few weights, too many, or of other shapes; the first is named.
     """
+    check_floating(weights)
     with torch.device("meta"):
         network = kind.from_config(dict(config))
     named = dict(weights)

@@ -65,11 +65,16 @@ def _from_file(path: str | Path, base: str | Path, dtype: torch.dtype, revision:
     """
     source = f"the VAE of {str(path)!r}"
     try:
-        weights = {name.removeprefix(VAE): tensor for name, tensor in (tensors(path, VAE) or tensors(path, "")).items()}
+        header = tensors(path, VAE) or tensors(path, "")
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{source} can't be read: {one_line(error)}") from None
+    try:
+        weights = {name.removeprefix(VAE): tensor for name, tensor in header.items()}
         # Of a VAE's own training there may be more in its file: averages, a discriminator.
         weights = {name: tensor for name, tensor in weights.items() if name.startswith(_PARTS)}
         if not any(name.startswith("decoder.") for name in weights):
-            raise ModelError(f"{source} can't be loaded: it holds none; give one with --pretrained_vae_model_name_or_path")
+            advice = "; give one with --pretrained_vae_model_name_or_path" if path == base else ""
+            raise ModelError(f"{source} can't be loaded: it holds none{advice}")
         config = load_config(AutoencoderKL, base, subfolder="vae", revision=revision)
         original = any(".mid.block_1." in name for name in weights)
         loaded = network_of(AutoencoderKL, weights, config, convert_ldm_vae_checkpoint if original else None, dtype)

@@ -261,3 +261,10 @@ def test_a_damaged_lora_is_one_line_and_exit_code_2(miniature, tmp_path, capsys)
     assert stopped.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("eval.generate: error:")
+
+
+@pytest.mark.parametrize("sampler", ["hybrid", "early_stop"])
+def test_a_level_above_the_first_step_is_refused_in_a_line(miniature, lora, tmp_path, capsys, sampler):
+    flags = ["--lora", str(lora), "--sampler", sampler, "--sampler_t_n", "900"]
+    assert main(arguments(miniature, tmp_path, "out", *flags)) == 2
+    assert "--sampler_t_n: 900 of 'out' is not below" in capsys.readouterr().err

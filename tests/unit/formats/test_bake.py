@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.lora_files import INFO, LORA, adapted, output
+from support.v_base import make_v_base
 
 from sdxl_ambient.export import main as export
 from sdxl_ambient.formats.adapter import Weights
@@ -179,3 +180,12 @@ def test_impossible_combinations_are_refused(dora, tmp_path, capsys, words, mess
     with pytest.raises(SystemExit):
         run("--lora", dora[0], "--output", tmp_path / "style.safetensors", *words)
     assert message in capsys.readouterr().err
+
+
+def test_a_lora_is_baked_on_the_kind_of_base_that_it_was_trained_on(miniature, unet, tmp_path, capsys):
+    base = make_v_base(tmp_path / "v", miniature)
+    tuned = adapted(unet, r=2, use_dora=True)
+    save_lora(tuned, tmp_path / "dora", {**INFO, "prediction_type": "epsilon"})
+    words = ("--lora", tmp_path / "dora", "--bake", "--pretrained_model_name_or_path", base, "--format", "kohya")
+    assert run(*words, "--output", tmp_path / "x.safetensors") == 2
+    assert "predicts v_prediction, and the LoRA was trained to predict epsilon" in capsys.readouterr().err

@@ -188,6 +188,8 @@ REFUSED = {
     ),
     "another shape": ({f"{KOHYA}.diff": torch.zeros(3, 5)}, r"doesn't fit unet's weight of shape \(64, 64\)"),
     "no number": ({f"{KOHYA}.diff": torch.full((64, 64), float("nan"))}, "NaN or infinity"),
+    "half of LoKr": ({f"{KOHYA}.lokr_w1": torch.zeros(4, 4)}, r"\(LoKr\) is incomplete: lokr_w2 is missing"),
+    "whole numbers": ({f"{KOHYA}.diff": torch.zeros(64, 64, dtype=torch.int8)}, "is of int8, which is no weight's"),
     "two layouts": (
         {f"{KOHYA}.diff": torch.zeros(64, 64), f"lora_unet_{SGM}.diff": torch.ones(64, 64)},
         "names a module twice",

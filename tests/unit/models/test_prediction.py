@@ -93,7 +93,8 @@ def test_a_declared_reading_that_is_not_the_networks_is_refused(schedule, predic
     with pytest.raises(ModelError, match=f"'model' predicts {predicts}, though its scheduler says {declared}: ") as error:
         check_prediction(network, own, "'model'")
     assert re.findall(r"\d\.\d\d|\d+\.\d\d", str(error.value)) == [f"{errors[predicts]:.2f}", f"{errors[declared]:.2f}"]
-    assert ("can't be trained" if predicts == FLOW else f"give --prediction_type {predicts}") in str(error.value)
+    remedy = "can't be trained" if predicts == FLOW else f"give --prediction_type {predicts}"
+    assert ("a signal left" if zero_snr and predicts == "epsilon" else remedy) in str(error.value)
     with pytest.raises(ModelError, match=f"though --prediction_type says {declared}"):
         check_prediction(network, own, "'model'", declared)
 
@@ -204,3 +205,31 @@ def test_a_full_run_with_the_option_carries_it_into_what_is_made_of_it(mislabell
     assert load_schedule(tmp_path / "model").prediction_type == "v_prediction"
     assert export([*words, str(tmp_path / "model.safetensors"), "--format", "single_file", *fix]) == 0
     assert load_schedule(tmp_path / "model.safetensors").prediction_type == "v_prediction"
+
+
+def test_a_network_that_gives_no_numbers_is_refused(unet, schedule):
+    """A LoRA of huge weights would draw black pictures, in which nothing is found copied."""
+    broken = copy.deepcopy(unet)
+    with torch.no_grad():
+        for p in broken.parameters():
+            p.mul_(1e15)
+    with pytest.raises(ModelError, match="the UNet of 'huge' gives values that are not finite"):
+        check_prediction(broken, schedule, "'huge'")
+
+
+def test_no_advice_leads_in_a_circle(schedule):
+    bars = schedule.alpha_bar(torch.arange(1000)).sqrt()
+    bars = ((bars - bars[-1]) * bars[0] / (bars[0] - bars[-1])) ** 2
+    own = NoiseSchedule(bars, "v_prediction")
+    with pytest.raises(ModelError, match="needs a schedule whose last level has a signal left"):
+        check_prediction(Exact(own, "epsilon"), own, "'x'")
+
+
+def test_an_export_asks_a_network_that_records_nothing(v_base, miniature, tmp_path, capsys):
+    words = ["--unet", str(v_base / "unet"), "--pretrained_model_name_or_path", str(miniature), "--format", "single_file"]
+    assert export([*words, "--output", str(tmp_path / "x.safetensors")]) == 2
+    assert "predicts v_prediction, though its scheduler says epsilon" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+    fix = ["--prediction_type", "v_prediction"]
+    assert export([*words, "--output", str(tmp_path / "x.safetensors"), *fix]) == 0
+    assert load_schedule(tmp_path / "x.safetensors").prediction_type == "v_prediction"

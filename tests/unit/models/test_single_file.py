@@ -264,3 +264,24 @@ def test_a_file_has_no_variant_and_no_revision(whole, emoji, tmp_path, capsys, o
         with pytest.raises(SystemExit):
             command([*words, *more])
         assert f"--{option}: 'fp16' can not be had of the single file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", [f"{UNET}out.2.weight", "first_stage_model.decoder.conv_out.weight"])
+def test_weights_are_numbers_with_a_fraction(whole, changed, name, dtype):
+    file = changed(**{name: load_file(whole)[name].to(dtype)})
+    load = load_unet if name.startswith(UNET) else load_vae
+    with pytest.raises(ModelError, match=f"is of {str(dtype).removeprefix('torch.')}, which is no weight's"):
+        load(file)
+
+
+def test_a_file_that_is_gone_is_not_looked_for_on_the_hub(tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    for file in (tmp_path / "gone.safetensors", tmp_path / "link.safetensors"):
+        with pytest.raises(ModelError, match=f"the file '{file}' can't be read: it does not exist"):
+            check_sdxl(file)
+
+
+def test_a_missing_text_encoder_is_said_to_be_missing(changed):
+    with pytest.raises(ModelError, match="the second text encoder of .* can't be loaded: the file holds none"):
+        load_encoders(str(changed(drop=["conditioner.embedders.1."])))
