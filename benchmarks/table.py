@@ -43,6 +43,11 @@ WHAT = {
         )
     },
     "study_again": "part of the study's figures that a second run, with other noise, gives again within 95 % intervals",
+    "cleared_copiers": "folders with a fifth or more of copies on the must-see list that end as cleared",
+    "contradictions": "verdicts that contradict the exit code",
+    "accused_innocents": "part of the folders without a copy that are accused",
+    "coverage_of_shares": "how often the interval of the copied share covers the truth, over these folders",
+    "found_when_present": "part of the folders with one or two training files among 130 images of which that is said",
     "faults_injected": "faults injected: killed, starved, damaged and doubled runs of every command",
     "second_observations": "faults after which some picture has two noisy latents",
     "silent_corruptions": "faults after which the continued run ends well with another result than the undisturbed one",

@@ -37,7 +37,7 @@ TARGETS = (
     ("cleared_copiers", "<=", 0),
     ("contradictions", "<=", 0),
     ("accused_innocents", "<=", 0.05),
-    ("interval_coverage", ">=", 0.93),
+    ("coverage_of_shares", ">=", 0.93),
     ("found_when_present", ">=", 0.95),
 )
 Change = Callable[[Image.Image], Image.Image]
@@ -239,7 +239,7 @@ def figures(rows: list[dict]) -> dict:
         "cleared_of_other_copies": _mean([row["exit"] == 0 for row in unseen]),
         "accused_innocents": _mean([row["level"] == "above" or row["exit"] == 1 for row in innocent]),
         "doubted_innocents": _mean([row["level"] == "unclear" for row in innocent]),
-        "interval_coverage": _mean(covered),
+        "coverage_of_shares": _mean(covered),
         "found_when_present": _mean([row["certain"] > 0 for row in with_files]),
     }
 

@@ -27,6 +27,12 @@ def numbers():
     return lambda *shape: 0.3 * torch.randn(*shape, generator=generator)
 
 
+@pytest.fixture(scope="module")
+def plain(miniature):
+    """The base's pipeline. Not to be changed."""
+    return load_pipeline(str(miniature))
+
+
 def weights_of(pipe, name):
     module = pipe.unet.get_submodule(name)
     return module.weight.detach().double().clone(), None if module.bias is None else module.bias.detach().double().clone()
@@ -97,8 +103,8 @@ CASES = [*((kind, LINEAR) for kind in OF_LINEAR), *((kind, CONV) for kind in OF_
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=lambda value: value if isinstance(value, str) else value.__name__)
-def test_a_change_is_merged_as_its_formula_says(miniature, numbers, tmp_path, kind, name, scale):
-    before, bias = weights_of(load_pipeline(str(miniature)), name)
+def test_a_change_is_merged_as_its_formula_says(miniature, plain, numbers, tmp_path, kind, name, scale):
+    before, bias = weights_of(plain, name)
     out, inside, *kernel = before.shape
     tensors, wanted = kind(numbers, out, inside, kernel[0] if kernel else 1, before, scale)
     kohya = "lora_unet_" + name.replace(".", "_")
@@ -107,12 +113,11 @@ def test_a_change_is_merged_as_its_formula_says(miniature, numbers, tmp_path, ki
     torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
     others = [n for n, p in pipe.unet.named_parameters() if n != f"{name}.weight"]
-    reference = load_pipeline(str(miniature)).unet
-    assert all(torch.equal(pipe.unet.get_parameter(n), reference.get_parameter(n)) for n in others)
+    assert all(torch.equal(pipe.unet.get_parameter(n), plain.unet.get_parameter(n)) for n in others)
 
 
 @pytest.mark.parametrize("names", ["sgm", "lycoris", "comfy", "text"])
-def test_every_programs_names_find_their_module(miniature, numbers, tmp_path, names):
+def test_every_programs_names_find_their_module(miniature, plain, numbers, tmp_path, names):
     text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     place = {
         "sgm": "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
@@ -120,7 +125,6 @@ def test_every_programs_names_find_their_module(miniature, numbers, tmp_path, na
         "comfy": "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn1.to_q",
         "text": text,
     }[names]
-    plain = load_pipeline(str(miniature))
 
     def module(pipe):
         if names != "text":
@@ -133,8 +137,7 @@ def test_every_programs_names_find_their_module(miniature, numbers, tmp_path, na
     torch.testing.assert_close(module(pipe).weight, module(plain).weight + change)
 
 
-def test_norms_and_biases_go_along(miniature, numbers, tmp_path):
-    plain = load_pipeline(str(miniature))
+def test_norms_and_biases_go_along(miniature, plain, numbers, tmp_path):
     (weight, bias), (conv, conv_bias) = weights_of(plain, NORM), weights_of(plain, CONV)
     norm = "lora_unet_" + NORM.replace(".", "_")
     changes = {f"{norm}.w_norm": numbers(*weight.shape), f"{norm}.b_norm": numbers(*bias.shape)}
@@ -145,8 +148,7 @@ def test_norms_and_biases_go_along(miniature, numbers, tmp_path):
         torch.testing.assert_close(one, before + change.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_its_strength_is_changed_and_the_base_comes_back_bit_for_bit(miniature, numbers, tmp_path):
-    plain = load_pipeline(str(miniature))
+def test_its_strength_is_changed_and_the_base_comes_back_bit_for_bit(miniature, plain, numbers, tmp_path):
     before, _ = weights_of(plain, LINEAR)
     change = numbers(*before.shape)
     pipe = loaded(miniature, tmp_path, {f"{KOHYA}.diff": change}, lora_scale=1.0)
@@ -157,10 +159,9 @@ def test_its_strength_is_changed_and_the_base_comes_back_bit_for_bit(miniature, 
     assert torch.equal(weights_of(pipe, LINEAR)[0], before)
 
 
-def test_hybrid_sampling_hands_over_to_the_base(miniature, numbers, tmp_path):
+def test_hybrid_sampling_hands_over_to_the_base(miniature, plain, numbers, tmp_path):
     """Handed over at the last level above t_n, only the first steps differ; afterwards the change is in again."""
     encoder = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    plain = load_pipeline(str(miniature))
     shape = plain.unet.get_submodule(LINEAR).weight.shape
     text = getattr(plain.text_encoder, "text_model", plain.text_encoder).encoder.layers[0].mlp.fc1.weight.shape
     pipe = loaded(miniature, tmp_path, {f"{KOHYA}.diff": numbers(*shape), f"{encoder}.diff": numbers(*text)})

@@ -164,7 +164,7 @@ def test_a_budget_is_shown_to_be_kept_or_not_and_says_what_would_show_it():
 
 def test_verdict_and_exit_code_never_contradict_each_other():
     made = [references({"jpeg": np.ones(100)}), references({"jpeg": np.ones(100), "flip": np.zeros(100)})]
-    for flags in range(0, 101, 5):
+    for flags in (0, 1, 5, 20, 100):
         for section in (None, contained(certain=1), contained(near=5, p=1e-5), contained(near=5, p=0.5)):
             for budget in (0.0, 0.05, 0.5):
                 for one in made:
