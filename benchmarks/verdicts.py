@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks.record import target, write_record
 from eval.evaluation import evaluate
@@ -82,7 +82,14 @@ MUST_SEE: dict[str, Change] = {
     "mirrored": ImageOps.mirror,
     "middle .9": lambda image: centre_crop(image).resize(image.size, Image.Resampling.LANCZOS),
 }
+def _frame(image: Image.Image) -> Image.Image:
+    """Another frame of a burst: moved by a fortieth, a little larger and brighter."""
+    moved = ImageChops.offset(image, max(1, image.width // 40), max(1, image.height // 40))
+    return ImageEnhance.Brightness(centre_crop(moved, 0.96).resize(image.size, Image.Resampling.BICUBIC)).enhance(1.06)
+
+
 OTHERS: dict[str, Change] = {
+    "another frame": _frame,
     "upside down": lambda image: image.transpose(Image.Transpose.ROTATE_180),
     "turned": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "bordered": _bordered,
@@ -106,10 +113,11 @@ class Cell:
     captions: str = "own"  # own, one, missing (the copies' alone), five (of which one copies)
     repeated: int = 1
     heldout_copies: float = 0.0
+    bursts: bool = False  # a tenth of the held-out images are further frames of training pictures
 
     @property
     def must_be_seen(self) -> bool:
-        return self.share >= 0.2 and (self.change is None or self.change in MUST_SEE)
+        return self.share >= 0.2 and (self.change is None or self.change in MUST_SEE or self.bursts)
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -184,14 +192,24 @@ class Pictures:
         return "a photo of sks dog" if cell.captions == "one" else f"picture {i}"
 
 
-def run(arguments: argparse.Namespace, heldout_size: int | None, seed: int, work: Path) -> list[dict]:
+BURSTS = [
+    Cell("soft copies, bursts held out", SIZE, 0.2, "another frame", bursts=True),
+    Cell("blurred, bursts held out", SIZE, 0.2, "blurred", bursts=True),
+]
+
+
+def run(
+    arguments: argparse.Namespace, heldout_size: int | None, seed: int, work: Path, table: list[Cell], bursts: bool = False
+) -> list[dict]:
     """All cells of one seed and one size of the held-out set, in one evaluation."""
     pictures = Pictures(arguments.train, arguments.heldout, arguments.fresh, seed)
     heldout = work / "heldout"
     heldout.mkdir(parents=True)
     for path in pictures.heldout[:heldout_size]:
         shutil.copyfile(path, heldout / path.name)
-    table = cells(arguments.quick)
+    if bursts:
+        for path in pictures.some(pictures.train, len(pictures.heldout) // 9):
+            _frame(load_rgb(path)).save(heldout / f"frame-{path.stem}.png")
     flags = []
     for i, cell in enumerate(table):
         pictures.write(cell, work / f"cell-{i}")
@@ -261,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     for size in (None,) if arguments.quick else (None, 60):
         for seed in range(1 if arguments.quick else arguments.seeds):
             with tempfile.TemporaryDirectory() as work:
-                rows += run(arguments, size, seed, Path(work))
+                rows += run(arguments, size, seed, Path(work) / "table", cells(arguments.quick))
+                rows += run(arguments, size, seed, Path(work) / "bursts", BURSTS, bursts=True)
     for row in rows:
         size = row["heldout"] or "all"
         print(f"{row['cell']:30s} H {size:>4} {row['truth']:5.0%} {row['level']:8s} {row['exit']} {row['interval']}")

@@ -17,6 +17,7 @@ BACKGROUND = 2  # k of the score normalisation
 # What a verdict that clears a model must have been able to see, and how much of it.
 MUST_SEE = ("copy", "jpeg", "blur", "flip", "crop", "fit", "vae")
 LEAST_RECALL = 0.8
+SUSPECT_QUANTILE = 0.05
 
 
 @dataclass
@@ -98,6 +99,22 @@ class References(ReferenceSets):
             return []
         recalls = {name: self.recall(name) for name in self.must_see}
         return sorted((name for name, value in recalls.items() if value < LEAST_RECALL), key=recalls.__getitem__)
+
+    @property
+    def suspects(self) -> np.ndarray:
+        """Indices of the null's images that are as near to a training image as known copies are: frames of one burst, say.
+
+        As near as all but a twentieth of the planted copies on the must-see list.
+        """
+        if self.null is None or not self.must_see or self.null_from != "heldout":
+            return np.empty(0, np.intp)
+        least = np.quantile(np.concatenate([self.planted[name] for name in self.must_see]), SUSPECT_QUANTILE)
+        return np.flatnonzero(self.null >= least)
+
+    @property
+    def rests_on_suspects(self) -> bool:
+        """Whether such images alone set the threshold, under which copies like them can hide."""
+        return self.null is not None and len(self.suspects) > self.alpha * len(self.null)
 
     @property
     def recall_control(self) -> str | None:

@@ -7,6 +7,8 @@ for the worst of m finds something by chance; the intervals that the verdict res
 
 from __future__ import annotations
 
+import numpy as np
+
 from eval.attacks.membership import Scores, attack_figures
 from eval.choices import CONFIDENCE
 from eval.reporting.references import LEAST_RECALL, MUST_SEE, References
@@ -268,6 +270,7 @@ def verdict(model: ModelFigures, base: ModelFigures | None, references: Referenc
         _attack_words(rows),
         CONCLUSIONS[level],
         _blindness(references),
+        _suspicion(references),
         _heldout_too(model),
     ]
     if references.null_from == "base":
@@ -281,10 +284,10 @@ def verdict(model: ModelFigures, base: ModelFigures | None, references: Referenc
 def _level(model: ModelFigures, rows: list[WorstCaseRow], references: References) -> str:
     """Above: copies are contained, or some test's simultaneous interval lies above its control. Unclear: a sampler's share
     is above chance, or an attack succeeds, when it is taken alone, or an attack works better than on the base model, or
-    copies that a verdict must have been able to see would not have been seen."""
+    copies that a verdict must have been able to see would not have been seen, or could hide among held-out images."""
     if any(row["above"] for row in rows):
         return "above"
-    if references.blind_to or any(_above_alone(figures, references) for figures in model["samplers"].values()):
+    if references.blind_to or references.rests_on_suspects or any(_above_alone(figures, references) for figures in model["samplers"].values()):
         return "unclear"
     alone = [_attack_row(name, figures) for name, figures in (model["attacks"] or {}).items()]
     differs = [row["difference_to_base"] for row in rows if row["kind"] == "attack"]
@@ -331,6 +334,19 @@ def _blindness(references: References) -> str:
     if others:
         said.append(f"Copies of other kinds would be missed: {named(others)}.")
     return " ".join(said)
+
+
+def _suspicion(references: References) -> str:
+    """Held-out images that look like copies of training images, on which the threshold rests."""
+    suspects = references.suspects
+    if not len(suspects) or references.heldout is None or references.null is None:
+        return ""
+    first = references.heldout.images.name(int(suspects[np.argmax(references.null[suspects])]))
+    rests = "; the threshold rests on them, and copies can hide under it" if references.rests_on_suspects else ""
+    return (
+        f"{len(suspects)} of {len(references.null)} held-out images are as near to a training image as known copies are (such "
+        f"as {first}): frames of one burst?{rests}."
+    )
 
 
 def _heldout_too(model: ModelFigures) -> str:

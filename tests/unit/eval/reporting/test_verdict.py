@@ -174,3 +174,15 @@ def test_verdict_and_exit_code_never_contradict_each_other():
                     low, high = copied_bounds(model, "full")
                     assert code != 0 or high <= budget
                     assert code != 1 or low > budget
+
+
+def test_a_threshold_that_rests_on_frames_of_one_burst_clears_nothing():
+    """A tenth of the held-out images are as near to training images as JPEG copies are; what hides below is unknown."""
+    made = references({"jpeg": np.linspace(0.95, 1.0, 100)})
+    made.null = np.concatenate([np.linspace(0, 0.6, 180), np.full(20, 0.99)])
+    made.threshold = 0.9
+    assert made.rests_on_suspects and len(made.suspects) == 20
+    assert judged(entry(0), made)["verdict"]["level"] == "unclear"
+    made.null = np.concatenate([np.linspace(0, 0.6, 199), [0.99]])
+    assert not made.rests_on_suspects and len(made.suspects) == 1
+    assert judged(entry(0), made)["verdict"]["level"] == "within"
