@@ -287,7 +287,9 @@ def _level(model: ModelFigures, rows: list[WorstCaseRow], references: References
     copies that a verdict must have been able to see would not have been seen, or could hide among held-out images."""
     if any(row["above"] for row in rows):
         return "above"
-    if references.blind_to or references.rests_on_suspects or any(_above_alone(figures, references) for figures in model["samplers"].values()):
+    if references.blind_to or references.rests_on_suspects:
+        return "unclear"
+    if any(_above_alone(figures, references) for figures in model["samplers"].values()):
         return "unclear"
     alone = [_attack_row(name, figures) for name, figures in (model["attacks"] or {}).items()]
     differs = [row["difference_to_base"] for row in rows if row["kind"] == "attack"]
@@ -344,8 +346,8 @@ def _suspicion(references: References) -> str:
     first = references.heldout.images.name(int(suspects[np.argmax(references.null[suspects])]))
     rests = "; the threshold rests on them, and copies can hide under it" if references.rests_on_suspects else ""
     return (
-        f"{len(suspects)} of {len(references.null)} held-out images are as near to a training image as known copies are (such "
-        f"as {first}): frames of one burst?{rests}."
+        f"{len(suspects)} of {len(references.null)} held-out images are as near to a training image as known copies are "
+        f"(such as {first}): frames of one burst?{rests}."
     )
 
 
