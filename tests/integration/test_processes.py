@@ -76,7 +76,8 @@ def test_the_report_is_the_same_byte_for_byte(runs):
     noisy = report["models"]["noisy"]
     assert {"full", "hybrid", "early_stop", "scale_0.5", "scale_1.5", "guidance_1", "mean_4"} == set(noisy["samplers"])
     assert {"error/500", "mask", "magnitude"} < set(noisy["attacks"]) and report["threshold"]["value"] is not None
-    assert list(report["controls"]["planted"]) == ["copy", "jpeg", "flip", "crop", "vae"]
+    planted = ["copy", "jpeg", "blur", "flip", "crop", "turn", "border", "colour", "quarter", "vae"]
+    assert list(report["controls"]["planted"]) == planted
     assert noisy["samplers"]["full"]["clip_score"]["n"] == 5
     for data in report["data"].values():
         assert [row["reason"] for row in data["excluded"]].count("not an image, or of an unknown format") == 1
