@@ -136,7 +136,7 @@ def export(options: ExportOptions) -> str:
 def _bake(options: ExportOptions, output: Path, dtype: torch.dtype | None) -> str:
     """Write the change as a plain LoRA."""
     from sdxl_ambient.formats.bake import bake_lora, bake_unet, default_rank
-    from sdxl_ambient.formats.lora_export import write_adapter
+    from sdxl_ambient.formats.lora_export import export_lora
     from sdxl_ambient.formats.read import read_adapter
     from sdxl_ambient.formats.record import public_info, read_training_info
     from sdxl_ambient.formats.unet_export import fine_tuned_unet
@@ -155,7 +155,7 @@ def _bake(options: ExportOptions, output: Path, dtype: torch.dtype | None) -> st
         state = fine_tuned_unet(unet, Path(base), config, options.prediction_type)
         baked = bake_unet(state, base, rank, public_info(read_training_info(unet)), revision, dtype)
     layout, title = options.layout, options.title
-    text = write_adapter(
+    text = export_lora(
         baked.adapter, output, format=options.format, layout=layout, config=config, dtype=dtype, title=title
     )
     return "\n".join([text, *baked.lines(rank)])

@@ -18,7 +18,7 @@ from sdxl_ambient.provenance import write_json
 
 
 def export_lora(
-    lora: str | Path,
+    lora: str | Path | Adapter,
     output: Path,
     *,
     format: str,
@@ -31,7 +31,8 @@ def export_lora(
     """Convert a LoRA. Returns the lines that say what was written.
 
     Args:
-        lora: a .safetensors file or a folder with one; see :func:`sdxl_ambient.formats.read.read_adapter`.
+        lora: a .safetensors file or a folder with one (see :func:`sdxl_ambient.formats.read.read_adapter`), or what was
+            read of one.
         output: the file to write, for ``peft`` the folder. Nothing may be there.
         format: ``kohya`` or ``peft``.
         layout: whose names the UNet's blocks have in kohya's format, ``sgm`` or ``diffusers``.
@@ -44,26 +45,12 @@ def export_lora(
         InterchangeError: one that can't be converted whole.
         OSError: an output that can't be written; nothing is left of it then.
     """
-    adapter = read_adapter(lora, config)
+    adapter = lora if isinstance(lora, Adapter) else read_adapter(lora, config)
     if format == "kohya" and adapter.uses_dora and not allow_dora:
         raise InterchangeError(
             f"{lora} is a DoRA, which this format's readers draw wrongly: {READERS_OF_DORA}. Give --bake for a plain LoRA, "
             "--format peft for diffusers, or --allow_dora"
         )
-    return write_adapter(adapter, output, format=format, layout=layout, config=config, dtype=dtype, title=title)
-
-
-def write_adapter(
-    adapter: Adapter,
-    output: Path,
-    *,
-    format: str,
-    layout: str = "sgm",
-    config: Mapping | None = None,
-    dtype: torch.dtype | None = None,
-    title: str | None = None,
-) -> str:
-    """Write an adapter as :func:`export_lora` does, with the same arguments."""
     if format == "kohya":
         title = title or (None if adapter.info else output.stem)
         write_tensors(output, *to_kohya(adapter, layout, config=config, dtype=dtype, title=title))
