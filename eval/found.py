@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from eval.images import ImageSet
 from eval.schema import Contained, FoundCopy
@@ -90,13 +91,5 @@ def chance(near: int, n: int, twins: int, heldout: int) -> float | None:
     """
     if not heldout or not n:
         return None
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + heldout + 1)))])
-
-    def log_choose(a: int, b: int) -> float:
-        return float(log_factorial[a] - log_factorial[b] - log_factorial[a - b])
-
-    total = near + twins
-    tail = range(near, min(total, n) + 1)
-    whole = log_choose(n + heldout, total)
-    logs = [log_choose(n, k) + log_choose(heldout, total - k) - whole for k in tail if total - k <= heldout]
-    return float(min(1.0, np.exp(logs).sum()))
+    table = [[near, n - near], [twins, heldout - twins]]
+    return float(stats.fisher_exact(table, alternative="greater").pvalue)  # pyright: ignore[reportAttributeAccessIssue]
