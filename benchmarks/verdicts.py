@@ -82,6 +82,8 @@ MUST_SEE: dict[str, Change] = {
     "mirrored": ImageOps.mirror,
     "middle .9": lambda image: centre_crop(image).resize(image.size, Image.Resampling.LANCZOS),
 }
+
+
 def _frame(image: Image.Image) -> Image.Image:
     """Another frame of a burst: moved by a fortieth, a little larger and brighter."""
     moved = ImageChops.offset(image, max(1, image.width // 40), max(1, image.height // 40))

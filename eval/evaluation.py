@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.attacks.membership import Scores
 from eval.attacks.run import attack
 from eval.attacks.settings import AttackSettings
@@ -17,9 +19,11 @@ from eval.embedders.registry import Embedder
 from eval.embedding import Embedded
 from eval.found import KnownPictures
 from eval.images import ImageSet, read_folder
+from eval.parts import Parts
 from eval.processes import is_main
 from eval.reporting.controls import control_figures
 from eval.reporting.folder import folder_figures
+from eval.reporting.parts import look_for_parts
 from eval.reporting.references import References, ReferenceSets, make_references, threshold_figures
 from eval.reporting.verdict import judge, model_figures
 from eval.samplers import Sampler, SamplerSettings, samplers_of
@@ -60,7 +64,7 @@ class EvaluationSettings:
         there already, by name.
     attack: how the models are attacked and, since that is the same, how images are drawn; ``attacks`` says whether at all.
     recorded: options as the report repeats them.
-    alpha, confidence, until, prompts_file: values of the options of these names.
+    alpha, confidence, local_copies, until, prompts_file: values of the options of these names.
     """
 
     sets: SetSettings
@@ -72,6 +76,7 @@ class EvaluationSettings:
     prompts_file: str | None
     alpha: float
     confidence: float
+    local_copies: str
     until: str
     recorded: dict[str, Any]
 
@@ -189,7 +194,29 @@ def evaluate(settings: EvaluationSettings) -> Report | None:
     planted = plant(settings.sets, settings.attack, train, as_drawn, sets.nearest_in_train, list(sets.views))
     base_images, name = base.images if base else None, settings.sets.embedder
     references = make_references(sets, settings.alpha, settings.confidence, name, planted, base_images, known)
+    references.parts = find_parts(settings, references, embedded)
     return _report(settings, embedding, references, measure(settings, drawn, embedded, scores, references))
+
+
+def find_parts(
+    settings: EvaluationSettings, references: References, embedded: dict[str, dict[str, EmbeddedFolder]]
+) -> Parts | None:
+    """Copies of a part among the images that similarity and fingerprints don't find; None where they aren't wanted."""
+    if settings.local_copies == "off":
+        return None
+    folders = [folder for by_sampler in embedded.values() for folder in by_sampler.values()]
+    rows = [_unfound(folder, references) for folder in folders]
+    images = [folder.images.images for folder in folders]
+    return look_for_parts(references, images, rows, settings.output / "local_copies.json")
+
+
+def _unfound(folder: EmbeddedFolder, references: References) -> np.ndarray:
+    """Rows of images that are no copies as far as similarity and fingerprints go."""
+    images = folder.images
+    unfound = np.array([images.images.name(i) not in folder.found for i in range(len(images))])
+    if references.threshold is not None:
+        unfound &= references.nearest_in_train(images.embeddings)[0] <= references.threshold
+    return np.flatnonzero(unfound)
 
 
 def check_sizes(settings: EvaluationSettings, heldout: Embedded | None) -> None:

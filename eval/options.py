@@ -60,6 +60,9 @@ class MemorizationOptions(
     near_duplicates: str = option(
         "drop", "held-out and training images that show the same picture as a training image", choices=("drop", "keep")
     )
+    local_copies: str = option(
+        "auto", "copies of a part, by keypoints; auto: where opencv and faiss are installed", choices=("auto", "off")
+    )
     until: str = option("measure", "the last stage to run", choices=STAGES)
 
     def validate(self) -> None:

@@ -64,6 +64,34 @@ class FoundCopy(TypedDict):
     kind: str  # same file; same pixels; near-duplicate; near-duplicate, mirrored
 
 
+class LocalCopy(TypedDict):
+    """A generated image that shows a part of a training picture: how many keypoints agree, and the boxes around them.
+
+    Regions are left, top, right and bottom, from 0 to 1 of each picture.
+    """
+
+    file: str
+    train: str
+    inliers: int
+    mirrored: bool
+    region: list[float]
+    train_region: list[float]
+
+
+class LocalFigures(TypedDict):
+    """The images of a folder that show a part of a training picture; more inliers than ``limit`` do.
+
+    ``looked_at`` are those that similarity and fingerprints had not found.
+    """
+
+    looked_at: int
+    limit: int
+    highest_of_heldout: int | None
+    n_heldout: int
+    count: int
+    copies: list[LocalCopy]
+
+
 class Contained(TypedDict):
     """The copies found in a folder without a threshold; ``certain`` are equal by bytes or pixels.
 
@@ -195,6 +223,7 @@ class FolderFigures(ShareFigures, ExcessFigures, QualityFigures):
     n_generated: int
     distinct_images: int  # files of equal bytes count once in all that follows
     contained: Contained | None
+    local_copies: LocalFigures | None
     search: SearchFigures
     similarity_to_train: Similarities
     similarity_to_heldout: Similarities | None
@@ -325,6 +354,8 @@ class ThresholdFigures(TypedDict):
     n_null: int
     n_heldout_needed: int
     refusal: str | None
+    local_false_alarms: float  # of the search for parts, beside alpha; 0 without it
+    local_copies_missing: str | None  # the packages for want of which it was left out
 
 
 class ControlFigures(ShareFigures):

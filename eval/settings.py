@@ -27,6 +27,7 @@ _RECORDED = (
     "worst_case_images",
     "prompts_file",
     "near_duplicates",
+    "local_copies",
     "clip_score_model",
     "max_excess",
     "attacks",

@@ -155,9 +155,7 @@ def _bake(options: ExportOptions, output: Path, dtype: torch.dtype | None) -> st
         state = fine_tuned_unet(unet, Path(base), config, options.prediction_type)
         baked = bake_unet(state, base, rank, public_info(read_training_info(unet)), revision, dtype)
     layout, title = options.layout, options.title
-    text = export_lora(
-        baked.adapter, output, format=options.format, layout=layout, config=config, dtype=dtype, title=title
-    )
+    text = export_lora(baked.adapter, output, format=options.format, layout=layout, config=config, dtype=dtype, title=title)
     return "\n".join([text, *baked.lines(rank)])
 
 

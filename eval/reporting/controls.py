@@ -21,7 +21,7 @@ def control_figures(references: References) -> Controls:
     return {
         "heldout_to_train": _heldout(references),
         "train_to_train": None if own is None else _control(own, references),
-        "planted": {name: _control(values, references) for name, values in references.planted.items()},
+        "planted": {name: _planted(name, references) for name in references.planted},
         "fd_pixels": frechet(references.train_pooled, references.heldout_pooled),
         "fd_embedding": frechet(references.train, references.heldout),
     }
@@ -36,6 +36,16 @@ def _heldout(references: References) -> HeldoutControl | None:
 
 def _control(values: np.ndarray, references: References) -> ControlFigures:
     return {"n": len(values), "similarity_to_train": similarity_figures(values), **share_figures(values, references)}
+
+
+def _planted(name: str, references: References) -> ControlFigures:
+    """Of one kind of copy; found by a part too, where that was looked for."""
+    values, parts = references.planted[name], references.parts
+    if references.threshold is None or parts is None or name not in parts.planted:
+        return _control(values, references)
+    values = values[parts.planted[name][0]]
+    figures = share_figures(values, references, found=references.recalled(name))
+    return {"n": len(values), "similarity_to_train": similarity_figures(values), **figures}
 
 
 def _own_neighbours(train: Embedded) -> np.ndarray | None:

@@ -55,13 +55,17 @@ def folder_figures(
     train, heldout, clusters = references.train, references.heldout, prompts_of(generated)
     neighbours = Neighbours.of(generated, references)
     to_train, to_heldout = neighbours.to_train, neighbours.to_nearest_heldout
-    share = share_figures(to_train, references, clusters, np.array([copy is not None for copy in copies]))
+    parts, copied = references.parts, np.array([copy is not None for copy in copies])
+    if parts and parts.null:
+        copied |= parts.flags(generated.images)
+    share = share_figures(to_train, references, clusters, copied)
     p = p_values(to_train, references)
     effective, legacy = share["effective_images"], metrics.LEGACY_THRESHOLDS.get(references.embedder, (0.9, 0.95))
     return {
         "n_generated": everything,
         "distinct_images": len(generated),
         "contained": _contained(copies, found, references),
+        "local_copies": parts.figures(generated.images) if parts else None,
         "search": search_figures(neighbours),
         "similarity_to_train": similarity_figures(to_train),
         "similarity_to_heldout": None if to_heldout is None else similarity_figures(to_heldout),

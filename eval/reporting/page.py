@@ -143,9 +143,28 @@ def found_pairs(model: ModelFigures, report: Report, pictures: Pictures) -> list
                     "file": train,
                     "generated_picture": pictures(figures["folder"], file),
                     "train_picture": pictures(report["data"]["train"]["folder"], train),
+                    "regions": None,
+                }
+            )
+        for local in (figures.get("local_copies") or {"copies": []})["copies"][:MOST_COPIED]:
+            pairs.append(
+                {
+                    "sampler": name,
+                    "kind": f"a part of it, {local['inliers']} keypoints" + (", mirrored" if local["mirrored"] else ""),
+                    "generated": local["file"],
+                    "file": local["train"],
+                    "generated_picture": pictures(figures["folder"], local["file"]),
+                    "train_picture": pictures(report["data"]["train"]["folder"], local["train"]),
+                    "regions": (_boxed(local["region"]), _boxed(local["train_region"])),
                 }
             )
     return pairs
+
+
+def _boxed(region: list[float]) -> str:
+    """A region as CSS has it."""
+    left, top, right, bottom = (100 * value for value in region)
+    return f"left:{left:.1f}%;top:{top:.1f}%;width:{right - left:.1f}%;height:{bottom - top:.1f}%"
 
 
 class _Pictures:

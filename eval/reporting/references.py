@@ -10,6 +10,7 @@ from eval import metrics
 from eval.embedding import Embedded
 from eval.found import KnownPictures
 from eval.neighbours import nearest
+from eval.parts import Parts
 from eval.schema import ThresholdFigures
 from eval.statistics.calibrate import InsufficientData, smallest_null, threshold
 
@@ -69,6 +70,7 @@ class References(ReferenceSets):
             copied share is corrected by.
         normalized_threshold: τ_α of the score-normalised similarities, where they exist.
         known: the training pictures by bytes, pixels and fingerprint; None where copies aren't looked for in that way.
+        parts: which images show a part of a training picture; None where that wasn't looked for.
     """
 
     alpha: float
@@ -81,6 +83,12 @@ class References(ReferenceSets):
     planted: dict[str, np.ndarray] = field(default_factory=dict)
     normalized_threshold: float | None = None
     known: KnownPictures | None = None
+    parts: Parts | None = None
+
+    @property
+    def false_alarms(self) -> float:
+        """The share of unrelated images that count as copies, at most: by similarity, or by a part."""
+        return self.alpha + (self.parts.false_alarms if self.parts else 0.0)
 
     @property
     def must_see(self) -> list[str]:
@@ -89,8 +97,17 @@ class References(ReferenceSets):
 
     def recall(self, name: str) -> float:
         """The share of a planted change that lies above the threshold, which there must be."""
+        return float(self.recalled(name).mean())
+
+    def recalled(self, name: str) -> np.ndarray:
+        """Which planted copies are found (n,) bool: by similarity, or by a part where those were looked for, in some of
+        them. There must be a threshold."""
         assert self.threshold is not None
-        return float((self.planted[name] > self.threshold).mean())
+        similar = self.planted[name] > self.threshold
+        if self.parts is None or name not in self.parts.planted:
+            return similar
+        rows, inliers = self.parts.planted[name]
+        return similar[rows] | (inliers > self.parts.limit)
 
     @property
     def blind_to(self) -> list[str]:
@@ -186,4 +203,6 @@ def threshold_figures(references: References) -> ThresholdFigures:
         "n_null": 0 if references.null is None else len(references.null),
         "n_heldout_needed": smallest_null(references.alpha),
         "refusal": references.refusal,
+        "local_false_alarms": references.parts.false_alarms if references.parts else 0.0,
+        "local_copies_missing": references.parts.missing if references.parts else None,
     }

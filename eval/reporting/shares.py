@@ -81,9 +81,9 @@ def copied_figures(
     least = min(references.must_see, key=references.recall) if references.must_see else control
     estimates = []
     for name in (control, least):
-        recalled = references.planted[name] > references.threshold
+        recalled = references.recalled(name)
         counts = int(recalled.sum()), len(recalled), len(references.null)
-        estimates.append(copied_share(share * count, count, *counts, references.alpha, confidence))
+        estimates.append(copied_share(share * count, count, *counts, references.false_alarms, confidence))
     own = estimates[0]
     # Of images that are less like real ones than held-out images are, fewer exceed the threshold by chance: none, at worst.
     most = clopper_pearson(share * count, count, confidence)[1] / max(references.recall(least), 1e-9)

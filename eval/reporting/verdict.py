@@ -144,7 +144,7 @@ def sampler_row(
     low, high = clopper_pearson(share * count, count, confidence)
     copied, difference = copied_figures(share, count, references, confidence), _difference(figures, base, name, confidence)
     control = max(
-        references.alpha,
+        references.false_alarms,
         figures["share_above_threshold_as_many_heldout"] or 0.0,
         _share_of(_counterpart(base, name))[0] if base else 0.0,
     )
@@ -265,6 +265,7 @@ def verdict(model: ModelFigures, base: ModelFigures | None, references: Referenc
     level = _level(model, rows, references)
     parts = [
         *map(_contained_words, model["samplers"].items()),
+        *map(_local_words, model["samplers"].items()),
         _worst_sampler(model, worst_case, base, references),
         _own_sampler(model),
         _attack_words(rows),
@@ -303,7 +304,7 @@ def _above_alone(figures: SamplerFigures, references: References) -> bool:
     share, count = _share_of(figures)
     copied = copied_figures(share, count, references, references.confidence)
     low = clopper_pearson(share * count, count, references.confidence)[0]
-    return low > references.alpha and (copied is None or copied["low"] > 0)
+    return low > references.false_alarms and (copied is None or copied["low"] > 0)
 
 
 def _contained_words(sampler: tuple[str, SamplerFigures]) -> str:
@@ -321,6 +322,19 @@ def _contained_words(sampler: tuple[str, SamplerFigures]) -> str:
         chance = "" if p is None else f" (as {twins} are; by chance {p:.2g})"
         said.append(f"{near} are near-duplicates of training images{chance}")
     return f"Of {figures['distinct_images']} images sampled {name!r}, {', '.join(said)}: {example}."
+
+
+def _local_words(sampler: tuple[str, SamplerFigures]) -> str:
+    name, figures = sampler
+    local = figures.get("local_copies")
+    if not local or not local["count"]:
+        return ""
+    first = local["copies"][0]
+    heldout = f"; held-out images have at most {local['highest_of_heldout']}" if local["n_heldout"] else ""
+    return (
+        f"{local['count']} images sampled {name!r} show a part of a training image: {first['inliers']} keypoints of "
+        f"{first['file']} are those of {first['train']}{heldout}."
+    )
 
 
 def _blindness(references: References) -> str:
@@ -364,19 +378,20 @@ def _worst_sampler(model: ModelFigures, worst_case: WorstCase, base: ModelFigure
     figures = model["samplers"][name]
     row = next(row for row in worst_case["rows"] if row["name"] == name)
     share, unseen = row["value"], figures["share_above_threshold_as_many_heldout"]
-    against = f"{references.alpha:.1%} of images unrelated to the training set"
+    against = f"{references.false_alarms:.1%} of images unrelated to the training set"
     if base:
         against += f" and {_share_of(_counterpart(base, name))[0]:.1%} of the base model's"
     beside = "" if unseen is None else f"; {unseen:.1%} are as near to {figures['excess_set_size']} held-out images"
     several, tests = len(model["samplers"]) > 1, worst_case["tests"]
     at_once = f" for all {tests} tests at once" if tests > 1 else ""
     everything, n = figures["n_generated"], figures.get("distinct_images", figures["n_generated"])
+    part = " or show a part of one" if references.false_alarms > references.alpha else ""
     same = f"{everything} images are {n} different ones: the model repeats itself. " if n < everything else ""
     text = (
         f"{same}{figures['count_above_threshold']} of {n} images ({share:.1%}, {references.confidence:.0%} "
         f"interval{at_once} {row['low']:.1%} to {row['high']:.1%}) "
         f"sampled {name!r}{', the worst sampler,' if several else ''} "
-        f"are closer to a training image than the threshold, which {against} exceed{beside}."
+        f"are closer to a training image than the threshold{part}, which {against} exceed{beside}."
     )
     if row["copied"]:
         text += (

@@ -12,7 +12,9 @@ MOST_LINES, MOST_PARAMETERS = 60, 8
 MANY_PARAMETERS = {"sdxl_ambient.pipeline.load_pipeline", "sdxl_ambient.pipeline.sample"}
 RUNS_THE_SCRIPT = {"benchmarks.script"}  # trains in its own process, for the study and the tests
 # Imported where they are used: packages that need not be installed, and those that take long to import.
-OPTIONAL = {"atheris", "bitsandbytes", "faiss", "lycoris", "opacus", "pillow_heif", "prodigyopt", "schedulefree", "wandb"}
+OPTIONAL = {
+    *("atheris", "bitsandbytes", "cv2", "faiss", "lycoris", "opacus", "pillow_heif", "prodigyopt", "schedulefree", "wandb"),
+}
 SLOW = {"datasets", "dp_accounting", "diffusers", "matplotlib", "torch", "transformers"}
 # Own modules that are imported late, so that what comes before starts quickly. A main() may always do so.
 LATE = {
