@@ -324,6 +324,7 @@ class ThresholdFigures(TypedDict):
     n_heldout: int
     n_null: int
     n_heldout_needed: int
+    source_p_value: float | None  # of the two-sample test that H is of T's source
     refusal: str | None
 
 
