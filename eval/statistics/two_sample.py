@@ -18,7 +18,8 @@ def thinned(vectors: np.ndarray, most: int = MOST) -> np.ndarray:
 def energy_distance(first: np.ndarray, second: np.ndarray) -> float:
     """2 E|X − Y| − E|X − X′| − E|Y − Y′| of the samples (n, d) and (m, d), all pairs counted.
 
-    Székely and Rizzo 2013, *Journal of Statistical Planning and Inference* 143. It is 0 where the samples are equal, and never below.
+    Székely and Rizzo 2013, *Journal of Statistical Planning and Inference* 143. It is never below 0, and 0 where the samples
+    are equal.
     """
     labels = np.concatenate([np.full(len(first), 1 / len(first)), np.full(len(second), -1 / len(second))])
     return float(_statistics(euclidean_distances(np.concatenate([first, second])), labels[None])[0])
