@@ -16,8 +16,8 @@ from eval.images import data_uri
 from eval.memorization import main as evaluate
 from eval.report import main as report_again
 from eval.reporting.cautions import cautions
-from eval.reporting.page import render
-from eval.reporting.pictures import LARGE, SMALL, choose
+from eval.reporting.page import render, verdict_text
+from eval.reporting.pictures import LARGE, SMALL, Shown, choose
 from sdxl_ambient.provenance import hash_file
 
 RASTER = re.compile(r"data:image/(?!svg)[a-z]+;base64,[A-Za-z0-9+/=]+")
@@ -163,3 +163,16 @@ def test_the_page_has_a_dark_and_a_printed_look_and_enlarges_without_a_library(m
         "Close (Escape)",
     ):
         assert word in script
+
+
+def test_a_verdict_without_names_says_the_rest(made):
+    report = copy.deepcopy(made[0])
+    model = report["models"]["model"]
+    first = model["samplers"]["given"]["contained"]["copies"][0]
+    held = "2 of 70 held-out images are as near to a training image as known copies are"
+    model["verdict"]["text"] = f"{first['file']} is {first['train']}. {held} (such as my (1).png): frames of one burst?."
+    shown = Shown(report, made[1] / "out", choose("none", None))
+    digests = [hash_file(made[1] / f) for f in (f"generated/{first['file']}", f"finetune/{first['train']}")]
+    wanted = " is ".join(f"SHA-256 {digest[:16]}…" for digest in digests)
+    assert verdict_text(model, shown) == f"{wanted}. {held}: frames of one burst?."
+    assert verdict_text(model, Shown(report, made[1] / "out", choose("all", None))) == model["verdict"]["text"]
