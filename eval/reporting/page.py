@@ -311,7 +311,8 @@ def image_table(figures: SamplerFigures, report: Report, shown: Shown, pictured:
         rows.append({**_row(row, figures, threshold, shown), "above": above})
         if i < pictured:
             rows[-1]["generated_picture"] = shown.generated(figures["folder"], row["file"], row, SMALL)
-            rows[-1]["train_picture"] = shown.train(row["nearest_train"], SMALL)
+            if shown.choice.shown == "all":
+                rows[-1]["train_picture"] = shown.train(row["nearest_train"], SMALL)
     names = ("key", "title", "digits", "ascending")
     columns = [dict(zip(names, c, strict=True)) for c in _IMAGE_COLUMNS if any(r.get(c[0]) is not None for r in rows)]
     return {"columns": columns, "rows": rows, "total": len(figures["images"]), "pictured": min(pictured, len(rows))}
