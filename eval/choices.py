@@ -7,6 +7,7 @@ ATTACKS = ("noise", "mask", "magnitude")
 ATTACK_MODES = ("one_step", "posterior")
 BASE = "base"  # the base model's name in a report
 STAGES = ("generate", "embed", "attack", "measure")
+PICTURES = ("auto", "all", "generated", "none")  # what a page embeds, :mod:`eval.reporting.pictures`
 ALPHA = 0.02  # share of unrelated images above the threshold
 CONFIDENCE = 0.95  # of intervals
 EMBEDDING_BATCH = 32  # images embedded at once

@@ -33,8 +33,8 @@ class Embedded:
 
     Attributes:
         images: the images that have features; ``images.excluded`` says what was left out and why.
-        embeddings: float32 array of shape (n, d), L2-normalised. A zero vector, such as ``pixel`` of a uniform image,
-            stays zero. The only copy: a million images of width 1024 take 4 GB.
+        embeddings: float32 array of shape (n, d), L2-normalised. A zero vector stays zero. The only copy: a million
+            images of width 1024 take 4 GB.
         norms: float32 array of shape (n,), by which they were divided.
         computed: how many of the n were not in the cache (of this process).
     """

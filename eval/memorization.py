@@ -37,7 +37,9 @@ def _evaluate(options: MemorizationOptions) -> int:
     # Here for start-up time: options are parsed before torch and diffusers are imported.
     from eval.evaluation import evaluate
     from eval.processes import is_main
+    from eval.reporting.cautions import cautions
     from eval.reporting.page import write_html
+    from eval.reporting.pictures import choose
     from eval.reporting.verdict import decide
     from eval.settings import evaluation_settings
 
@@ -46,13 +48,17 @@ def _evaluate(options: MemorizationOptions) -> int:
     if report is None:
         return 0
     write_sealed(Path(options.output_dir) / "report.json", report)
-    page = write_html(report, options.output_dir)
+    choice = choose(options.pictures, options.max_excess)
+    page = write_html(report, options.output_dir, choice)
     codes = []
     for name, model in report["models"].items():
         code, budget = decide(model, options.max_excess)
         print(f"{name}: {model['verdict']['text']}" + (f" It is {budget}." if budget and name != BASE else ""))
         if name != BASE or len(report["models"]) == 1:  # the base model is a control
             codes.append(code)
+    for sentence in cautions(report):
+        print(sentence)
+    print(choice.sentence)
     print(page)
     return 1 if 1 in codes else max(codes)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from eval.attacks.options import AttackOptions
 from eval.choices import ALPHA, BASE, CONFIDENCE, SAMPLERS, STAGES, WORST_CASES
-from eval.shared_options import BatchOptions, ResultOptions, SetOptions
+from eval.shared_options import BatchOptions, PageOptions, ResultOptions, SetOptions
 from sdxl_ambient.config.parser import option
 from sdxl_ambient.errors import OptionError
 
@@ -44,7 +44,7 @@ class EvaluatedOptions:
 
 @dataclass
 class MemorizationOptions(
-    ResultOptions, BatchOptions, SetOptions, EvaluatedOptions, AttackOptions
+    PageOptions, ResultOptions, BatchOptions, SetOptions, EvaluatedOptions, AttackOptions
 ):  # the help shows the last one first
     """Measuring"""
 

@@ -353,6 +353,7 @@ class ThresholdFigures(TypedDict):
     n_heldout: int
     n_null: int
     n_heldout_needed: int
+    source_p_value: float | None  # of the two-sample test that H is of T's source
     refusal: str | None
     local_false_alarms: float  # of the search for parts, beside alpha; 0 without it
     local_copies_missing: str | None  # the packages for want of which it was left out

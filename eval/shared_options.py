@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.choices import EMBEDDERS, EMBEDDING_BATCH
+from eval.choices import EMBEDDERS, EMBEDDING_BATCH, PICTURES
 from sdxl_ambient.config.parser import option, redeclare
 from sdxl_ambient.config.shared import DTYPES, DeviceOptions, ImageOptions, ModelOptions, SeedOptions
 from sdxl_ambient.errors import OptionError, StageError
@@ -66,6 +66,18 @@ class ResultOptions:
     """Result"""
 
     output_dir: str = option(None, "folder to write to", metavar="DIR")
+
+
+@dataclass
+class PageOptions:
+    """Result"""
+
+    pictures: str = option(
+        "auto",
+        "pictures in index.html: generated and training ones (all), generated ones alone, or hashes (none); auto: none with "
+        "--max_excess, else all",
+        choices=PICTURES,
+    )
 
 
 @dataclass

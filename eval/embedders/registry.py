@@ -139,17 +139,38 @@ def _steps(size: int, resampling: str, normalisation=((0.0,) * 3, (1.0,) * 3), r
     }
 
 
+UNIFORM_LENGTH = 2.0**-10  # of a uniform picture's features, so short that no mean or covariance of features feels it
+
+
 def _centred(batch: torch.Tensor) -> torch.Tensor:
     """Flattened pixels with each channel's mean taken off: normalised, their product is a correlation.
 
-    A uniform image becomes exactly zero; what rounding leaves of it would otherwise be scaled up to a picture.
+    Nothing would be left of a uniform picture but rounding. It gets features of its own, :func:`_uniform`.
     """
     centred = (batch - batch.mean((2, 3), keepdim=True)).flatten(1)
-    return centred * (centred.norm(dim=1, keepdim=True) > 1e-3)
+    is_uniform = centred.norm(dim=1, keepdim=True) <= 1e-3  # pictures of 8 bits are that near to uniform only where they are
+    return torch.where(is_uniform, _uniform(batch), centred)
+
+
+def _uniform(batch: torch.Tensor) -> torch.Tensor:
+    """Features by colour alone: two uniform pictures' cosine is the mean over the channels of cos(π (v − v′)).
+
+    Channel c of value v becomes cos(πv) 1 + sin(πv) p_c. 1 is the constant pattern, which is orthogonal to every centred
+    picture. p_c is a fixed pattern of as many +1 as −1 at random places, of the same length, which is nearly so. So the
+    width stays what it is, and so does every product of other pictures, bit for bit.
+    """
+    channels, height, width = batch.shape[1:]
+    signs = np.repeat([1.0, -1.0], height * width // 2)
+    places = np.stack([np.random.RandomState(channel).permutation(signs) for channel in range(channels)])
+    patterns = torch.from_numpy(places.astype(np.float32)).view(1, channels, height, width).to(batch)
+    angles = torch.pi * batch.mean((2, 3), keepdim=True)
+    features = (torch.cos(angles) + torch.sin(angles) * patterns).flatten(1)
+    return features * (UNIFORM_LENGTH / (channels * height * width) ** 0.5)
 
 
 def _pixel(weights: str | None, device: torch.device | str) -> Embedder:
-    return Embedder("pixel", _steps(16, "bicubic", then="each channel's mean subtracted"), _centred)
+    then = "each channel's mean subtracted; a uniform picture by its colour"
+    return Embedder("pixel", _steps(16, "bicubic", then=then), _centred)
 
 
 def _pooled_pixels(weights: str | None, device: torch.device | str) -> Embedder:

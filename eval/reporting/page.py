@@ -6,22 +6,26 @@ import base64
 import copy
 import hashlib
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import jinja2
 
-from eval.images import data_uri
+from eval.choices import BASE
+from eval.reporting.cautions import cautions
+from eval.reporting.pictures import MOST_PICTURES, SMALL, Choice, Picture, Shown, choose
 from eval.reporting.plots import RunPoint, model_curves, overview_curves, rate_curves, trade_off, training_curve
 from eval.reporting.references import LEAST_RECALL, MUST_SEE
-from eval.schema import AttackFigures, EstimateFigures, ImageRow, ModelFigures, Report, SamplerFigures
+from eval.schema import AttackFigures, EstimateFigures, ImageRow, LocalCopy, ModelFigures, Report, SamplerFigures
 from sdxl_ambient.images.folder import ledger_line
 from sdxl_ambient.provenance import atomic
 
 TOP_PAIRS, THRESHOLD_PAIRS, RANDOM_PAIRS = 8, 6, 4
 NEAR_THRESHOLD = 16  # images nearest to the threshold, of which the pairs at it are drawn
 MOST_ROWS = 500  # of a table of images
+PICTURED_ROWS = 300  # with pictures, of all tables of images of a page
 MOST_COPIED = 12
 MOST_EXCLUDED = 200
 # Keys that reports of schema 2 lack: a page can still be made from them.
@@ -34,8 +38,8 @@ _ATTACK_ADDITIONS = ("auc_interval", "difference_to_base", "gap", "gap_standard_
 # Columns that are left out where no sampler has them.
 _SOMETIMES = (*_SAMPLER_ADDITIONS, "excess_over_heldout", "similarity_to_heldout", "fd_pixels")
 
-Pictures = Callable[[str, str], str | None]  # (folder, file) → a ``data:`` address; None where there is no such picture
 Interval = list[float] | EstimateFigures | None
+BaseDraws = tuple[SamplerFigures, dict[str, ImageRow]]  # the base model's figures, and its rows by the name of the file
 
 
 class AttackRow(TypedDict):
@@ -47,16 +51,19 @@ class AttackRow(TypedDict):
     figures: AttackFigures
 
 
-def write_html(report: Report, output_dir: str | Path) -> Path:
-    """Write ``index.html`` beside report.json, whole or not at all, and return its path."""
+def write_html(report: Report, output_dir: str | Path, choice: Choice | None = None) -> Path:
+    """Write ``index.html`` beside report.json, whole or not at all, and return its path. ``choice``: see :func:`render`."""
     path = Path(output_dir) / "index.html"
     with atomic(path) as temporary:
-        temporary.write_text(render(report, output_dir), encoding="utf-8")
+        temporary.write_text(render(report, output_dir, choice), encoding="utf-8")
     return path
 
 
-def render(report: Report, root: str | Path) -> str:
-    """The page. ``root`` is the folder that relative image folders in the report start from."""
+def render(report: Report, root: str | Path, choice: Choice | None = None) -> str:
+    """The page. ``root`` is the folder that relative image folders in the report start from.
+
+    ``choice``: the pictures that it embeds; by default what ``--pictures auto`` is beside the report's budget.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -65,16 +72,20 @@ def render(report: Report, root: str | Path) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(_FILTERS)
-    report, pictures = with_additions(report), _Pictures(Path(root))
+    report = with_additions(report)
+    shown = Shown(report, root, choice or choose("auto", report["settings"].get("max_excess")))
     return environment.get_template("report.html.j2").render(
         report=report,
-        models=[_model(name, model, report, pictures) for name, model in report["models"].items()],
+        models=[_model(name, model, report, shown) for name, model in report["models"].items()],
+        shown=shown,
+        most_pictures=MOST_PICTURES,
+        cautions=cautions(report),
         overview=overview_curves(report),
         curves=model_curves(report),
         rates=rate_curves(report),
         trade=trade_off(report),
         runs=runs(report),
-        excluded=excluded(report),
+        excluded=excluded(report, shown),
         must_see=MUST_SEE,
         least_recall=LEAST_RECALL,
         attacks=(attacks := attack_rows(report)),
@@ -91,6 +102,7 @@ def with_additions(report: Report) -> Report:
     # Not yet what the types say: that is made of it here.
     whole: dict[str, Any] = copy.deepcopy(dict(report))
     whole["threshold"].setdefault("null", "heldout")
+    whole["threshold"].setdefault("source_p_value")
     for model in whole["models"].values():
         model.setdefault("own_sampler", next(iter(model["samplers"])))
         _fill(model, _MODEL_ADDITIONS)
@@ -112,24 +124,54 @@ def _fill(entry: dict[str, Any], keys: tuple[str, ...]) -> None:
         entry.setdefault(key)
 
 
-def _model(name: str, model: ModelFigures, report: Report, pictures: Pictures) -> dict[str, Any]:
+def _model(name: str, model: ModelFigures, report: Report, shown: Shown) -> dict[str, Any]:
     """A model's own and worst sampler with their figures, tables and pictures."""
-    shown = dict.fromkeys([model["own_sampler"], model["worst_sampler"]])
+    names = dict.fromkeys([model["own_sampler"], model["worst_sampler"]])
+    pictured = PICTURED_ROWS // sum(len({m["own_sampler"], m["worst_sampler"]}) for m in report["models"].values())
     samplers = [
         {
             "name": sampler,
             "figures": model["samplers"][sampler],
-            "pairs": pair_groups(model["samplers"][sampler], report, pictures),
-            "images": image_table(model["samplers"][sampler], report["threshold"]["value"]),
-            "copied": copied_images(model["samplers"][sampler], report, pictures),
+            "pairs": pair_groups(model["samplers"][sampler], report, shown, same_draws(model, sampler, report)),
+            "images": image_table(model["samplers"][sampler], report, shown, pictured),
+            "copied": copied_images(model["samplers"][sampler], shown),
         }
-        for sampler in shown
+        for sampler in names
     ]
-    found = found_pairs(model, report, pictures)
-    return {"name": name, "model": model, "own": samplers[0], "worst": samplers[-1], "samplers": samplers, "found": found}
+    return {
+        "name": name,
+        "model": model,
+        "own": samplers[0],
+        "worst": samplers[-1],
+        "samplers": samplers,
+        "found": found_pairs(model, shown),
+        "text": verdict_text(model, shown),
+    }
 
 
-def found_pairs(model: ModelFigures, report: Report, pictures: Pictures) -> list[dict[str, Any]]:
+def verdict_text(model: ModelFigures, shown: Shown) -> str:
+    """The verdict, without names of files where the page has none."""
+    text = model["verdict"]["text"]
+    if shown.names:
+        return text
+    text = re.sub(r" \(such as .*?\)(?=: frames of one burst)", "", text)
+    names: dict[str, str] = {}
+    for figures in model["samplers"].values():
+        for copy_found in [*(figures["contained"] or {"copies": []})["copies"], *local_copies(figures)]:
+            names[copy_found["file"]] = shown.generated_name(figures["folder"], copy_found["file"])
+            names[copy_found["train"]] = shown.train_name(copy_found["train"])
+    return _renamed(text, names)
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    """The text with whole names replaced by others, the longest first."""
+    if not names:
+        return text
+    any_name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.sub(rf"(?<![\w./-])(?:{any_name})(?![\w/-])", lambda match: names[match[0]], text)
+
+
+def found_pairs(model: ModelFigures, shown: Shown) -> list[dict[str, Any]]:
     """The copies that were found without a threshold, each beside its training image; each pair of one sampler."""
     pairs: list[dict[str, Any]] = []
     for name, figures in model["samplers"].items():
@@ -139,26 +181,32 @@ def found_pairs(model: ModelFigures, report: Report, pictures: Pictures) -> list
                 {
                     "sampler": name,
                     "kind": copy_found["kind"],
-                    "generated": file,
-                    "file": train,
-                    "generated_picture": pictures(figures["folder"], file),
-                    "train_picture": pictures(report["data"]["train"]["folder"], train),
-                    "regions": None,
+                    "generated": shown.generated_name(figures["folder"], file),
+                    "file": shown.train_name(train),
+                    "generated_picture": shown.generated(figures["folder"], file, None),
+                    "train_picture": shown.train(train),
                 }
             )
-        for local in (figures.get("local_copies") or {"copies": []})["copies"][:MOST_COPIED]:
-            pairs.append(
-                {
-                    "sampler": name,
-                    "kind": f"a part of it, {local['inliers']} keypoints" + (", mirrored" if local["mirrored"] else ""),
-                    "generated": local["file"],
-                    "file": local["train"],
-                    "generated_picture": pictures(figures["folder"], local["file"]),
-                    "train_picture": pictures(report["data"]["train"]["folder"], local["train"]),
-                    "regions": (_boxed(local["region"]), _boxed(local["train_region"])),
-                }
-            )
+        pairs += [_local_pair(name, figures, local, shown) for local in local_copies(figures)[:MOST_COPIED]]
     return pairs
+
+
+def local_copies(figures: SamplerFigures) -> list[LocalCopy]:
+    """The copies of a part; none in reports that were made before they were looked for."""
+    found = figures.get("local_copies")
+    return found["copies"] if found else []
+
+
+def _local_pair(sampler: str, figures: SamplerFigures, local: LocalCopy, shown: Shown) -> dict[str, Any]:
+    return {
+        "sampler": sampler,
+        "kind": f"a part of it, {local['inliers']} keypoints" + (", mirrored" if local["mirrored"] else ""),
+        "generated": shown.generated_name(figures["folder"], local["file"]),
+        "file": shown.train_name(local["train"]),
+        "generated_picture": shown.generated(figures["folder"], local["file"], None),
+        "train_picture": shown.train(local["train"]),
+        "regions": (_boxed(local["region"]), _boxed(local["train_region"])),
+    }
 
 
 def _boxed(region: list[float]) -> str:
@@ -167,27 +215,32 @@ def _boxed(region: list[float]) -> str:
     return f"left:{left:.1f}%;top:{top:.1f}%;width:{right - left:.1f}%;height:{bottom - top:.1f}%"
 
 
-class _Pictures:
-    """Pictures as ``data:`` addresses, each file read once."""
+def same_draws(model: ModelFigures, sampler: str, report: Report) -> BaseDraws | None:
+    """The base model's images of the same prompts and seeds; None where there are none.
 
-    def __init__(self, root: Path):
-        self.root = root
-        self.made: dict[Path, str | None] = {}
-
-    def __call__(self, folder: str, file: str) -> str | None:
-        inside = self.root / folder / file
-        path = inside if inside.is_file() else Path(folder) / file
-        if path not in self.made:
-            self.made[path] = data_uri(path)
-        return self.made[path]
+    Files of one name were drawn from one prompt and seed where as many images of the same kind were drawn.
+    """
+    figures, base = model["samplers"][sampler], report["models"].get(BASE)
+    if base is None or base is model or model["kind"] not in ("lora", "unet"):
+        return None
+    other = base["samplers"].get(sampler, base["samplers"][base["own_sampler"]])
+    ours, theirs = figures["settings"] or {}, other["settings"] or {}
+    if other["n_generated"] != figures["n_generated"] or ours.get("mean_of") != theirs.get("mean_of"):
+        return None
+    return other, {row["file"]: row for row in other["images"]}
 
 
 def _closest(rows: list[ImageRow]) -> list[ImageRow]:
     return sorted(rows, key=lambda row: (-row["similarity_to_train"], row["file"]))
 
 
-def pair_groups(figures: SamplerFigures, report: Report, pictures: Pictures) -> list[dict[str, Any]]:
-    """The closest pairs of one sampler, some about the threshold and some at random (always the same ones)."""
+def pair_groups(
+    figures: SamplerFigures, report: Report, shown: Shown, base: BaseDraws | None = None
+) -> list[dict[str, Any]]:
+    """The closest pairs of one sampler, some about the threshold and some at random (always the same ones).
+
+    ``base``: see :func:`same_draws`.
+    """
     threshold, order = report["threshold"]["value"], _closest(figures["images"])
     top, rest = order[:TOP_PAIRS], order[TOP_PAIRS:]
     at: list[ImageRow] = []
@@ -199,32 +252,58 @@ def pair_groups(figures: SamplerFigures, report: Report, pictures: Pictures) -> 
     chosen = random.Random(0).sample(rest, min(RANDOM_PAIRS, len(rest)))
     groups = [("The closest", top), ("At the threshold", at), ("Some at random", chosen)]
     return [
-        {"title": title, "rows": [_pair(row, figures, report, pictures) for row in _closest(rows)]}
+        {"title": title, "rows": [_pair(row, figures, threshold, shown, base) for row in _closest(rows)]}
         for title, rows in groups
         if rows
     ]
 
 
-def _pair(row: ImageRow, figures: SamplerFigures, report: Report, pictures: Pictures) -> dict[str, Any]:
+def _pair(
+    row: ImageRow, figures: SamplerFigures, threshold: float | None, shown: Shown, base: BaseDraws | None
+) -> dict[str, Any]:
+    return {
+        **_row(row, figures, threshold, shown),
+        "generated_picture": shown.generated(figures["folder"], row["file"], row),
+        "train_picture": shown.train(row["nearest_train"]),
+        "base_picture": _of_base(row, base, shown),
+    }
+
+
+def _row(row: ImageRow, figures: SamplerFigures, threshold: float | None, shown: Shown) -> dict[str, Any]:
+    """A row of the report as the page may name it."""
     return {
         **row,
-        "above": _above(row, report["threshold"]["value"]),
-        "generated_picture": pictures(figures["folder"], row["file"]),
-        "train_picture": pictures(report["data"]["train"]["folder"], row["nearest_train"]),
+        "file": shown.generated_name(figures["folder"], row["file"]),
+        "prompt": shown.caption(row["prompt"]),
+        "nearest_train": shown.train_name(row["nearest_train"]),
+        "nearest_train_caption": shown.caption(row["nearest_train_caption"]),
+        "found": shown.found(row["found"]),
+        "above": _above(row, threshold),
     }
+
+
+def _of_base(row: ImageRow, base: BaseDraws | None, shown: Shown) -> Picture | None:
+    """The base model's picture of the same prompt and seed."""
+    if base is None or (own := base[1].get(row["file"])) is None or own["prompt"] != row["prompt"]:
+        return None
+    return shown.generated(base[0]["folder"], own["file"], own)
 
 
 def _above(row: ImageRow, threshold: float | None) -> bool:
     return threshold is not None and row["similarity_to_train"] > threshold
 
 
-def copied_images(figures: SamplerFigures, report: Report, pictures: Pictures) -> list[dict[str, Any]]:
+def copied_images(figures: SamplerFigures, shown: Shown) -> list[dict[str, Any]]:
     """The training images that most generated ones are nearest to, each beside the nearest of them."""
+    rows = {row["file"]: row for row in figures["images"]}
     return [
         {
             **row,
-            "generated_picture": pictures(figures["folder"], row["generated"]),
-            "train_picture": pictures(report["data"]["train"]["folder"], row["file"]),
+            "file": shown.train_name(row["file"]),
+            "caption": shown.caption(row["caption"]),
+            "generated": shown.generated_name(figures["folder"], row["generated"]),
+            "generated_picture": shown.generated(figures["folder"], row["generated"], rows.get(row["generated"])),
+            "train_picture": shown.train(row["file"]),
         }
         for row in (figures["most_copied"] or [])[:MOST_COPIED]
     ]
@@ -245,15 +324,23 @@ _IMAGE_COLUMNS = (
 )
 
 
-def image_table(figures: SamplerFigures, threshold: float | None) -> dict[str, Any]:
-    """One row per image, the closest first, at most MOST_ROWS; columns without any value are left out."""
-    closest = _closest(figures["images"])[:MOST_ROWS]
-    rows: list[dict[str, Any]] = [dict(row) for row in closest]
-    if threshold is not None:
-        rows = [{**row, "above": "yes" if _above(row, threshold) else "no"} for row in closest]
+def image_table(figures: SamplerFigures, report: Report, shown: Shown, pictured: int = 0) -> dict[str, Any]:
+    """One row per image, the closest first, at most MOST_ROWS; columns without any value are left out.
+
+    The first ``pictured`` rows have pictures, where the page has any.
+    """
+    threshold, rows = report["threshold"]["value"], list[dict[str, Any]]()
+    pictured = pictured if shown.names else 0
+    for i, row in enumerate(_closest(figures["images"])[:MOST_ROWS]):
+        above = None if threshold is None else "yes" if _above(row, threshold) else "no"
+        rows.append({**_row(row, figures, threshold, shown), "above": above})
+        if i < pictured:
+            rows[-1]["generated_picture"] = shown.generated(figures["folder"], row["file"], row, SMALL)
+            if shown.choice.shown == "all":
+                rows[-1]["train_picture"] = shown.train(row["nearest_train"], SMALL)
     names = ("key", "title", "digits", "ascending")
     columns = [dict(zip(names, c, strict=True)) for c in _IMAGE_COLUMNS if any(r.get(c[0]) is not None for r in rows)]
-    return {"columns": columns, "rows": rows, "total": len(figures["images"])}
+    return {"columns": columns, "rows": rows, "total": len(figures["images"]), "pictured": min(pictured, len(rows))}
 
 
 def attack_rows(report: Report) -> list[AttackRow]:
@@ -295,8 +382,9 @@ def runs(report: Report) -> list[dict[str, Any]]:
     return [{"name": run, "points": points, "svg": training_curve(points)} for run, points in several.items()]
 
 
-def excluded(report: Report) -> list[dict[str, Any]]:
-    """What was left out of each set of images, at most MOST_EXCLUDED of it named."""
+def excluded(report: Report, shown: Shown) -> list[dict[str, Any]]:
+    """What was left out of each set of images, at most MOST_EXCLUDED of it named; nothing where the page has no names."""
+    most = MOST_EXCLUDED if shown.names else 0
     data = report["data"]
     sets = [("training set", data["train"])]
     if data["heldout"]:
@@ -307,13 +395,13 @@ def excluded(report: Report) -> list[dict[str, Any]]:
         for sampler, figures in model["samplers"].items()
         if figures["excluded"]
     ]
-    return [_left_out(what, figures) for what, figures in sets + generated]
+    return [_left_out(what, figures, most) for what, figures in sets + generated]
 
 
-def _left_out(what: str, figures: Any) -> dict[str, Any]:
+def _left_out(what: str, figures: Any, most: int) -> dict[str, Any]:
     rows, ledger = figures["excluded"], figures.get("ledger")  # reports of earlier versions have no ledger
     files = ledger_line(ledger) if ledger and ledger["files"] else None
-    return {"what": what, "count": len(rows), "rows": rows[:MOST_EXCLUDED], "files": files}
+    return {"what": what, "count": len(rows), "rows": rows[:most], "files": files}
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -13,6 +13,7 @@ from eval.neighbours import nearest
 from eval.parts import Parts
 from eval.schema import ThresholdFigures
 from eval.statistics.calibrate import InsufficientData, smallest_null, threshold
+from eval.statistics.two_sample import energy_p_value
 
 BACKGROUND = 2  # k of the score normalisation
 # What a verdict that clears a model must have been able to see, and how much of it.
@@ -191,6 +192,17 @@ def _calibrated(null: np.ndarray, alpha: float) -> tuple[float | None, str | Non
         return None, str(error)
 
 
+def source_p_value(references: ReferenceSets) -> float | None:
+    """The p-value of the test that the held-out images come from the training set's source; None without held-out images.
+
+    A permutation test of the energy distance of the embeddings, of at most 500 of each set; see
+    :func:`eval.statistics.two_sample.energy_p_value`.
+    """
+    if references.heldout is None:
+        return None
+    return energy_p_value(references.train.embeddings, references.heldout.embeddings)
+
+
 def threshold_figures(references: References) -> ThresholdFigures:
     """The report's section on the threshold."""
     return {
@@ -202,6 +214,7 @@ def threshold_figures(references: References) -> ThresholdFigures:
         "n_heldout": len(references.heldout) if references.heldout else 0,
         "n_null": 0 if references.null is None else len(references.null),
         "n_heldout_needed": smallest_null(references.alpha),
+        "source_p_value": source_p_value(references),
         "refusal": references.refusal,
         "local_false_alarms": references.parts.false_alarms if references.parts else 0.0,
         "local_copies_missing": references.parts.missing if references.parts else None,

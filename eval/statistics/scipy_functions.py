@@ -12,8 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 from scipy.cluster import vq
+from scipy.spatial import distance
 
 Floats = npt.NDArray[np.float64]
+
+
+def euclidean_distances(vectors: npt.ArrayLike) -> Floats:
+    """Between all rows of (n, d), in float64: (n, n). Equal rows are exactly 0 apart."""
+    rows = np.asarray(vectors, dtype=np.float64)
+    return np.asarray(distance.cdist(rows, rows), dtype=np.float64)
 
 
 def beta_quantile(q: float, a: float, b: float) -> float:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from eval.embed import main
-from eval.embedders.registry import Embedder, check_embedder, load_embedder
+from eval.embedders.registry import UNIFORM_LENGTH, Embedder, check_embedder, load_embedder
 from eval.embedders.sscd import SSCD, generalised_mean, load_sscd
 from eval.embedding import Embedded, FeatureCache, embed_images, normalised
 from eval.images import drop_duplicates, read_folder
@@ -175,10 +175,32 @@ def test_pixel_similarity_is_the_correlation_of_centred_channels():
     assert a @ b == pytest.approx((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()), abs=1e-5)
 
 
-def test_a_uniform_image_resembles_nothing():
+def pixel_embeddings(pictures):
     embedder = load_embedder("pixel")
-    grey = embedder.encode(embedder.prepare(Image.new("RGB", (64, 64), (77, 130, 9)))[None]).numpy()
-    assert np.array_equal(normalised(grey), np.zeros_like(grey))
+    return normalised(embedder.encode(torch.stack([embedder.prepare(p) for p in pictures])).numpy())
+
+
+def test_a_uniform_image_resembles_those_of_its_colour():
+    """The cosine is the mean over the channels of cos(π (v − v′)), in closed form."""
+    colours = np.array([(77, 130, 9), (77, 130, 9), (78, 130, 9), (0, 0, 0), (255, 255, 255), (128, 128, 128)])
+    sizes = [(64, 64), (5, 300), *[(32, 32)] * 4]
+    found = pixel_embeddings([Image.new("RGB", s, tuple(map(int, c))) for s, c in zip(sizes, colours, strict=True)])
+    wanted = np.cos(np.pi * (colours[:, None] - colours[None]) / 255).mean(axis=2)
+    assert np.abs(found.astype(np.float64) @ found.T - wanted).max() < 1e-5
+    assert found[0] @ found[1] == pytest.approx(1, abs=1e-6) and found[3] @ found[4] == pytest.approx(-1, abs=1e-6)
+
+
+def test_a_uniform_image_resembles_no_other_and_other_features_stay_as_they_were(tmp_path):
+    """Beside 130 real pictures its similarity is that of chance, and their features are centred pixels, bit for bit."""
+    pictures = [Image.open(p).convert("RGB") for p in sorted(copy_emoji(tmp_path / "set", 130).glob("*.png"))]
+    colours = [tuple(map(int, c)) for c in np.random.default_rng(0).integers(0, 256, (50, 3))]
+    uniform = pixel_embeddings([Image.new("RGB", (8, 8), colour) for colour in colours])
+    assert np.abs(pixel_embeddings(pictures) @ uniform.T).max() < 0.2
+    embedder = load_embedder("pixel")
+    batch = torch.stack([embedder.prepare(p) for p in [*pictures, Image.new("RGB", (8, 8), "red")]])
+    centred = (batch - batch.mean((2, 3), keepdim=True)).flatten(1)
+    features = embedder.encode(batch)
+    assert torch.equal(features[:-1], centred[:-1]) and features[-1].norm() == pytest.approx(UNIFORM_LENGTH, rel=1e-5)
 
 
 def test_awkward_images_are_used_or_listed_with_the_reason(tmp_path):

@@ -12,6 +12,7 @@ from support.pictures import REPOSITORY
 from eval.memorization import main as evaluate
 from eval.report import main
 from eval.reporting.page import pair_groups, render
+from eval.reporting.pictures import Shown, choose
 
 DATA = REPOSITORY / "miniature" / "data"
 
@@ -101,8 +102,8 @@ def test_a_report_that_is_not_there_is_one_line(tmp_path, capsys):
 def test_pairs_show_the_closest_first_and_the_same_random_ones(finished):
     report = json.loads((finished / "report.json").read_text())
     figures = report["models"]["others"]["samplers"]["given"]
-    top, _, some = pair_groups(figures, report, lambda folder, file: None)
+    top, _, some = pair_groups(figures, report, Shown(report, "", choose("all", None)))
     shown = [r["similarity_to_train"] for r in top["rows"]]
     assert shown == sorted((r["similarity_to_train"] for r in figures["images"]), reverse=True)[: len(shown)]
-    again = pair_groups(figures, report, lambda folder, file: None)[2]
+    again = pair_groups(figures, report, Shown(report, "", choose("all", None)))[2]
     assert some == again and not {r["file"] for r in some["rows"]} & {r["file"] for r in top["rows"]}

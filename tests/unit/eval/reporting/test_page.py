@@ -13,6 +13,7 @@ from support.pictures import REPOSITORY
 from eval.memorization import main as evaluate
 from eval.reporting import page as page_module_page
 from eval.reporting.page import attack_rows, image_table, pair_groups, render, runs, strongest, with_additions
+from eval.reporting.pictures import Shown, choose
 
 DATA = REPOSITORY / "miniature" / "data"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -193,7 +194,7 @@ def test_attacks_without_a_timestep_and_the_strongest_of_each_model(made):
 def test_pairs_at_the_threshold_are_some_of_those_nearest_to_it(made):
     report, _ = made
     figures, threshold = report["models"]["base"]["samplers"]["given"], report["threshold"]["value"]
-    top, at, some = pair_groups(figures, report, lambda folder, file: None)
+    top, at, some = pair_groups(figures, report, Shown(report, "", choose("all", None)))
     assert at["title"] == "At the threshold" and len(at["rows"]) == page_module_page.THRESHOLD_PAIRS
     shown = {row["file"] for row in top["rows"]}
     away = sorted(abs(r["similarity_to_train"] - threshold) for r in figures["images"] if r["file"] not in shown)
@@ -204,7 +205,7 @@ def test_pairs_at_the_threshold_are_some_of_those_nearest_to_it(made):
 def test_a_large_table_is_cut_and_says_so(made, monkeypatch):
     monkeypatch.setattr("eval.reporting.page.MOST_ROWS", 7)
     figures = made[0]["models"]["copies"]["samplers"]["given"]
-    table = image_table(figures, made[0]["threshold"]["value"])
+    table = image_table(figures, made[0], Shown(*made, choose("all", None)))
     shown = [row["similarity_to_train"] for row in table["rows"]]
     assert shown == sorted((r["similarity_to_train"] for r in figures["images"]), reverse=True)[:7]
     assert f"The 7 closest of {len(figures['images'])} images; all are in report.json." in text_of(render(*made))
